@@ -1,0 +1,8 @@
+"""The data sets GPLQ is developed and tested on, and the resumable way to read any data set."""
+
+from .imagenet_folder import ImageNetFolder
+from .mnist5k import MNIST5k
+from .resumable import ResumableSampler, SeededDataset
+from .transforms import LoadImageOrFail
+
+__all__ = ['ImageNetFolder', 'LoadImageOrFail', 'MNIST5k', 'ResumableSampler', 'SeededDataset']

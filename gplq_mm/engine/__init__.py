@@ -1,0 +1,36 @@
+"""Runner, loops, hooks and optimizer settings of the two stages."""
+
+from .calibration_set import CalibrationError, CalibrationSet
+from .hooks import (
+    CalibrationHook,
+    GPLQCheckpointHook,
+    PCABasisHook,
+    QuantStatsHook,
+    quantizer_statistics,
+)
+from .loops import GPLQTrainLoop
+from .optim import Bf16OptimWrapper, GPLQOptimWrapperConstructor
+from .progress import track
+from .run_record import RunRecord, headline_metrics, print_summary
+from .runner import GPLQRunner
+from .weights import load_run_weights, unwrap
+
+__all__ = [
+    'Bf16OptimWrapper',
+    'CalibrationError',
+    'CalibrationHook',
+    'CalibrationSet',
+    'GPLQCheckpointHook',
+    'GPLQOptimWrapperConstructor',
+    'GPLQRunner',
+    'GPLQTrainLoop',
+    'PCABasisHook',
+    'QuantStatsHook',
+    'RunRecord',
+    'headline_metrics',
+    'load_run_weights',
+    'print_summary',
+    'quantizer_statistics',
+    'track',
+    'unwrap',
+]

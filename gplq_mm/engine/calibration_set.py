@@ -1,0 +1,135 @@
+"""The images that calibration, PCA and Stage 2 see: a fixed sample of the training set."""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from mmengine.dataset import pseudo_collate
+from mmengine.logging import MMLogger
+from mmengine.registry import DATASETS
+from torch.utils.data import DataLoader, Subset
+
+from ..quant.reduce import rank_and_world_size
+from .progress import track
+
+__all__ = ['CalibrationError', 'CalibrationSet']
+
+
+class CalibrationError(ValueError):
+    """Calibration images that are missing, or that must not be used."""
+
+
+def _image_id(dataset, index: int) -> str:
+    info = dataset.get_data_info(index)
+    return str(info.get('img_path', info.get('img_id', info.get('sample_idx', index))))
+
+
+def _innermost(cfg: dict) -> dict:
+    """Dataset config without wrappers such as SeededDataset."""
+    while 'pipeline' not in cfg and 'dataset' in cfg:
+        cfg = cfg['dataset']
+    return cfg
+
+
+class CalibrationSet:
+    """The first ``num_images`` of a seeded permutation of a training set, in evaluation's pipeline.
+
+    Every rank takes its share of them; every user of the set that asks for fewer images gets the
+    first ones.
+
+    Args:
+        dataset: Dataset config.
+        num_images: How many images, over all ranks.
+        batch_size: Images of a batch, per rank.
+        seed: Seed of the permutation.
+        num_workers: Loader processes.
+        held_out: Datasets that must not share an image with this one.
+
+    Raises:
+        CalibrationError: If the set is empty, smaller than the number of ranks, or shares
+            images with a held-out set.
+    """
+
+    def __init__(
+        self,
+        dataset: dict,
+        num_images: int,
+        batch_size: int = 32,
+        seed: int = 0,
+        num_workers: int = 0,
+        held_out: tuple = (),
+    ):
+        self.dataset = DATASETS.build(copy.deepcopy(dataset))
+        self.seed = seed
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        size = len(self.dataset)
+        _, world_size = rank_and_world_size()
+        if num_images < 1 or size == 0:
+            raise CalibrationError(
+                f'the calibration set is empty (num_images={num_images}, the data set has {size}); '
+                'give at least one training image.'
+            )
+        if num_images > size:
+            MMLogger.get_current_instance().info(
+                f'calibration asks for {num_images} images, the training set has {size}: all used'
+            )
+            num_images = size
+        if num_images < world_size:
+            raise CalibrationError(
+                f'{num_images} calibration image(s) cannot be dealt out to {world_size} ranks; '
+                'use at least one for each.'
+            )
+        generator = torch.Generator().manual_seed(seed)
+        self.indices = torch.randperm(size, generator=generator)[:num_images].tolist()
+        self.image_ids = [_image_id(self.dataset, index) for index in self.indices]
+        chosen = set(self.image_ids)
+        for other in held_out:
+            shared = chosen.intersection(_image_id(other, i) for i in range(len(other)))
+            if shared:
+                raise CalibrationError(
+                    f'{len(shared)} calibration image(s) also belong to the validation or test '
+                    f'set, for example {min(shared)}; calibrate on training images.'
+                )
+
+    @classmethod
+    def from_runner(cls, runner, num_images: int, **kwargs) -> 'CalibrationSet':
+        """The runner's training set with the pipeline of its validation set.
+
+        Args:
+            runner: mmengine runner.
+            num_images: As in the class.
+            **kwargs: ``batch_size``, ``seed``, ``num_workers``, or ``dataset`` for another set.
+        """
+        dataset = kwargs.pop('dataset', None)
+        held_out = []
+        if runner.val_loop is not None:
+            held_out.append(runner.val_loop.dataloader.dataset)
+        if dataset is None:
+            dataset = copy.deepcopy(_innermost(runner.cfg.train_dataloader['dataset']))
+            if runner.cfg.get('val_dataloader'):
+                evaluation = _innermost(runner.cfg.val_dataloader['dataset'])
+                dataset['pipeline'] = copy.deepcopy(evaluation['pipeline'])
+        kwargs.setdefault('num_workers', runner.cfg.train_dataloader.get('num_workers', 0))
+        return cls(dataset, num_images, held_out=tuple(held_out), **kwargs)
+
+    def batches(self, num_images: int | None = None, description: str = '') -> Iterator[dict]:
+        """This rank's raw batches, before the data preprocessor.
+
+        Args:
+            num_images: Only the first ones, counted over all ranks. Defaults to all.
+            description: Shown with the progress; silent if empty.
+        """
+        rank, world_size = rank_and_world_size()
+        own = self.indices[: num_images or len(self.indices)][rank::world_size]
+        loader = DataLoader(
+            Subset(self.dataset, own),
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            collate_fn=pseudo_collate,
+        )
+        return track(loader, len(loader), description) if description else iter(loader)
+
+    def describe(self) -> dict:
+        """Plain data for checkpoints and summaries."""
+        return {'seed': self.seed, 'num_images': len(self.indices), 'image_ids': self.image_ids}

@@ -1,0 +1,72 @@
+"""Calibrates the activation quantizers before training."""
+
+import torch
+from mmengine.hooks import Hook
+
+from ...layers import calibrate
+from ...models import GPLQ, Stage
+from ...registry import HOOKS
+from ..calibration_set import CalibrationSet
+from ..weights import unwrap
+
+__all__ = ['CalibrationHook']
+
+
+@HOOKS.register_module()
+class CalibrationHook(Hook):
+    """Fills scales and zero-points in place from training images; skipped on resume.
+
+    Args:
+        num_images: Images over all ranks. Defaults to 128.
+        batch_size: Images of a batch, per rank.
+        seed: Which images.
+        dataset: Another data set config than the training set.
+    """
+
+    priority = 'HIGH'
+
+    def __init__(
+        self,
+        num_images: int = 128,
+        batch_size: int = 32,
+        seed: int = 0,
+        dataset: dict | None = None,
+    ):
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.dataset = dataset
+
+    def before_train(self, runner) -> None:
+        """Runs the calibration and hands the image ids to the loop."""
+        model = unwrap(runner.model)
+        if not isinstance(model, GPLQ):
+            raise TypeError('CalibrationHook calibrates a GPLQ model; remove it from this config.')
+        if model.stage >= Stage.CALIBRATED:
+            return
+        images = CalibrationSet.from_runner(
+            runner,
+            self.num_images,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            dataset=self.dataset,
+        )
+        record = getattr(runner.train_loop, 'record', None)
+        with record.clock.stage('calibration') if record is not None else torch.no_grad():
+            self._run(model, images)
+        if record is not None:
+            record.calibration = images.describe()
+        runner.logger.info(f'calibrated on {len(images.indices)} images: {model.quant_report}')
+
+    @staticmethod
+    @torch.no_grad()
+    def _run(model: GPLQ, images: CalibrationSet) -> None:
+        model.eval()
+
+        def run_pass(index: int, passes: int) -> None:
+            for batch in images.batches(description=f'calibration {index + 1}/{passes}'):
+                data = model.data_preprocessor(batch, False)
+                model(**data, mode='tensor')
+
+        calibrate(model.architecture, run_pass)
+        model.advance(Stage.CALIBRATED)

@@ -1,0 +1,78 @@
+"""Saves checkpoints such that a run can be killed at any moment and resumed."""
+
+from contextlib import suppress
+from pathlib import Path
+
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+
+from ...checkpoint import atomic_write
+from ...registry import HOOKS
+
+__all__ = ['GPLQCheckpointHook']
+
+
+@HOOKS.register_module()
+class GPLQCheckpointHook(Hook):
+    """Saves every ``interval`` iterations of Stage 1 and at the end of every stage.
+
+    The order is: new file, then the pointer ``last_checkpoint``, then removal of old files; at
+    every moment the pointer names a complete file. mmengine's hook removes first.
+
+    Args:
+        interval: Iterations between two checkpoints within Stage 1; -1 saves at its end only.
+        max_keep_ckpts: How many of these ``iter_*.pth`` files are kept. Checkpoints of stages
+            are never removed.
+    """
+
+    priority = 'VERY_LOW'
+
+    def __init__(self, interval: int = 500, max_keep_ckpts: int = 1):
+        if max_keep_ckpts < 1:
+            raise ValueError(f'max_keep_ckpts={max_keep_ckpts} must be at least 1.')
+        self.interval = interval
+        self.max_keep_ckpts = max_keep_ckpts
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        """Saves ``iter_N.pth`` where the interval says so."""
+        done = runner.iter + 1
+        if self.interval > 0 and done % self.interval == 0 and done < runner.max_iters:
+            self.save(runner, f'iter_{done}.pth', done, optimizer=True)
+            self._remove_old(runner)
+
+    def after_stage(self, runner, name: str, optimizer: bool) -> None:
+        """Saves ``<name>.pth``; called by the loop when a stage is complete."""
+        self.save(runner, f'{name}.pth', runner.iter, optimizer)
+
+    def save(self, runner, filename: str, iteration: int, optimizer: bool) -> None:
+        """Writes a checkpoint and makes it the one to resume from.
+
+        Args:
+            runner: The runner.
+            filename: Name inside the work dir.
+            iteration: Finished iterations.
+            optimizer: Whether to save optimizer and schedulers, needed to go on training.
+        """
+        runner.save_checkpoint(
+            runner.work_dir,
+            filename,
+            save_optimizer=optimizer,
+            save_param_scheduler=optimizer and runner.param_schedulers is not None,
+            meta={'epoch': runner.epoch, 'iter': iteration},
+            by_epoch=False,
+        )
+        if is_main_process():
+            path = Path(runner.work_dir) / filename
+            pointer = Path(runner.work_dir) / 'last_checkpoint'
+            atomic_write(pointer, lambda file: file.write(str(path).encode()))
+            runner.logger.info(f'saved {path}')
+
+    def _remove_old(self, runner) -> None:
+        if not is_main_process():
+            return
+        files = sorted(
+            Path(runner.work_dir).glob('iter_*.pth'), key=lambda p: int(p.stem.split('_')[1])
+        )
+        for path in files[: -self.max_keep_ckpts]:
+            with suppress(FileNotFoundError):
+                path.unlink()

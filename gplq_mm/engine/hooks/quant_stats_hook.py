@@ -1,0 +1,97 @@
+"""Watches the activation quantizers while they learn."""
+
+import torch
+from mmengine.hooks import Hook
+from torch import Tensor
+
+from ...layers import act_quantizers
+from ...quant import ActQuantizer, QuantState
+from ...registry import HOOKS
+from ..weights import unwrap
+
+__all__ = ['QuantStatsHook', 'quantizer_statistics']
+
+
+@torch.no_grad()
+def quantizer_statistics(quantizer: ActQuantizer, x: Tensor, x_hat: Tensor) -> dict[str, float]:
+    """Clip rate, mean scale and SQNR (dB) of one quantizer on one input.
+
+    Args:
+        quantizer: A calibrated quantizer.
+        x: Its input.
+        x_hat: Its output for ``x``.
+    """
+    x, x_hat = x.float(), x_hat.float()
+    scale, offset = quantizer.grid()
+    offset = 0.0 if offset is None else offset
+    if quantizer.spec.quantizer == 'uniform':
+        low, high = scale * quantizer.qmin + offset, scale * quantizer.qmax + offset
+        clipped = (x < low - scale / 2) | (x > high + scale / 2)
+    else:
+        clipped = x > scale
+    noise = (x - x_hat).square().mean().clamp(min=1e-30)
+    signal = x.square().mean().clamp(min=1e-30)
+    return {
+        'clip_rate': float(clipped.float().mean()),
+        'scale': float(scale.mean()),
+        'sqnr_db': float(10 * torch.log10(signal / noise)),
+    }
+
+
+@HOOKS.register_module()
+class QuantStatsHook(Hook):
+    """Logs clip rate, scale and SQNR of the quantizers every ``interval`` iterations.
+
+    The mean over quantizers goes to the log; every quantizer's own values go to the visualizer
+    backends as ``quant/<layer>/<value>``.
+
+    Args:
+        interval: Iterations between two measurements. Defaults to 100.
+        per_layer: Whether to send every quantizer's values too. Defaults to True.
+    """
+
+    priority = 'NORMAL'
+
+    def __init__(self, interval: int = 100, per_layer: bool = True):
+        self.interval = interval
+        self.per_layer = per_layer
+        self._handles: list = []
+        self._values: dict[str, dict[str, float]] = {}
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        """Listens to the quantizers for the coming iteration, if it is one to measure."""
+        if runner.iter % self.interval:
+            return
+
+        def measure(module, args, output, name):
+            if module.enabled and module.state >= QuantState.LEARNING:
+                self._values[name] = quantizer_statistics(module, args[0], output)
+
+        for name, quantizer in act_quantizers(unwrap(runner.model)).items():
+            self._handles.append(
+                quantizer.register_forward_hook(
+                    lambda module, args, output, name=name: measure(module, args, output, name)
+                )
+            )
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        """Logs what was measured."""
+        if not self._handles:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for key in ('clip_rate', 'scale', 'sqnr_db'):
+            values = [value[key] for value in self._values.values()]
+            if values:
+                runner.message_hub.update_scalar(f'train/quant_{key}', sum(values) / len(values))
+        if self.per_layer:
+            runner.visualizer.add_scalars(
+                {
+                    f'quant/{name.removeprefix("architecture.")}/{key}': number
+                    for name, value in self._values.items()
+                    for key, number in value.items()
+                },
+                step=runner.iter + 1,
+            )
+        self._values = {}

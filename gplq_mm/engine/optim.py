@@ -1,0 +1,67 @@
+"""Optimizer settings of Stage 1: two learning rates, and bf16 on any device."""
+
+from contextlib import contextmanager
+
+import torch
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
+from mmengine.runner import autocast
+from torch import nn
+
+from ..quant import ActQuantizer
+from ..registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
+
+__all__ = ['Bf16OptimWrapper', 'GPLQOptimWrapperConstructor']
+
+
+@OPTIM_WRAPPERS.register_module()
+class Bf16OptimWrapper(OptimWrapper):
+    """Forward under bfloat16 autocast; parameters, gradients and updates stay FP32.
+
+    bfloat16 has FP32's range, so there is no loss scaling. mmengine's AmpOptimWrapper refuses
+    to run on a CPU; this one does not.
+    """
+
+    @contextmanager
+    def optim_context(self, model: nn.Module):
+        """Enters the autocast region around the forward."""
+        with super().optim_context(model), autocast(dtype=torch.bfloat16):
+            yield
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class GPLQOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+    """Gives quantizer parameters their own settings; ``optimizer`` is that of the weights.
+
+    ``optim_wrapper=dict(constructor='gplq_mm.GPLQOptimWrapperConstructor',
+    optimizer=dict(type='AdamW', lr=5e-6), quantizer=dict(lr=1e-3, weight_decay=0.))``
+
+    Args:
+        optim_wrapper_cfg: As in mmengine; the key ``quantizer`` holds overrides of optimizer
+            settings (``lr``, ``weight_decay``) for scales and zero-points.
+        paramwise_cfg: As in mmengine, for the weights.
+    """
+
+    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None):
+        optim_wrapper_cfg = dict(optim_wrapper_cfg)
+        self.quantizer_cfg = dict(optim_wrapper_cfg.pop('quantizer', {}))
+        super().__init__(optim_wrapper_cfg, paramwise_cfg or {})
+
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        self._quantizer_ids = {
+            id(parameter)
+            for module in model.modules()
+            if isinstance(module, ActQuantizer)
+            for parameter in module.parameters()
+        }
+        if not self.paramwise_cfg:
+            # mmengine asks the optimizer for one group only when nothing is set per parameter.
+            self.paramwise_cfg = {'custom_keys': {}}
+        return super().__call__(model)
+
+    def add_params(self, params: list[dict], module: nn.Module, *args, **kwargs) -> None:
+        """Adds a module's parameters as mmengine does, then applies the quantizer settings."""
+        first = len(params)
+        super().add_params(params, module, *args, **kwargs)
+        for group in params[first:]:
+            if all(id(parameter) in self._quantizer_ids for parameter in group['params']):
+                group.update(self.quantizer_cfg)

@@ -1,0 +1,96 @@
+"""mmengine's Runner with checkpoints that are never torn and never unpickled."""
+
+import os
+
+import torch
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer
+from mmengine.runner import Runner
+
+from ..checkpoint import atomic_write, read_checkpoint, to_plain
+from ..registry import RUNNERS
+from .weights import load_run_weights
+
+__all__ = ['GPLQRunner']
+
+
+class AtomicLocalBackend(LocalBackend):
+    """Local files that appear complete or not at all."""
+
+    def put(self, obj: bytes | memoryview, filepath: str | os.PathLike) -> None:
+        """Writes ``obj`` to a temporary file, syncs it and renames it."""
+        atomic_write(filepath, lambda file: file.write(obj))
+
+
+register_backend('gplq_atomic', AtomicLocalBackend, force=True)
+
+
+class PlainCheckpointHook(Hook):
+    """Turns what is about to be saved into tensors and plain data, and back after loading."""
+
+    priority = 'LOWEST'
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        """mmengine's histories are numpy objects, which ``weights_only=True`` refuses."""
+        hub = checkpoint['message_hub']
+        histories = {}
+        for key, buffer in hub['log_scalars'].items():
+            values, counts = buffer.data
+            histories[key] = {'values': torch.tensor(values), 'counts': torch.tensor(counts)}
+        hub['log_scalars'] = histories
+        checkpoint.update(to_plain(checkpoint))
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Makes the histories usable again."""
+        hub = checkpoint.get('message_hub')
+        if hub is None:
+            return
+        hub['log_scalars'] = {
+            key: HistoryBuffer(item['values'].tolist(), item['counts'].tolist())
+            if isinstance(item, dict)
+            else item
+            for key, item in hub['log_scalars'].items()
+        }
+
+
+@RUNNERS.register_module()
+class GPLQRunner(Runner):
+    """Runner whose checkpoints hold tensors and plain data only and appear all at once.
+
+    Selected by ``runner_type='gplq_mm.GPLQRunner'`` in a config; every other behaviour is
+    mmengine's.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_hook(PlainCheckpointHook())
+
+    def save_checkpoint(self, *args, **kwargs) -> None:
+        """As in mmengine, but a file appears complete or not at all.
+
+        Raises:
+            OSError: If the disk is full; earlier checkpoints stay as they are.
+        """
+        if kwargs.get('backend_args') is None:
+            kwargs['backend_args'] = {'backend': 'gplq_atomic'}
+        super().save_checkpoint(*args, **kwargs)
+
+    def load_checkpoint(
+        self,
+        filename: str,
+        map_location: str = 'cpu',
+        strict: bool = False,
+        revise_keys: list | None = None,
+    ) -> dict:
+        """Reads a checkpoint of any state into the model, weights only.
+
+        Raises:
+            CheckpointError: If the file is missing, damaged or of another architecture.
+        """
+        checkpoint = read_checkpoint(filename)
+        self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
+        load_run_weights(self.model, checkpoint, filename)
+        self._has_loaded = True
+        self.logger.info(f'loaded {filename}')
+        return checkpoint

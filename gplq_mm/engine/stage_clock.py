@@ -1,0 +1,76 @@
+"""Seconds and peak memory of each stage of a run."""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+__all__ = ['StageClock']
+
+MEGABYTE = 2**20
+
+
+def _reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    # Linux: 5 resets the high-water mark of resident memory. Without it (other systems, or no
+    # permission) the figure is the peak since the process began.
+    with suppress(OSError):
+        Path('/proc/self/clear_refs').write_text('5')
+
+
+def _peak_megabytes() -> float:
+    """Peak of the device's allocations on CUDA, of resident memory otherwise."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / MEGABYTE
+    with suppress(OSError):
+        for line in Path('/proc/self/status').read_text().splitlines():
+            if line.startswith('VmHWM:'):
+                return int(line.split()[1]) / 1024
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MEGABYTE
+
+
+class StageClock:
+    """Adds up seconds and keeps the peak memory (MB) of named stages, over resumes too."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.peak_memory_mb: dict[str, float] = {}
+        self._start: float | None = None
+        self._stage: str | None = None
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measures what happens inside as part of stage ``name``."""
+        _reset_peak()
+        self._stage, self._start = name, time.monotonic()
+        try:
+            yield
+        finally:
+            self.flush()
+            self._stage = self._start = None
+
+    def flush(self) -> None:
+        """Books the time of the running stage up to now (before a checkpoint is written)."""
+        if self._stage is None:
+            return
+        now = time.monotonic()
+        self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + now - self._start
+        self._start = now
+        peak = max(self.peak_memory_mb.get(self._stage, 0.0), _peak_megabytes())
+        self.peak_memory_mb[self._stage] = peak
+
+    def state_dict(self) -> dict:
+        """Plain data, time of the running stage included."""
+        self.flush()
+        return {'seconds': dict(self.seconds), 'peak_memory_mb': dict(self.peak_memory_mb)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continues from :meth:`state_dict`."""
+        self.seconds = dict(state['seconds'])
+        self.peak_memory_mb = dict(state['peak_memory_mb'])

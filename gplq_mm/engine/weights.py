@@ -1,0 +1,57 @@
+"""Which weights a checkpoint brings, and whether they belong to the model at hand."""
+
+from collections.abc import Mapping
+
+from mmengine.model import is_model_wrapper
+from torch import nn
+
+from ..checkpoint import CheckpointError, load_float_weights, state_dict_of
+from ..models import GPLQ
+
+__all__ = ['load_run_weights', 'unwrap']
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside a distributed wrapper, or the model itself."""
+    return model.module if is_model_wrapper(model) else model
+
+
+def load_run_weights(model: nn.Module, checkpoint: Mapping, source: str) -> None:
+    """Loads the weights of a checkpoint of any state.
+
+    A GPLQ model takes a GPLQ checkpoint (any stage, same policy) or the FP32 checkpoint of its
+    architecture; another model takes its own.
+
+    Args:
+        model: Model, wrapped or not.
+        checkpoint: Content of the file.
+        source: Its name, for messages.
+
+    Raises:
+        CheckpointError: If it is of another architecture or policy.
+    """
+    model = unwrap(model)
+    if not isinstance(model, GPLQ) or 'gplq' not in checkpoint:
+        load_float_weights(model.architecture if isinstance(model, GPLQ) else model, source)
+        return
+    saved, own = checkpoint['gplq']['policy'], model.policy.to_dict()
+    if saved != own:
+        different = [key for key in own if saved.get(key) != own[key]]
+        raise CheckpointError(
+            f'checkpoint {source} was made under another policy (it differs in '
+            f'{", ".join(different)}); use the config that made it, or start a new run.'
+        )
+    state = state_dict_of(checkpoint)
+    try:
+        result = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f'checkpoint {source} is of another architecture: {str(error).splitlines()[1].strip()}'
+        ) from error
+    problems = [*result.missing_keys, *result.unexpected_keys]
+    problems = [key for key in problems if not key.startswith('mimic_loss.')]
+    if problems:
+        raise CheckpointError(
+            f'checkpoint {source} is of another architecture: {len(problems)} entries do not '
+            f'match, for example {problems[0]}.'
+        )

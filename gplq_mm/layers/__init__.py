@@ -1,0 +1,41 @@
+"""Quantized layers, attention adapters, compensation, and the in-place swap."""
+
+from .attention import QuantAttention, register_attention_adapter
+from .compensation import Compensation, QwT, QwTv2, attach_compensation, build_compensation
+from .conv import QuantConv2d
+from .linear import QuantLinear
+from .replace import QuantReport, find_blocks, quant_layers, quantize_model
+from .states import (
+    act_quantizers,
+    calibrate,
+    freeze_activations,
+    is_calibrated,
+    quantizers_disabled,
+    require_frozen,
+    weights_disabled,
+)
+from .weight_layer import QuantWeightLayer
+
+__all__ = [
+    'Compensation',
+    'QuantAttention',
+    'QuantConv2d',
+    'QuantLinear',
+    'QuantReport',
+    'QuantWeightLayer',
+    'QwT',
+    'QwTv2',
+    'act_quantizers',
+    'attach_compensation',
+    'build_compensation',
+    'calibrate',
+    'find_blocks',
+    'freeze_activations',
+    'is_calibrated',
+    'quant_layers',
+    'quantize_model',
+    'quantizers_disabled',
+    'register_attention_adapter',
+    'require_frozen',
+    'weights_disabled',
+]

@@ -1,0 +1,72 @@
+"""Convolution with a quantized input and, after Stage 2, a quantized weight."""
+
+from dataclasses import replace
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..quant import PolicyError, SiteSpec
+from .weight_layer import QuantWeightLayer
+
+__all__ = ['QuantConv2d']
+
+
+class QuantConv2d(QuantWeightLayer, nn.Conv2d):
+    """``F.conv2d(fake_quant(x), weight, bias)`` for dense, zero-padded convolutions.
+
+    Input ``(N, in, H, W)``, output ``(N, out, H', W')``. As a matrix the weight is
+    ``(out, in * kh * kw)``.
+    """
+
+    @classmethod
+    def from_float(cls, module: nn.Conv2d, spec: SiteSpec, name: str) -> 'QuantConv2d':
+        """Quantized twin of ``module`` that shares its parameters.
+
+        With padding a float zero-point becomes an integer one, since the padded zeros must be
+        on the grid.
+
+        Raises:
+            PolicyError: For a grouped convolution or a padding other than explicit zeros.
+        """
+        if module.groups != 1 or module.padding_mode != 'zeros' or isinstance(module.padding, str):
+            raise PolicyError(
+                f'{name}: a convolution with groups={module.groups}, padding={module.padding!r}, '
+                f'padding_mode={module.padding_mode!r} cannot be quantized; exclude it with '
+                f'dict(pattern={name!r}, exclude=True).'
+            )
+        act = spec.activation
+        if any(module.padding) and act.zero_point == 'float':
+            act = replace(act, zero_point='integer')
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.__dict__.update(
+            {key: value for key, value in module.__dict__.items() if not key.startswith('_')}
+        )
+        layer._reversed_padding_repeated_twice = module._reversed_padding_repeated_twice
+        layer.weight, layer.bias = module.weight, module.bias
+        channels = module.in_channels if act.granularity == 'channel' else 1
+        layer._add_quantizers(act, spec.weight, (channels, 1, 1), name)
+        return layer.train(module.training)
+
+    def column_grid(self) -> tuple[Tensor, Tensor]:
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        scale, offset = self.act_quantizer.grid()
+        scale = scale.detach().flatten().expand(self.in_channels).repeat_interleave(taps)
+        if offset is None:
+            return scale, scale.new_zeros(scale.shape)
+        offset = offset.detach().flatten().expand(self.in_channels)
+        return scale, offset.repeat_interleave(taps)
+
+    def operand_rows(self, x: Tensor) -> Tensor:
+        columns = F.unfold(
+            self.operand(x), self.kernel_size, self.dilation, self.padding, self.stride
+        )
+        return columns.transpose(1, 2).reshape(-1, columns.shape[1])
+
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation)
+
+    def _rescale(self, accumulator: Tensor) -> Tensor:
+        quantizer = self.weight_quantizer
+        scale, bias = quantizer.row_scale[:, None, None], quantizer.bias[:, None, None]
+        return (accumulator * scale + bias).float()

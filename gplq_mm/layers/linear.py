@@ -1,0 +1,50 @@
+"""Linear layer with a quantized input and, after Stage 2, a quantized weight."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..quant import SiteSpec
+from .weight_layer import QuantWeightLayer
+
+__all__ = ['QuantLinear']
+
+
+class QuantLinear(QuantWeightLayer, nn.Linear):
+    """``F.linear(fake_quant(x), weight, bias)``; keeps the Parameter and the key of its source.
+
+    Input ``(..., in_features)``, output ``(..., out_features)``.
+    """
+
+    @classmethod
+    def from_float(cls, module: nn.Linear, spec: SiteSpec, name: str) -> 'QuantLinear':
+        """Quantized twin of ``module`` that shares its parameters.
+
+        Args:
+            module: The float layer.
+            spec: Specs of input and weight, both present.
+            name: Full name of the layer.
+        """
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.in_features, layer.out_features = module.in_features, module.out_features
+        layer.weight, layer.bias = module.weight, module.bias
+        channels = module.in_features if spec.activation.granularity == 'channel' else 1
+        layer._add_quantizers(spec.activation, spec.weight, (channels,), name)
+        return layer.train(module.training)
+
+    def column_grid(self) -> tuple[Tensor, Tensor]:
+        scale, offset = self.act_quantizer.grid()
+        scale = scale.detach().expand(self.in_features)
+        if offset is None:
+            return scale, scale.new_zeros(self.in_features)
+        return scale, offset.detach().expand(self.in_features)
+
+    def operand_rows(self, x: Tensor) -> Tensor:
+        return self.operand(x).reshape(-1, self.in_features)
+
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def _rescale(self, accumulator: Tensor) -> Tensor:
+        quantizer = self.weight_quantizer
+        return (accumulator * quantizer.row_scale + quantizer.bias).float()

@@ -1,0 +1,163 @@
+"""From a float model and a policy to a quantized model, in place."""
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..quant import PolicyError, QuantPolicy
+from .attention import (
+    OPERANDS,
+    QuantAttention,
+    attention_adapter_of,
+    looks_like_attention,
+)
+from .compensation import attach_compensation, build_compensation
+from .conv import QuantConv2d
+from .linear import QuantLinear
+from .weight_layer import QuantWeightLayer
+
+__all__ = ['QuantReport', 'find_blocks', 'quant_layers', 'quantize_model']
+
+# Layers with a weight that have no quantized twin. Leaving one in float silently would break the
+# promise of the policy.
+UNSUPPORTED = (
+    nn.Conv1d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Bilinear,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+)
+# Residual blocks with one tensor in and one tensor out, by class name.
+BLOCK_CLASSES = ('TransformerEncoderLayer', 'SwinBlock', 'BasicBlock', 'Bottleneck')
+
+
+@dataclass(frozen=True)
+class QuantReport:
+    """What was replaced: full names by kind."""
+
+    linear: list[str]
+    conv: list[str]
+    attention: list[str]
+    excluded: list[str]
+    blocks: list[str]
+
+    def __str__(self) -> str:
+        return (
+            f'{len(self.linear)} Linear, {len(self.conv)} Conv2d and {len(self.attention)} '
+            f'attention layers quantized, {len(self.excluded)} sites excluded, '
+            f'{len(self.blocks)} blocks'
+        )
+
+
+def _set_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition('.')
+    owner = root.get_submodule(parent)
+    if isinstance(owner, nn.Sequential | nn.ModuleList):
+        owner[int(child) if child.isdigit() else list(owner._modules).index(child)] = module
+    else:
+        setattr(owner, child, module)
+
+
+def _kind_of(module: nn.Module) -> str | None:
+    if isinstance(module, nn.Linear):
+        return 'linear'
+    return 'conv' if isinstance(module, nn.Conv2d) else None
+
+
+def _check_supported(name: str, module: nn.Module, policy: QuantPolicy) -> None:
+    unsupported = isinstance(module, UNSUPPORTED)
+    if not unsupported and looks_like_attention(module) and not attention_adapter_of(module):
+        # A wrapper like ShiftWindowMSA is fine: the products are in its adapted child.
+        unsupported = not any(
+            attention_adapter_of(child) or isinstance(child, QuantAttention)
+            for child in module.modules()
+        ) and any(_kind_of(child) for child in module.modules())
+    if unsupported and policy.resolve(name, 'linear').weight is not None:
+        raise PolicyError(
+            f'{name}: a layer of type {type(module).__name__} cannot be quantized. Exclude it '
+            f'with dict(pattern={re.escape(name)!r}, exclude=True), or, for an attention, '
+            'register an adapter with gplq_mm.layers.register_attention_adapter.'
+        )
+
+
+def quantize_model(
+    model: nn.Module, policy: QuantPolicy, compensation: dict | None = None
+) -> QuantReport:
+    """Swaps the layers of ``model`` for quantized twins that share their parameters.
+
+    Names are those of ``model.named_modules()``, and parameter keys stay as they are.
+
+    Args:
+        model: Float model; changed in place.
+        policy: Which site gets which spec.
+        compensation: Config of the compensation that blocks can take, or None.
+
+    Returns:
+        What was replaced.
+
+    Raises:
+        PolicyError: For a rule that matches nothing, a layer that cannot be quantized, or a
+            model without any layer to quantize.
+    """
+    modules = list(model.named_modules())
+    sites: list[str] = []
+    for name, module in modules:
+        if _kind_of(module):
+            sites.append(name)
+        elif attention_adapter_of(module):
+            sites.extend(f'{name}.{operand}' for operand in OPERANDS)
+        elif isinstance(module, UNSUPPORTED):
+            sites.append(name)
+    if not sites:
+        raise PolicyError('the model has no Linear, Conv2d or known attention layer to quantize.')
+    policy.check_matched([name for name, _ in modules if name] + sites)
+    for name, module in modules:
+        _check_supported(name, module, policy)
+
+    done: dict[str, list[str]] = {'linear': [], 'conv': [], 'attention': [], 'excluded': []}
+    for name, module in modules:
+        kind = _kind_of(module)
+        if kind:
+            spec = policy.resolve(name, kind)
+            if spec.weight is None:
+                done['excluded'].append(name)
+                continue
+            twin = (QuantLinear if kind == 'linear' else QuantConv2d).from_float(module, spec, name)
+            _set_module(model, name, twin)
+            done[kind].append(name)
+        adapter = attention_adapter_of(module)
+        if adapter:
+            specs = {key: policy.resolve(f'{name}.{key}', key).activation for key in OPERANDS}
+            if all(spec is None for spec in specs.values()):
+                done['excluded'].append(name)
+                continue
+            adapter(module, specs, name)
+            done['attention'].append(name)
+    blocks = find_blocks(model)
+    if compensation is not None:
+        for name in blocks:
+            block = model.get_submodule(name)
+            axis = 1 if type(block).__name__ in ('BasicBlock', 'Bottleneck') else -1
+            attach_compensation(block, build_compensation(compensation, axis))
+    return QuantReport(**done, blocks=blocks)
+
+
+def find_blocks(model: nn.Module) -> list[str]:
+    """Names of the residual blocks that hold quantized layers, in definition order."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__ in BLOCK_CLASSES and quant_layers(module)
+    ]
+
+
+def quant_layers(module: nn.Module) -> dict[str, QuantWeightLayer]:
+    """Quantized Linear and Conv2d layers below ``module``, by name, in definition order."""
+    return {
+        name: layer for name, layer in module.named_modules() if isinstance(layer, QuantWeightLayer)
+    }

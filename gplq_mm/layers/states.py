@@ -1,0 +1,97 @@
+"""States of all quantizers of a model at once: calibrate, freeze, switch off."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from ..quant import ActQuantizer, NotCalibratedError, QuantState, WeightQuantizer
+from .compensation import Compensation
+
+__all__ = [
+    'act_quantizers',
+    'calibrate',
+    'freeze_activations',
+    'is_calibrated',
+    'quantizers_disabled',
+    'weights_disabled',
+]
+
+
+def act_quantizers(model: nn.Module) -> dict[str, ActQuantizer]:
+    """All activation quantizers by name."""
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, ActQuantizer)
+    }
+
+
+def is_calibrated(model: nn.Module) -> bool:
+    """Whether every activation quantizer has a scale."""
+    return all(q.state >= QuantState.LEARNING for q in act_quantizers(model).values())
+
+
+def calibrate(model: nn.Module, run_pass: Callable[[int, int], None]) -> None:
+    """Initialises every activation quantizer from data, in place.
+
+    While it observes, a quantizer passes its input through, so all of them see the float model.
+
+    Args:
+        model: Quantized model.
+        run_pass: ``run_pass(i, n)`` sends the calibration images through the model, pass i of n.
+
+    Raises:
+        ValueError: If a quantizer saw nothing, or something that is not finite.
+        RuntimeError: If a quantizer is frozen.
+    """
+    quantizers = list(act_quantizers(model).values())
+    for quantizer in quantizers:
+        quantizer.observe()
+    passes = max(quantizer.observer.num_passes for quantizer in quantizers)
+    for index in range(passes):
+        run_pass(index, passes)
+        for quantizer in quantizers:
+            if quantizer.observer.finished_passes < quantizer.observer.num_passes:
+                try:
+                    quantizer.observer.end_pass()
+                except ValueError as error:
+                    raise ValueError(f'{quantizer.site}: {error}') from None
+    for quantizer in quantizers:
+        quantizer.finish_observing()
+
+
+def freeze_activations(model: nn.Module) -> None:
+    """Freezes every activation quantizer; Stage 2 requires it."""
+    for quantizer in act_quantizers(model).values():
+        quantizer.freeze()
+
+
+def require_frozen(model: nn.Module) -> None:
+    """Raises NotCalibratedError unless every activation quantizer is frozen."""
+    for quantizer in act_quantizers(model).values():
+        if quantizer.state != QuantState.FROZEN:
+            raise NotCalibratedError(
+                f'{quantizer.site} is {quantizer.state.name}, but weights are quantized against '
+                'frozen activation quantizers only: finish Stage 1 first.'
+            )
+
+
+@contextmanager
+def _disabled(model: nn.Module, kinds: tuple[type, ...]) -> Iterator[None]:
+    switched = [m for m in model.modules() if isinstance(m, kinds) and m.enabled]
+    for module in switched:
+        module.enabled = False
+    try:
+        yield
+    finally:
+        for module in switched:
+            module.enabled = True
+
+
+def quantizers_disabled(model: nn.Module):
+    """Context in which the model computes with its latent FP32 weights and activations."""
+    return _disabled(model, (ActQuantizer, WeightQuantizer, Compensation))
+
+
+def weights_disabled(model: nn.Module):
+    """Context in which only activations are quantized (FP32 weights, no compensation)."""
+    return _disabled(model, (WeightQuantizer, Compensation))

@@ -1,0 +1,148 @@
+"""What quantized Linear and Conv2d share: two quantizers and the life of the weight."""
+
+import torch
+from torch import Tensor, nn
+
+from ..quant import ActQuantizer, ActSpec, QuantizedWeight, WeightQuantizer, WeightSpec
+from ..quant.quantizers import build_act_quantizer
+
+__all__ = ['QuantWeightLayer']
+
+# Above this an integer is not exact in float32.
+EXACT_FLOAT32 = 2**24
+
+
+class QuantWeightLayer(nn.Module):
+    """Mixin of layers that compute ``operand(x) @ weight.T + bias``.
+
+    Before Stage 2 the operand is the fake-quantized input and the weight is the FP32 parameter.
+    After it, in the ``folded`` layout, the operand is the integer code itself and the weight the
+    integer ``multiplier * code``; scale and bias of a row follow. These are the integers of the
+    deployed model, and the arithmetic is exact: the product runs in float64 where float32 could
+    not hold the sum.
+    """
+
+    act_quantizer: ActQuantizer
+    weight_quantizer: WeightQuantizer
+
+    def _add_quantizers(
+        self, act: ActSpec, weight: WeightSpec, act_shape: tuple[int, ...], name: str
+    ) -> None:
+        self.site = name
+        self.act_quantizer = build_act_quantizer(act, act_shape, f'{name}.input')
+        rows = self.weight.shape[0]
+        shape = (rows, self.weight.numel() // max(rows, 1))
+        self.weight_quantizer = WeightQuantizer(weight, shape, name)
+
+    @property
+    def weight_is_quantized(self) -> bool:
+        """Whether forward uses the integers of Stage 2."""
+        return self.weight_quantizer.enabled and self.weight_quantizer.is_quantized
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether the activation scale is folded into the quantized weight."""
+        return self.weight_quantizer.spec.layout == 'folded'
+
+    def column_grid(self) -> tuple[Tensor, Tensor]:
+        """Scale and offset of the input for every column of the weight matrix, each ``(K,)``."""
+        raise NotImplementedError
+
+    def operand(self, x: Tensor) -> Tensor:
+        """What Stage 2 multiplies with the weight: codes (folded) or x_hat (raw), shape of x."""
+        if not self.is_folded:
+            return self.act_quantizer(x).float()
+        codes = self.act_quantizer.codes(x)
+        if self.act_quantizer.spec.zero_point == 'integer':
+            codes = codes - self.act_quantizer.zero_point
+        return codes
+
+    def operand_rows(self, x: Tensor) -> Tensor:
+        """Operands as rows of the matrix product, ``(n, K)``; for statistics."""
+        raise NotImplementedError
+
+    def weight_matrix(self) -> Tensor:
+        """FP32 latent weight as a matrix ``(out, K)``."""
+        return self.weight.detach().float().flatten(1)
+
+    @torch.no_grad()
+    def foldable(self) -> tuple[Tensor, Tensor]:
+        """The matrix that a PTQ method rounds, and the order of its columns.
+
+        Returns:
+            ``(out, K)`` float32 weight, times the activation scale in the folded layout, and
+            int64 ``(K,)`` the columns sorted by that scale (as they are in the raw layout).
+        """
+        weight = self.weight_matrix()
+        if not self.is_folded:
+            return weight, torch.arange(weight.shape[1], device=weight.device)
+        scale, _ = self.column_grid()
+        return weight * scale, torch.argsort(scale, stable=True)
+
+    @torch.no_grad()
+    def set_quantized_weight(self, value: QuantizedWeight, operand_mean: Tensor | None) -> None:
+        """Takes the integers of a PTQ method over and computes the bias that belongs to them.
+
+        Args:
+            value: Integers of the matrix that :meth:`foldable` gave.
+            operand_mean: Mean operand ``(K,)`` over the calibration set. In the folded layout
+                the bias then makes the mean output exact; without it only the zero-points are
+                folded into the bias.
+        """
+        rows = self.weight.shape[0]
+        bias = self.weight.new_zeros(rows) if self.bias is None else self.bias.detach()
+        bias = bias.double()
+        if self.is_folded:
+            target, _ = self.foldable()
+            rounded = value.dequantize().double()
+            scale, offset = (grid.double() for grid in self.column_grid())
+            if self.act_quantizer.spec.zero_point == 'integer':
+                # The operand is code - zero_point already, so nothing is left to fold.
+                offset = torch.zeros_like(offset)
+            if operand_mean is None:
+                bias = bias + rounded @ (offset / scale)
+            else:
+                mean = operand_mean.double()
+                bias = bias + target.double() @ (offset / scale) + (target - rounded) @ mean
+        self.weight_quantizer.set(value, bias)
+
+    def dequantized_weight(self) -> Tensor:
+        """Real quantized weight in its own shape, float32."""
+        value = self.weight_quantizer.integers() * self.weight_quantizer.row_scale[:, None]
+        if self.is_folded:
+            value = value / self.column_grid()[0]
+        return value.reshape(self.weight.shape)
+
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's product: F.linear or F.conv2d."""
+        raise NotImplementedError
+
+    def accumulate(self, x: Tensor) -> Tensor:
+        """Integer accumulators of the folded product, before scale and bias (exact).
+
+        float32 where the largest possible sum is exact there, float64 otherwise.
+        """
+        operand = self.operand(x)
+        integers = self.weight_quantizer.integers().reshape(self.weight.shape)
+        spec = self.act_quantizer.spec
+        worst = 2**spec.bits * 127 * self.weight_quantizer.shape[1]
+        if worst >= EXACT_FLOAT32:
+            operand, integers = operand.double(), integers.double()
+        return self._multiply(operand, integers, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shapes and dtype as the float layer."""
+        if not self.weight_is_quantized:
+            return self._multiply(self.act_quantizer(x), self.weight, self.bias)
+        with torch.autocast(x.device.type, enabled=False):
+            if not self.is_folded or not self.act_quantizer.enabled:
+                out = self._multiply(
+                    self.act_quantizer(x).float(), self.dequantized_weight(), self.bias
+                )
+            else:
+                out = self._rescale(self.accumulate(x))
+        return out.to(x.dtype)
+
+    def _rescale(self, accumulator: Tensor) -> Tensor:
+        """``accumulator * row_scale + bias``, rows on the layer's output axis, float32."""
+        raise NotImplementedError

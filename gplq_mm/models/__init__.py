@@ -1,0 +1,16 @@
+"""Models: the GPLQ wrapper, the quantized backbone, the mimic loss."""
+
+from .gplq import GPLQ, FeatureTap, NonFiniteLossError, Stage
+from .pca_mimic_loss import PCAMimicLoss
+from .quant_backbone import QuantBackbone
+from .timm_conversion import convert_timm_vit_state_dict
+
+__all__ = [
+    'GPLQ',
+    'FeatureTap',
+    'NonFiniteLossError',
+    'PCAMimicLoss',
+    'QuantBackbone',
+    'Stage',
+    'convert_timm_vit_state_dict',
+]

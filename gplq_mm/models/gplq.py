@@ -1,0 +1,363 @@
+"""The GPLQ model: a quantized student and, while it trains, its frozen FP32 teacher."""
+
+import copy
+from enum import IntEnum
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModel
+from torch import Tensor, nn
+
+from ..checkpoint import load_float_weights
+from ..layers import (
+    act_quantizers,
+    freeze_activations,
+    is_calibrated,
+    quant_layers,
+    quantize_model,
+    require_frozen,
+)
+from ..quant import QuantPolicy
+from ..quant.reduce import is_finite_everywhere
+from ..registry import MODELS
+
+__all__ = ['GPLQ', 'FeatureTap', 'NonFiniteLossError', 'Stage']
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss became NaN or infinite; the update was not made."""
+
+
+class Stage(IntEnum):
+    """How far the model has come. The order is enforced, and the stage is saved with it."""
+
+    FLOAT = 0
+    CALIBRATED = 1
+    ACT_QAT = 2
+    WEIGHT_PTQ = 3
+
+
+class FeatureTap:
+    """Keeps input and output of one layer's last forward, as long as it is open.
+
+    Args:
+        layer: The layer, whose first input is the feature.
+    """
+
+    def __init__(self, layer: nn.Module):
+        self.is_open = False
+        self.feature: Tensor | None = None
+        self.output: Tensor | None = None
+        self.handle = layer.register_forward_hook(self._keep)
+
+    def _keep(self, _layer: nn.Module, args: tuple, output: Tensor) -> None:
+        if self.is_open:
+            self.feature, self.output = args[0], output
+
+    def __enter__(self) -> 'FeatureTap':
+        self.is_open = True
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        # Holding on would keep the graph of the last iteration alive.
+        self.is_open, self.feature, self.output = False, None, None
+
+    def __deepcopy__(self, _memo) -> None:
+        # The copy of a tapped model is not tapped.
+        return None
+
+
+def _final_linear(model: nn.Module, feature_layer: str | None) -> nn.Linear:
+    """The layer whose input is the penultimate feature."""
+    if feature_layer is not None:
+        try:
+            return model.get_submodule(feature_layer)
+        except AttributeError as error:
+            raise ValueError(
+                f'feature_layer={feature_layer!r} is no layer of the architecture.'
+            ) from error
+    head = getattr(model, 'head', None)
+    linears = [m for m in head.modules() if isinstance(m, nn.Linear)] if head is not None else []
+    if not linears:
+        raise ValueError(
+            'the architecture has no head with a Linear layer, so there are no penultimate '
+            'features to mimic; set feature_layer, or mimic=None and distill=None.'
+        )
+    return linears[-1]
+
+
+@MODELS.register_module()
+class GPLQ(BaseModel):
+    """Two-stage quantization of a model of mmpretrain (or any that takes the same three modes).
+
+    Args:
+        architecture: Config of the float model.
+        pretrained: Checkpoint of the float model, a file or URL. Needed for training.
+        policy: Arguments of :class:`gplq_mm.quant.QuantPolicy`.
+        mimic: Arguments of :class:`PCAMimicLoss`, or None to train without it.
+        distill: ``dict(loss_weight=..., temperature=...)`` adds the Kullback-Leibler distance
+            from the teacher's class probabilities, or None.
+        task_weight: Factor on the losses of the architecture. 0 trains without labels.
+        compensation: ``dict(type='QwT')``, ``dict(type='QwTv2')`` or None.
+        train_weights: Whether Stage 1 trains the FP32 weights too (the paper's text) or only
+            the quantizers.
+        teacher: Whether to keep a teacher. Training needs one for ``mimic`` and ``distill``,
+            evaluation does not.
+        feature_layer: Name of the layer whose input is the penultimate feature. Defaults to
+            the last Linear of the head.
+        data_preprocessor: As in every OpenMMLab model; handed on to the architecture.
+        init_cfg: Not used; the weights come from ``pretrained``.
+
+    Raises:
+        PolicyError: If the policy does not fit the architecture.
+        ValueError: For settings that contradict each other.
+    """
+
+    def __init__(
+        self,
+        architecture: dict,
+        pretrained: str | None = None,
+        policy: dict | None = None,
+        mimic: dict | None = None,
+        distill: dict | None = None,
+        task_weight: float = 1.0,
+        compensation: dict | None = None,
+        train_weights: bool = True,
+        teacher: bool = True,
+        feature_layer: str | None = None,
+        data_preprocessor: dict | nn.Module | None = None,
+        init_cfg: dict | None = None,
+    ):
+        student = MODELS.build(self._with_preprocessor(architecture, data_preprocessor))
+        super().__init__(data_preprocessor=student.data_preprocessor, init_cfg=init_cfg)
+        self.pretrained = pretrained
+        self.task_weight = task_weight
+        self.distill = self._check_distill(distill)
+        float_model = copy.deepcopy(student) if teacher else None
+        self.policy = QuantPolicy(**(policy or {}))
+        self.quant_report = quantize_model(student, self.policy, compensation)
+        self.architecture = student
+        self._set_teacher(float_model)
+        self.tap = self.teacher_tap = None
+        self.mimic_loss = None
+        needs_features = mimic is not None or self.distill is not None
+        if needs_features or getattr(student, 'head', None) is not None:
+            layer = _final_linear(student, feature_layer)
+            self.tap = FeatureTap(layer)
+            if float_model is not None:
+                self.teacher_tap = FeatureTap(_final_linear(float_model, feature_layer))
+            if mimic is not None:
+                self.mimic_loss = MODELS.build(
+                    {'type': 'gplq_mm.PCAMimicLoss', 'dim': layer.in_features, **mimic}
+                )
+        if not train_weights:
+            learned = {id(p) for q in act_quantizers(student).values() for p in q.parameters()}
+            for parameter in student.parameters():
+                parameter.requires_grad_(id(parameter) in learned)
+        self.register_buffer('stage_code', torch.zeros((), dtype=torch.uint8))
+
+    @staticmethod
+    def _with_preprocessor(architecture: dict, data_preprocessor) -> dict:
+        architecture = dict(architecture)
+        if data_preprocessor is not None:
+            architecture['data_preprocessor'] = data_preprocessor
+        return architecture
+
+    @staticmethod
+    def _check_distill(distill: dict | None) -> dict | None:
+        if distill is None:
+            return None
+        unknown = set(distill) - {'loss_weight', 'temperature'}
+        if unknown:
+            raise ValueError(f'distill has unknown key(s) {sorted(unknown)}.')
+        return {'loss_weight': 1.0, 'temperature': 1.0, **distill}
+
+    # -- the teacher lives outside the module tree: it is neither saved nor trained -----------
+
+    def _set_teacher(self, teacher: nn.Module | None) -> None:
+        if teacher is not None:
+            teacher.eval().requires_grad_(False)
+        self.__dict__['_teacher'] = teacher
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The frozen FP32 model, in eval mode, or None."""
+        return self.__dict__['_teacher']
+
+    def _apply(self, fn, *args, **kwargs):
+        if self.teacher is not None:
+            self.teacher._apply(fn, *args, **kwargs)
+        return super()._apply(fn, *args, **kwargs)
+
+    # -- stages ---------------------------------------------------------------------------
+
+    @property
+    def stage(self) -> Stage:
+        """How far the model has come."""
+        return Stage(int(self.stage_code))
+
+    @property
+    def stage_names(self) -> dict[str, str]:
+        """Rows of a result table -> name of the stage, for example ``act`` -> ``'w32a4'``."""
+        label = self.policy.label
+        return {
+            'fp32': 'fp32',
+            'ptq': f'ptq_{label}',
+            'act': f'w32{label[label.index("a") :]}',
+            'latent_fp32': 'latent_fp32',
+            'final': label,
+        }
+
+    @property
+    def state_name(self) -> str:
+        """What the model computes as it is: ``'fp32'``, ``'w32a4'`` or ``'w4a4'``."""
+        if self.stage == Stage.FLOAT:
+            return 'fp32'
+        return self.stage_names['final' if self.stage == Stage.WEIGHT_PTQ else 'act']
+
+    def advance(self, stage: Stage) -> None:
+        """Enters ``stage``.
+
+        Raises:
+            RuntimeError: If that would go back, or skip the calibration.
+        """
+        stage = Stage(stage)
+        if stage < self.stage:
+            raise RuntimeError(
+                f'the model is at {self.stage.name} and cannot go back to {stage.name}.'
+            )
+        if stage >= Stage.CALIBRATED and not is_calibrated(self.architecture):
+            raise RuntimeError(f'{stage.name} needs calibrated activation quantizers first.')
+        if stage == Stage.WEIGHT_PTQ:
+            require_frozen(self.architecture)
+            pending = [
+                name
+                for name, layer in quant_layers(self.architecture).items()
+                if not layer.weight_quantizer.is_quantized
+            ]
+            if pending:
+                raise RuntimeError(f'{len(pending)} weights are not quantized yet: {pending[0]}.')
+        self.stage_code.fill_(int(stage))
+
+    def freeze_activations(self) -> None:
+        """Ends Stage 1: scales and zero-points never change again."""
+        freeze_activations(self.architecture)
+
+    # -- weights --------------------------------------------------------------------------
+
+    def init_weights(self) -> None:
+        """Loads ``pretrained`` into student and teacher.
+
+        Raises:
+            ValueError: If there is no ``pretrained``.
+            CheckpointError: If it cannot be read or is of another architecture.
+        """
+        if self.pretrained is None:
+            raise ValueError(
+                'GPLQ quantizes a trained model: set model.pretrained to its checkpoint, for '
+                'example --cfg-options model.pretrained=PATH.'
+            )
+        load_float_weights(self.architecture, self.pretrained)
+        if self.teacher is not None:
+            load_float_weights(self.teacher, self.pretrained)
+        self._is_init = True
+
+    # -- forward --------------------------------------------------------------------------
+
+    def forward(self, inputs: Tensor, data_samples: list | None = None, mode: str = 'tensor'):
+        """The three modes of OpenMMLab; ``loss`` adds mimicking and distillation.
+
+        Args:
+            inputs: Preprocessed images ``(N, C, H, W)``.
+            data_samples: Annotations.
+            mode: ``'tensor'``, ``'predict'`` or ``'loss'``.
+
+        Raises:
+            ValueError: For a NaN or an infinity in an image.
+            RuntimeError: When asked to train after Stage 2.
+        """
+        self._check_images(inputs, data_samples)
+        if mode != 'loss':
+            return self.architecture(inputs, data_samples, mode=mode)
+        if self.stage == Stage.WEIGHT_PTQ:
+            raise RuntimeError(
+                'the weights are quantized and frozen; this model cannot be trained.'
+            )
+        if self.tap is None:
+            losses = self.architecture(inputs, data_samples, mode='loss')
+            return self._weigh_task(losses)
+        with self.tap as tap:
+            losses = self._weigh_task(self.architecture(inputs, data_samples, mode='loss'))
+            if self.mimic_loss is not None or self.distill is not None:
+                feature, logits = self.teacher_outputs(inputs)
+                if self.mimic_loss is not None:
+                    losses['loss_pca_mimic'] = self.mimic_loss(tap.feature, feature)
+                if self.distill is not None:
+                    losses['loss_distill'] = self._distill_loss(tap.output, logits)
+        return losses
+
+    def _weigh_task(self, losses: dict) -> dict:
+        if self.task_weight == 1.0:
+            return dict(losses)
+        return {
+            key: value * self.task_weight if 'loss' in key else value
+            for key, value in losses.items()
+        }
+
+    @torch.no_grad()
+    def teacher_outputs(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Penultimate features ``(N, D)`` and logits ``(N, classes)`` of the teacher.
+
+        Raises:
+            RuntimeError: If the model was built without a teacher.
+        """
+        if self.teacher is None or self.teacher_tap is None:
+            raise RuntimeError(
+                'this step needs the FP32 teacher; build the model with teacher=True.'
+            )
+        with self.teacher_tap as tap:
+            self.teacher(inputs, mode='tensor')
+            return tap.feature, tap.output
+
+    @torch.no_grad()
+    def student_outputs(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Penultimate features and logits of the student as it is now."""
+        with self.tap as tap:
+            self.architecture(inputs, mode='tensor')
+            return tap.feature, tap.output
+
+    def _distill_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+        # Hinton et al., 2015: the square keeps gradients comparable across temperatures.
+        temperature = self.distill['temperature']
+        divergence = F.kl_div(
+            F.log_softmax(student.float() / temperature, 1),
+            F.log_softmax(teacher.float() / temperature, 1),
+            reduction='batchmean',
+            log_target=True,
+        )
+        return self.distill['loss_weight'] * temperature**2 * divergence
+
+    def parse_losses(self, losses: dict) -> tuple[Tensor, dict]:
+        """Sums the losses, and stops before a NaN or an infinity reaches the weights.
+
+        Raises:
+            NonFiniteLossError: On all ranks, if any rank's loss is not finite.
+        """
+        loss, log = super().parse_losses(losses)
+        if not is_finite_everywhere(loss.detach()):
+            parts = ', '.join(f'{key}={float(value):.4g}' for key, value in log.items())
+            raise NonFiniteLossError(
+                f'the loss is not finite ({parts}); the step was not made and the last checkpoint '
+                'is intact. Lower the learning rate, or check the images and the checkpoint, '
+                'then continue with --resume.'
+            )
+        return loss, log
+
+    @staticmethod
+    def _check_images(inputs: Tensor, data_samples: list | None) -> None:
+        if not torch.is_tensor(inputs) or bool(torch.isfinite(inputs).all()):
+            return
+        bad = [i for i, image in enumerate(inputs) if not bool(torch.isfinite(image).all())]
+        names = [str(getattr(sample, 'img_path', '?')) for sample in data_samples or []]
+        named = ', '.join(names[i] for i in bad) if names else f'position {bad} of the batch'
+        raise ValueError(f'image with NaN or infinite pixels: {named}. Remove or repair it.')

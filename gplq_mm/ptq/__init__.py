@@ -1,0 +1,30 @@
+"""Post-training quantization of weights: functions of weight, statistics and spec."""
+
+from .blockwise import find_units, quantize_weights, round_weights
+from .build import build_weight_ptq
+from .gptq import GPTQ, damped_hessian, gptq_round
+from .refinement import coordinate_descent, refit_row_scale
+from .reparam import Reparametrization, reparametrize, reparametrize_
+from .rounding import RoundToNearest
+from .scales import group_width, search_group_scales, search_row_scale
+from .statistics import SecondMoment
+
+__all__ = [
+    'GPTQ',
+    'Reparametrization',
+    'RoundToNearest',
+    'SecondMoment',
+    'build_weight_ptq',
+    'coordinate_descent',
+    'damped_hessian',
+    'find_units',
+    'gptq_round',
+    'group_width',
+    'quantize_weights',
+    'refit_row_scale',
+    'reparametrize',
+    'reparametrize_',
+    'round_weights',
+    'search_group_scales',
+    'search_row_scale',
+]

@@ -1,0 +1,103 @@
+"""Streaming statistics of a layer's input."""
+
+import torch
+from torch import Tensor
+
+from ..quant.reduce import all_reduce_sum
+
+__all__ = ['SecondMoment']
+
+# 16 MB of float64: bounds the copy that an update makes, large enough for the product's speed.
+CHUNK_ELEMENTS = 2**21
+
+
+class SecondMoment:
+    """Count, sum and sum of outer products of the rows seen so far, in float64.
+
+    float64 throughout, because the mean of a transformer's activations often exceeds their
+    spread and a float32 sum then loses the covariance (relative error 1e-4 at a ratio of ten,
+    1e-12 here). On a CPU it takes 1.3 to 1.8 times as long; TF32 and autocast do not touch it.
+    Memory does not grow with the number of rows.
+
+    Args:
+        features: Length K of a row.
+
+    Raises:
+        ValueError: If ``features`` is not positive.
+    """
+
+    def __init__(self, features: int):
+        if features < 1:
+            raise ValueError(f'features={features!r} must be at least 1.')
+        self.features = features
+        self.count = 0
+        self.is_reduced = False
+        self._sum = torch.zeros(features, dtype=torch.float64)
+        self._outer = torch.zeros(features, features, dtype=torch.float64)
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Adds rows.
+
+        Args:
+            x: ``(..., K)``, real values in any dtype. The statistics move to its device.
+
+        Raises:
+            ValueError: If the last dimension is not K, or a value is not finite.
+            RuntimeError: After :meth:`reduce`, whose result would be counted once per rank.
+        """
+        if self.is_reduced:
+            raise RuntimeError('these statistics are reduced over ranks already; start new ones.')
+        if not x.dim() or x.shape[-1] != self.features:
+            raise ValueError(
+                f'statistics of {self.features} features got a tensor of shape {tuple(x.shape)}.'
+            )
+        rows = x.detach().reshape(-1, self.features)
+        total = rows.sum(0, dtype=torch.float64)
+        # A non-finite value makes its column's sum non-finite: a cheap test, before any harm.
+        if not total.isfinite().all():
+            raise ValueError('the input of the statistics has non-finite values.')
+        self.count += len(rows)
+        self._sum = self._sum.to(x.device).add_(total)
+        self._outer = self._outer.to(x.device)
+        for chunk in rows.split(max(1, CHUNK_ELEMENTS // self.features)):
+            chunk = chunk.double()
+            self._outer.addmm_(chunk.T, chunk)
+
+    def reduce(self) -> None:
+        """Sums over all ranks, once: later calls change nothing. Collective."""
+        if self.is_reduced:
+            return
+        count = torch.tensor(float(self.count), dtype=torch.float64, device=self._sum.device)
+        for tensor in (count, self._sum, self._outer):
+            all_reduce_sum(tensor)
+        self.count = int(count.item())
+        self.is_reduced = True
+
+    def _require_rows(self) -> None:
+        if not self.count:
+            raise ValueError('the statistics are empty: no row was seen.')
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean row, float64 ``(K,)``; raises ValueError if no row was seen."""
+        self._require_rows()
+        return self._sum / self.count
+
+    def second_moment(self) -> Tensor:
+        """Uncentered ``E[x x^T]``, float64 ``(K, K)``; raises ValueError if no row was seen."""
+        self._require_rows()
+        moment = self._outer / self.count
+        return (moment + moment.T) / 2
+
+    def covariance(self) -> Tensor:
+        """Centered ``E[(x - mean)(x - mean)^T]``, divided by the count, float64 ``(K, K)``.
+
+        Raises:
+            ValueError: If no row was seen.
+        """
+        mean = self.mean
+        covariance = self.second_moment().addr_(mean, mean, alpha=-1)
+        # The variance of a constant column may come out negative by a rounding error.
+        covariance.diagonal().clamp_(min=0)
+        return covariance

@@ -1,0 +1,46 @@
+"""Quantization core: specs, rounding, observers, quantizers. Pure torch, knows no model."""
+
+from .functional import (
+    dequantize,
+    dequantize_log_sqrt2,
+    fake_quantize,
+    fake_quantize_log_sqrt2,
+    quantize,
+    quantize_log_sqrt2,
+)
+from .observers import MinMaxObserver, MSEObserver, PercentileObserver, build_observer
+from .quantized_weight import QuantizedWeight
+from .quantizers import (
+    ActQuantizer,
+    NotCalibratedError,
+    ProbQuantizer,
+    QuantState,
+    WeightQuantizer,
+    build_act_quantizer,
+)
+from .spec import ActSpec, PolicyError, QuantPolicy, SiteSpec, WeightSpec
+
+__all__ = [
+    'ActQuantizer',
+    'ActSpec',
+    'MSEObserver',
+    'MinMaxObserver',
+    'NotCalibratedError',
+    'PercentileObserver',
+    'PolicyError',
+    'ProbQuantizer',
+    'QuantPolicy',
+    'QuantState',
+    'QuantizedWeight',
+    'SiteSpec',
+    'WeightQuantizer',
+    'WeightSpec',
+    'build_act_quantizer',
+    'build_observer',
+    'dequantize',
+    'dequantize_log_sqrt2',
+    'fake_quantize',
+    'fake_quantize_log_sqrt2',
+    'quantize',
+    'quantize_log_sqrt2',
+]

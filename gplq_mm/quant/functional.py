@@ -1,0 +1,171 @@
+"""Rounding, and nothing else: the only place in the package that rounds a number to a code.
+
+Notation: ``x_hat = scale * q + offset`` with an integer code ``q`` in ``[qmin, qmax]``. With
+``offset = 0`` this is LSQ (Esser et al., ICLR 2020), with a learned offset LSQ+ (Bhalgat et al.,
+CVPR-W 2020); an integer zero-point z is ``offset = -scale * z``.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    'dequantize',
+    'dequantize_log_sqrt2',
+    'fake_quantize',
+    'fake_quantize_log_sqrt2',
+    'quantize',
+    'quantize_log_sqrt2',
+]
+
+
+def _steps(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    """``(x - offset) / scale`` in a single pass over ``x``."""
+    inverse = scale.reciprocal()
+    if offset is None:
+        return x * inverse
+    return torch.addcmul(offset * -inverse, x, inverse)
+
+
+def quantize(x: Tensor, scale: Tensor, offset: Tensor | None, qmin: int, qmax: int) -> Tensor:
+    """Rounds half to even and clamps.
+
+    Args:
+        x: Real values, any floating dtype.
+        scale: Real value of an integer step, positive, broadcastable to ``x``.
+        offset: Real value of code 0, broadcastable to ``x``, or None for zero.
+        qmin: Smallest code.
+        qmax: Largest code.
+
+    Returns:
+        Integer codes in the floating dtype of ``x``, same shape.
+    """
+    return _steps(x, scale, offset).round_().clamp_(qmin, qmax)
+
+
+def dequantize(codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    """Real values of codes; shapes and dtypes as in :func:`quantize`."""
+    return codes * scale if offset is None else torch.addcmul(offset, codes, scale)
+
+
+def _pass_inside(grad: Tensor, steps: Tensor, qmin: int, qmax: int) -> Tensor:
+    """``grad`` where ``qmin <= steps <= qmax``, else 0; one pass (hardtanh's own is open-ended)."""
+    # The ends belong to the range; in float32 this is a few ulp beyond them at 8 bit.
+    low, high = qmin - 1e-5, qmax + 1e-5
+    return torch.ops.aten.hardtanh_backward(grad, steps, low, high)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Straight-through in x; LSQ/LSQ+ gradients for scale and offset.
+
+    Inside the range d x_hat / d scale = q - (x - offset) / scale and d x_hat / d offset = 0;
+    outside they are q and 1. Only x is kept for backward, the codes are computed again. The
+    passes over memory are what it costs, so both directions are written with few of them.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scale, offset, qmin, qmax, grad_scale):
+        ctx.save_for_backward(x, scale, offset)
+        ctx.limits = (qmin, qmax, grad_scale)
+        return dequantize(quantize(x, scale, offset, qmin, qmax), scale, offset)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, scale, offset = ctx.saved_tensors
+        qmin, qmax, grad_scale = ctx.limits
+        steps = _steps(x, scale, offset)
+        grad_x = _pass_inside(grad, steps, qmin, qmax)
+        grad_s = grad_o = None
+        if offset is not None and ctx.needs_input_grad[2]:
+            grad_o = (grad.sum_to_size(offset.shape) - grad_x.sum_to_size(offset.shape)) * grad_scale
+        if ctx.needs_input_grad[1]:
+            # sum of grad * q over all, minus grad * steps over what lies inside.
+            unrounded = grad_x * steps
+            steps.round_().clamp_(qmin, qmax).mul_(grad).sub_(unrounded)
+            grad_s = steps.sum_to_size(scale.shape) * grad_scale
+        return grad_x if ctx.needs_input_grad[0] else None, grad_s, grad_o, None, None, None
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    qmin: int,
+    qmax: int,
+    grad_scale: float = 1.0,
+) -> Tensor:
+    """Quantizes and dequantizes, differentiable in ``x``, ``scale`` and ``offset``.
+
+    Computed in float32 at least, whatever the autocast state, and returned in the dtype of
+    ``x``: a code must not depend on the precision of the matmuls around it.
+
+    Args:
+        x, scale, offset, qmin, qmax: As in :func:`quantize`.
+        grad_scale: Factor on the gradients of scale and offset (LSQ: 1 / sqrt(n * qmax)).
+
+    Returns:
+        Real values on the grid, shape and dtype of ``x``.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        out = _FakeQuantize.apply(
+            x.to(dtype),
+            scale.to(dtype),
+            None if offset is None else offset.to(dtype),
+            qmin,
+            qmax,
+            grad_scale,
+        )
+    return out.to(x.dtype)
+
+
+def quantize_log_sqrt2(x: Tensor, scale: Tensor, qmax: int) -> Tensor:
+    """Codes of non-negative values on the grid ``scale * 2**(-q/2)`` (RepQ-ViT, eq. 9).
+
+    Args:
+        x: Values >= 0.
+        scale: Largest representable value, positive, broadcastable to ``x``.
+        qmax: Largest code; it stands for the smallest value, zero included.
+
+    Returns:
+        Codes 0..qmax in the dtype of ``x``.
+    """
+    tiny = torch.finfo(x.dtype).tiny
+    return (x / scale).clamp_(min=tiny).log2_().mul_(-2).round_().clamp_(0, qmax)
+
+
+def dequantize_log_sqrt2(codes: Tensor, scale: Tensor) -> Tensor:
+    """Values ``scale * 2**(-q/2)``."""
+    return torch.exp2(codes * -0.5) * scale
+
+
+class _FakeQuantizeLogSqrt2(torch.autograd.Function):
+    """Inside the range the estimate is x_hat ~ x: gradient 1 for x and 0 for scale. Where the
+    code is clamped x_hat is a multiple of scale alone."""
+
+    @staticmethod
+    def forward(ctx, x, scale, qmax, grad_scale):
+        ctx.save_for_backward(x, scale)
+        ctx.limits = (qmax, grad_scale)
+        return dequantize_log_sqrt2(quantize_log_sqrt2(x, scale, qmax), scale)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, scale = ctx.saved_tensors
+        qmax, grad_scale = ctx.limits
+        lowest = math.pow(2, -qmax / 2)
+        above, below = x > scale, x < scale * lowest
+        grad_x = grad * ~(above | below) if ctx.needs_input_grad[0] else None
+        grad_s = None
+        if ctx.needs_input_grad[1]:
+            grad_s = (grad * (above + below * lowest)).sum_to_size(scale.shape) * grad_scale
+        return grad_x, grad_s, None, None
+
+
+def fake_quantize_log_sqrt2(x: Tensor, scale: Tensor, qmax: int, grad_scale: float = 1.0) -> Tensor:
+    """Differentiable round trip through :func:`quantize_log_sqrt2`; float32 at least inside."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        out = _FakeQuantizeLogSqrt2.apply(x.to(dtype), scale.to(dtype), qmax, grad_scale)
+    return out.to(x.dtype)

@@ -1,0 +1,226 @@
+"""Calibration: from activations to the initial scale and offset of a quantizer.
+
+An observer sees the data in one or two passes. Pass one finds the range of every channel, pass
+two (percentile, MSE) fills one histogram a channel over that range. What crosses ranks is a
+minimum, a maximum and a sum of counts, so the result does not depend on how the images were
+dealt out, and memory does not depend on how many there are.
+"""
+
+import torch
+from torch import Tensor
+
+from ..registry import OBSERVERS
+from .functional import dequantize_log_sqrt2, quantize, quantize_log_sqrt2
+from .reduce import all_reduce_max, all_reduce_min, all_reduce_sum
+from .spec import ActSpec
+
+__all__ = ['MSEObserver', 'MinMaxObserver', 'PercentileObserver', 'build_observer']
+
+TINY_RANGE = 1e-8
+
+
+def by_channel(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Views ``x`` as ``(n, channels)`` for a scale of ``shape`` that broadcasts to it.
+
+    ``shape`` has at most one axis longer than 1, the channel axis. Tokens with their channels
+    last, the common case, are not copied.
+    """
+    for axis, size in enumerate(reversed(shape), start=1):
+        if size > 1:
+            return x.movedim(-axis, -1).reshape(-1, size)
+    return x.reshape(-1, 1)
+
+
+class MinMaxObserver:
+    """Range of every channel; the scale covers it.
+
+    Args:
+        spec: What to initialise.
+        shape: Shape of the scale, broadcastable to the activations.
+    """
+
+    num_passes = 1
+
+    def __init__(self, spec: ActSpec, shape: tuple[int, ...]):
+        self.spec = spec
+        self.shape = tuple(shape)
+        self.low: Tensor | None = None
+        self.high: Tensor | None = None
+        self.finished_passes = 0
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Sees one batch.
+
+        Args:
+            x: Activations, any shape that ``shape`` broadcasts to.
+
+        Raises:
+            ValueError: For a NaN or an infinity.
+        """
+        rows = by_channel(x.detach().float(), self.shape)
+        if rows.numel() == 0:
+            return
+        if self.finished_passes == 0:
+            low, high = rows.aminmax(dim=0)
+            if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+                raise ValueError(
+                    'calibration met a NaN or an infinite activation; check the checkpoint and '
+                    'the calibration images.'
+                )
+            self.low = low if self.low is None else torch.minimum(self.low, low)
+            self.high = high if self.high is None else torch.maximum(self.high, high)
+        else:
+            self._count(rows)
+
+    def _count(self, rows: Tensor) -> None:
+        raise AssertionError('a min-max observer has one pass')
+
+    def end_pass(self) -> None:
+        """Closes a pass and reduces it across ranks.
+
+        Raises:
+            ValueError: If no activation was seen.
+        """
+        if self.low is None:
+            raise ValueError(
+                'an activation quantizer saw no data in calibration; its layer is never reached '
+                'by the forward pass. Exclude it with a policy rule.'
+            )
+        if self.finished_passes == 0:
+            all_reduce_min(self.low)
+            all_reduce_max(self.high)
+        self.finished_passes += 1
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Scale and offset, float32, both of the scale's shape.
+
+        The offset of a symmetric spec is zero.
+        """
+        scale, offset = self._to_grid(*self._limits())
+        return scale.reshape(self.shape), offset.reshape(self.shape)
+
+    def _limits(self) -> tuple[Tensor, Tensor]:
+        return self.low, self.high
+
+    def _to_grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Grid that covers [low, high]; both of shape (channels,)."""
+        qmin, qmax = self.spec.code_range
+        if self.spec.quantizer == 'log_sqrt2':
+            return high.clamp(min=TINY_RANGE), torch.zeros_like(high)
+        if self.spec.zero_point == 'none':
+            reach = torch.maximum(high, -low) if self.spec.signed else high
+            return reach.clamp(min=TINY_RANGE) / qmax, torch.zeros_like(high)
+        if self.spec.zero_point == 'integer':
+            low, high = low.clamp(max=0), high.clamp(min=0)
+        # A constant channel: any scale will do as long as it can be represented beside its
+        # offset in float32.
+        floor = torch.maximum(low.abs(), high.abs()) * 1e-6
+        scale = torch.maximum(high - low, floor.clamp(min=TINY_RANGE)) / (qmax - qmin)
+        if self.spec.zero_point == 'integer':
+            zero_point = (-low / scale).round().clamp(qmin, qmax)
+            return scale, -scale * zero_point
+        return scale, low
+
+
+OBSERVERS.register_module(name='minmax', module=MinMaxObserver)
+
+
+class _HistogramObserver(MinMaxObserver):
+    """Adds one histogram a channel, filled in the second pass over the range of the first."""
+
+    num_passes = 2
+    bins_per_step = 32
+
+    def end_pass(self) -> None:
+        super().end_pass()
+        if self.finished_passes == 1:
+            # Fine enough that a grid that uses a quarter of the range still has 8 bins a step.
+            self.bins = self.bins_per_step * 2**self.spec.bits
+            shape = (self.low.numel(), self.bins)
+            self.counts = torch.zeros(shape, dtype=torch.float64, device=self.low.device)
+            self.width = ((self.high - self.low) / self.bins).clamp(min=TINY_RANGE / self.bins)
+        else:
+            all_reduce_sum(self.counts)
+
+    def _count(self, rows: Tensor) -> None:
+        index = (rows - self.low).div_(self.width).to(torch.int32).clamp_(0, self.bins - 1)
+        index += torch.arange(rows.shape[1], device=rows.device, dtype=torch.int32) * self.bins
+        counts = torch.bincount(index.flatten(), minlength=self.counts.numel())
+        self.counts += counts.reshape(self.counts.shape)
+
+    def _centers(self) -> Tensor:
+        steps = torch.arange(self.bins, device=self.low.device) + 0.5
+        return self.low[:, None] + self.width[:, None] * steps
+
+
+class PercentileObserver(_HistogramObserver):
+    """Covers from the low to the high percentile of every channel (paper: 1st and 99th)."""
+
+    def _limits(self) -> tuple[Tensor, Tensor]:
+        share = self.counts.cumsum(1) / self.counts.sum(1, keepdim=True)
+        low_q, high_q = self.spec.percentile
+        first = (share > low_q).double().argmax(1)
+        last = (share >= high_q).double().argmax(1)
+        low = self.low + first * self.width
+        high = self.low + (last + 1) * self.width
+        return low.float(), high.float()
+
+
+OBSERVERS.register_module(name='percentile', module=PercentileObserver)
+
+
+class MSEObserver(_HistogramObserver):
+    """Clips where the squared error over the histogram is smallest.
+
+    The two ends of an asymmetric range are searched in turn, each over ``num_candidates``
+    positions between the other end and the extreme value, ``num_rounds`` times.
+    """
+
+    num_candidates = 24
+    num_rounds = 2
+
+    def _limits(self) -> tuple[Tensor, Tensor]:
+        centers = self._centers()
+        # float32 is enough to rank candidates, and twice as fast.
+        weights = (self.counts / self.counts.sum(1, keepdim=True)).float()
+        low, high = self.low.clone(), self.high.clone()
+        best = self._error(centers, weights, low, high)
+        symmetric = self.spec.zero_point == 'none'
+        shares = torch.linspace(0, 1, self.num_candidates + 1)[1:-1].tolist()
+        for _ in range(1 if symmetric else self.num_rounds):
+            for end in ('high',) if symmetric else ('high', 'low'):
+                # The end that stays, fixed while the other moves through its candidates.
+                fixed_low, fixed_high = low.clone(), high.clone()
+                for share in shares:
+                    if symmetric:
+                        trial_low, trial_high = self.low * share, self.high * share
+                    elif end == 'high':
+                        trial_low = fixed_low
+                        trial_high = fixed_low + (self.high - fixed_low) * share
+                    else:
+                        trial_low = fixed_high + (self.low - fixed_high) * share
+                        trial_high = fixed_high
+                    error = self._error(centers, weights, trial_low, trial_high)
+                    better = error < best
+                    best = torch.where(better, error, best)
+                    low = torch.where(better, trial_low, low)
+                    high = torch.where(better, trial_high, high)
+        return low, high
+
+    def _error(self, centers: Tensor, weights: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        scale, offset = (value[:, None] for value in self._to_grid(low, high))
+        qmin, qmax = self.spec.code_range
+        if self.spec.quantizer == 'log_sqrt2':
+            values = dequantize_log_sqrt2(quantize_log_sqrt2(centers, scale, qmax), scale)
+        else:
+            values = quantize(centers, scale, offset, qmin, qmax).mul_(scale).add_(offset)
+        return values.sub_(centers).square_().mul_(weights).sum(1)
+
+
+OBSERVERS.register_module(name='mse', module=MSEObserver)
+
+
+def build_observer(spec: ActSpec, shape: tuple[int, ...]) -> MinMaxObserver:
+    """Observer that ``spec`` names, for a scale of ``shape``."""
+    return OBSERVERS.get(spec.observer)(spec, shape)

@@ -1,0 +1,324 @@
+"""Quantizer modules: they hold the learned or fixed parameters and know their state.
+
+A quantizer passes through four ordered states: UNCALIBRATED -> OBSERVING -> LEARNING -> FROZEN.
+The state is saved with the parameters, so a checkpoint can never be evaluated as something that
+it is not.
+"""
+
+import copy
+from enum import IntEnum
+
+import torch
+from torch import Tensor, nn
+
+from ..registry import QUANTIZERS
+from .functional import (
+    fake_quantize,
+    fake_quantize_log_sqrt2,
+    quantize,
+    quantize_log_sqrt2,
+)
+from .observers import build_observer
+from .quantized_weight import QuantizedWeight
+from .spec import ActSpec, WeightSpec
+
+__all__ = ['ActQuantizer', 'NotCalibratedError', 'ProbQuantizer', 'QuantState', 'WeightQuantizer']
+
+# Scales are learned without a constraint; this floor keeps a bad step from reaching zero.
+MIN_SCALE = 1e-8
+
+
+class NotCalibratedError(RuntimeError):
+    """A quantizer was used before it had a scale."""
+
+
+class QuantState(IntEnum):
+    """Life of an activation quantizer, in order."""
+
+    UNCALIBRATED = 0
+    OBSERVING = 1
+    LEARNING = 2
+    FROZEN = 3
+
+
+@QUANTIZERS.register_module(name='uniform')
+class ActQuantizer(nn.Module):
+    """Learned uniform activation quantizer (LSQ, LSQ+).
+
+    ``scale`` (and ``offset`` for a float zero-point) are parameters of their final shape from
+    the start; calibration fills them in place, so an optimizer may already hold them.
+
+    Args:
+        spec: Bits, zero-point, granularity, observer.
+        shape: Shape of scale and offset, broadcastable to the input, with at most one axis
+            longer than 1.
+        name: Full name of the site, for messages.
+    """
+
+    def __init__(self, spec: ActSpec, shape: tuple[int, ...], name: str = ''):
+        super().__init__()
+        self.spec = spec
+        self.site = name
+        self.qmin, self.qmax = spec.code_range
+        self.enabled = True
+        self.observer = None
+        self.scale = nn.Parameter(torch.ones(shape))
+        if spec.zero_point == 'float':
+            self.offset = nn.Parameter(torch.zeros(shape))
+        else:
+            self.register_parameter('offset', None)
+        if spec.zero_point == 'integer':
+            self.register_buffer('zero_point', torch.zeros(shape))
+        self.register_buffer('state_code', torch.zeros((), dtype=torch.uint8))
+        # Mirror of `state_code`: reading a device tensor in every forward would synchronise.
+        self._state = QuantState.UNCALIBRATED
+
+    @property
+    def state(self) -> QuantState:
+        """Where in its life the quantizer is."""
+        return self._state
+
+    def _set_state(self, state: QuantState) -> None:
+        self._state = QuantState(state)
+        self.state_code.fill_(int(state))
+        for parameter in self.parameters():
+            parameter.requires_grad_(state < QuantState.FROZEN)
+
+    def observe(self) -> None:
+        """Starts calibration: forward passes data through and only looks at it.
+
+        Raises:
+            RuntimeError: If the quantizer is frozen.
+        """
+        if self._state == QuantState.FROZEN:
+            raise RuntimeError(f'{self.site}: a frozen activation quantizer cannot be calibrated.')
+        self.observer = build_observer(self.spec, tuple(self.scale.shape))
+        self._set_state(QuantState.OBSERVING)
+
+    @torch.no_grad()
+    def finish_observing(self) -> None:
+        """Writes scale and offset from what was observed; the quantizer may learn from now on."""
+        scale, offset = self.observer.compute()
+        self.scale.copy_(scale)
+        if self.offset is not None:
+            self.offset.copy_(offset)
+        if self.spec.zero_point == 'integer':
+            self.zero_point.copy_((-offset / scale).round())
+        self.observer = None
+        self._set_state(QuantState.LEARNING)
+
+    def freeze(self) -> None:
+        """Ends learning for good.
+
+        Raises:
+            NotCalibratedError: If there is nothing to freeze yet.
+        """
+        self._require_scale()
+        with torch.no_grad():
+            self.scale.clamp_(min=MIN_SCALE)
+        self._set_state(QuantState.FROZEN)
+
+    def _require_scale(self) -> None:
+        if self._state < QuantState.LEARNING:
+            raise NotCalibratedError(
+                f'the activation quantizer {self.site or "(unnamed)"} has no scale yet. Run the '
+                'calibration (tools/train.py with a GPLQ config), or load a checkpoint that was '
+                'saved after it.'
+            )
+
+    def grid(self) -> tuple[Tensor, Tensor | None]:
+        """Effective scale (positive) and offset (None for a symmetric grid)."""
+        scale = self.scale
+        if self._state != QuantState.FROZEN:
+            # Straight through the floor: a scale that fell below it must be able to come back.
+            scale = scale + (scale.detach().clamp(min=MIN_SCALE) - scale.detach())
+        if self.spec.zero_point == 'integer':
+            return scale, -scale * self.zero_point
+        return scale, self.offset
+
+    def _grad_scale(self, x: Tensor) -> float:
+        # LSQ, section 2.2: balances the size of the update of a scale and that of weights.
+        return (x.numel() / self.scale.numel() * max(self.qmax, 1)) ** -0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Observes, or returns ``x`` on the grid, by state.
+
+        Args:
+            x: Floating tensor that the scale broadcasts to.
+
+        Raises:
+            NotCalibratedError: If the quantizer has no scale.
+            ValueError: If the scale does not broadcast to ``x`` (per token: another number of
+                tokens than the quantizer was made for).
+        """
+        if not self.enabled:
+            return x
+        if self._state == QuantState.OBSERVING:
+            self._check_shape(x)
+            self.observer.update(x)
+            return x
+        self._require_scale()
+        self._check_shape(x)
+        return self._quantize(x)
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        scale, offset = self.grid()
+        return fake_quantize(x, scale, offset, self.qmin, self.qmax, self._grad_scale(x))
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Integer codes of ``x`` in float32; what the deployed model computes with."""
+        self._require_scale()
+        scale, offset = self.grid()
+        return quantize(x.float(), scale, offset, self.qmin, self.qmax)
+
+    def _check_shape(self, x: Tensor) -> None:
+        for axis, size in enumerate(reversed(self.scale.shape), start=1):
+            if size not in (1, x.shape[-axis]):
+                raise ValueError(
+                    f'{self.site}: the quantizer has {size} scales along axis -{axis}, the '
+                    f'input of shape {tuple(x.shape)} has {x.shape[-axis]}. A per-token '
+                    'quantizer works for one input size only; use granularity "head".'
+                )
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        state = int(self.state_code)
+        # A run that was killed while observing starts calibration again.
+        if state == QuantState.OBSERVING:
+            state = QuantState.UNCALIBRATED
+        self._set_state(QuantState(state))
+
+    def extra_repr(self) -> str:
+        return f'{self.spec.bits} bit, {self.spec.granularity}, {self._state.name}'
+
+
+@QUANTIZERS.register_module(name='log_sqrt2')
+class ProbQuantizer(ActQuantizer):
+    """Quantizer of attention probabilities on powers of sqrt(2) (RepQ-ViT, eq. 9)."""
+
+    def __init__(self, spec: ActSpec, shape: tuple[int, ...], name: str = ''):
+        if spec.zero_point != 'none':
+            raise ValueError(f'{name}: log_sqrt2 has no zero-point; set zero_point="none".')
+        super().__init__(spec, shape, name)
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        scale, _ = self.grid()
+        return fake_quantize_log_sqrt2(x, scale, self.qmax, self._grad_scale(x))
+
+    def codes(self, x: Tensor) -> Tensor:
+        self._require_scale()
+        return quantize_log_sqrt2(x.float(), self.grid()[0], self.qmax)
+
+
+def build_act_quantizer(spec: ActSpec, shape: tuple[int, ...], name: str) -> ActQuantizer:
+    """Quantizer that ``spec.quantizer`` names."""
+    return QUANTIZERS.get(spec.quantizer)(spec, shape, name)
+
+
+class WeightQuantizer(nn.Module):
+    """Holds a quantized weight once Stage 2 has made it; empty before.
+
+    The integers live in buffers beside the FP32 parameter, which stays what Stage 1 left: the
+    latent weight can always be evaluated, and Stage 2 can be run again.
+
+    Args:
+        spec: Bits, layout, group size, observer.
+        shape: ``(out, K)`` of the weight as a matrix.
+        name: Full name of the layer, for messages.
+    """
+
+    def __init__(self, spec: WeightSpec, shape: tuple[int, int], name: str = ''):
+        super().__init__()
+        self.spec = spec
+        self.shape = tuple(shape)
+        self.site = name
+        self.enabled = True
+        for buffer in ('codes', 'row_scale', 'multiplier', 'permutation', 'bias'):
+            self.register_buffer(buffer, None)
+
+    @property
+    def group_size(self) -> int:
+        """Columns that share a multiplier; a whole row in the raw layout."""
+        return self.spec.group_size if self.spec.layout == 'folded' else max(self.shape[1], 1)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether Stage 2 has filled this quantizer."""
+        return self.codes is not None
+
+    def set(self, weight: QuantizedWeight, bias: Tensor) -> None:
+        """Stores the integers and the bias that belongs to them.
+
+        Args:
+            weight: Result of a PTQ method.
+            bias: float32 ``(out,)``, with what the zero-points and the rounding contribute.
+
+        Raises:
+            ValueError: If shape, range or group size are not this quantizer's.
+        """
+        qmin, qmax = self.spec.code_range
+        if tuple(weight.codes.shape) != self.shape or weight.group_size != self.group_size:
+            raise ValueError(
+                f'{self.site}: got integers of shape {tuple(weight.codes.shape)} in groups of '
+                f'{weight.group_size}, the layer has {self.shape} in groups of {self.group_size}.'
+            )
+        if weight.codes.numel() and not (
+            qmin <= int(weight.codes.min()) and int(weight.codes.max()) <= qmax
+        ):
+            raise ValueError(f'{self.site}: weight codes leave [{qmin}, {qmax}].')
+        self.codes = weight.codes.to(torch.int8)
+        self.row_scale = weight.row_scale.float()
+        self.multiplier = weight.multiplier.to(torch.uint8)
+        self.permutation = weight.permutation.to(torch.int32)
+        self.bias = bias.float()
+        self.__dict__.pop('_integers', None)
+
+    def clear(self) -> None:
+        """Forgets the integers: the layer is back at its latent weight."""
+        for buffer in ('codes', 'row_scale', 'multiplier', 'permutation', 'bias'):
+            setattr(self, buffer, None)
+        self.__dict__.pop('_integers', None)
+
+    @property
+    def value(self) -> QuantizedWeight:
+        """The stored integers.
+
+        Raises:
+            RuntimeError: If Stage 2 has not filled the quantizer.
+        """
+        if self.codes is None:
+            raise RuntimeError(f'{self.site}: the weight is not quantized; run Stage 2 first.')
+        return QuantizedWeight(
+            self.codes, self.row_scale, self.multiplier, self.permutation.long(), self.group_size
+        )
+
+    def integers(self) -> Tensor:
+        """``multiplier * code`` as float32 ``(out, K)`` in the weight's own column order.
+
+        Kept after the first call: it is the operand of every forward.
+        """
+        cached = self.__dict__.get('_integers')
+        if cached is None or cached.device != self.codes.device:
+            cached = self.value.integers().float()
+            self.__dict__['_integers'] = cached
+        return cached
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        for buffer in ('codes', 'row_scale', 'multiplier', 'permutation', 'bias'):
+            saved = state_dict.get(prefix + buffer)
+            setattr(self, buffer, None if saved is None else torch.empty_like(saved))
+        self.__dict__.pop('_integers', None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def __deepcopy__(self, memo):
+        cached = self.__dict__.pop('_integers', None)
+        clone = self.__class__.__new__(self.__class__)
+        memo[id(self)] = clone
+        clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        if cached is not None:
+            self.__dict__['_integers'] = cached
+        return clone
+
+    def extra_repr(self) -> str:
+        state = 'quantized' if self.is_quantized else 'latent'
+        return f'{self.spec.bits} bit, {self.spec.layout}, {state}'

@@ -1,0 +1,69 @@
+"""Reductions over ranks. A single process is a group of one, so callers never ask."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ['all_reduce_max', 'all_reduce_min', 'all_reduce_sum', 'is_distributed']
+
+
+def is_distributed() -> bool:
+    """Whether a process group with more than one rank is up."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _all_reduce(tensor: Tensor, op) -> Tensor:
+    if is_distributed():
+        # NCCL reduces CUDA tensors only, gloo takes the tensor where it is.
+        on_gpu = dist.get_backend() == 'nccl'
+        buffer = tensor.cuda() if on_gpu else tensor.contiguous()
+        dist.all_reduce(buffer, op=op)
+        tensor.copy_(buffer)
+    return tensor
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sums ``tensor`` over ranks in place and returns it."""
+    return _all_reduce(tensor, dist.ReduceOp.SUM if is_distributed() else None)
+
+
+def all_reduce_min(tensor: Tensor) -> Tensor:
+    """Elementwise minimum over ranks, in place."""
+    return _all_reduce(tensor, dist.ReduceOp.MIN if is_distributed() else None)
+
+
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """Elementwise maximum over ranks, in place."""
+    return _all_reduce(tensor, dist.ReduceOp.MAX if is_distributed() else None)
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's rank and the number of ranks."""
+    if is_distributed():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def broadcast_(tensors: list[Tensor]) -> None:
+    """Overwrites ``tensors`` with rank 0's, in place."""
+    if is_distributed():
+        for tensor in tensors:
+            buffer = tensor.cuda() if dist.get_backend() == 'nccl' else tensor
+            dist.broadcast(buffer, 0)
+            if buffer is not tensor:
+                tensor.copy_(buffer)
+
+
+def gather_objects(value):
+    """List of every rank's ``value`` (plain data), by rank."""
+    if not is_distributed():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def is_finite_everywhere(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is finite on all ranks (so that all of them stop together)."""
+    finite = torch.isfinite(tensor).all().to(torch.float32).reshape(1)
+    return bool(all_reduce_min(finite).item())

@@ -1,0 +1,61 @@
+"""Registries of gplq_mm.
+
+Children of mmengine's registries, so that ``type='gplq_mm.X'`` works in any OpenMMLab config
+without ``custom_imports``: the first look-up imports the modules named in ``locations``.
+"""
+
+from mmengine.registry import DATA_SAMPLERS as MMENGINE_DATA_SAMPLERS
+from mmengine.registry import DATASETS as MMENGINE_DATASETS
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import LOOPS as MMENGINE_LOOPS
+from mmengine.registry import METRICS as MMENGINE_METRICS
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import (
+    OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
+)
+from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
+from mmengine.registry import RUNNERS as MMENGINE_RUNNERS
+from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
+from mmengine.registry import Registry
+
+MODELS = Registry('model', parent=MMENGINE_MODELS, locations=['gplq_mm.models'])
+HOOKS = Registry('hook', parent=MMENGINE_HOOKS, locations=['gplq_mm.engine'])
+LOOPS = Registry('loop', parent=MMENGINE_LOOPS, locations=['gplq_mm.engine'])
+RUNNERS = Registry('runner', parent=MMENGINE_RUNNERS, locations=['gplq_mm.engine'])
+OPTIM_WRAPPERS = Registry(
+    'optim_wrapper', parent=MMENGINE_OPTIM_WRAPPERS, locations=['gplq_mm.engine']
+)
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    'optimizer wrapper constructor',
+    parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
+    locations=['gplq_mm.engine'],
+)
+METRICS = Registry('metric', parent=MMENGINE_METRICS, locations=['gplq_mm.evaluation'])
+DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, locations=['gplq_mm.datasets'])
+DATA_SAMPLERS = Registry(
+    'data sampler', parent=MMENGINE_DATA_SAMPLERS, locations=['gplq_mm.datasets']
+)
+TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, locations=['gplq_mm.datasets'])
+
+# Concepts that mmengine does not know.
+OBSERVERS = Registry('observer', scope='gplq_mm', locations=['gplq_mm.quant'])
+QUANTIZERS = Registry('quantizer', scope='gplq_mm', locations=['gplq_mm.quant'])
+WEIGHT_PTQ = Registry('weight ptq', scope='gplq_mm', locations=['gplq_mm.ptq'])
+COMPENSATORS = Registry('compensator', scope='gplq_mm', locations=['gplq_mm.layers'])
+
+
+def build_own(registry: Registry, cfg: dict, **arguments):
+    """Builds ``cfg`` from a registry that other packages do not have.
+
+    ``Registry.build`` would look in the default scope's package (mmpretrain, mmdet) first and
+    warn that there is no such registry.
+
+    Raises:
+        ValueError: For an unknown ``type``.
+    """
+    options = dict(cfg)
+    kind = registry.get(str(options.pop('type', None)))
+    if kind is None:
+        known = ', '.join(sorted(registry.module_dict))
+        raise ValueError(f'{registry.name} {cfg.get("type")!r} is not one of {known}.')
+    return kind(**options, **arguments)

@@ -1,0 +1,285 @@
+"""What is shipped and installed: the wheel, the requirements, the Makefile, the installer."""
+
+import importlib
+import importlib.metadata
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import gplq_mm
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGING_FILES = (
+    'Makefile',
+    'setup.py',
+    'pyproject.toml',
+    'requirements.txt',
+    'constraints.txt',
+    'MANIFEST.in',
+    '.gitignore',
+    '.ci/run',
+    '.pre-commit-config.yaml',
+    'tools/dev/install.py',
+    'tools/dev/steps.py',
+    'tools/dist_train.sh',
+    'tools/dist_test.sh',
+    'tools/slurm_train.sh',
+)
+
+
+def read_requirements(name):
+    """Returns the requirements of a file in the project root."""
+    lines = (ROOT / name).read_text().splitlines()
+    return [Requirement(line) for line in lines if line.strip() and not line.startswith('#')]
+
+
+def pins_for(python_version):
+    """Returns package name to pinned version on a Python version such as ``3.10``."""
+    environment = {**default_environment(), 'python_version': python_version}
+    pins = {}
+    for pin in read_requirements('constraints.txt'):
+        if pin.marker is None or pin.marker.evaluate(environment):
+            (specifier,) = pin.specifier
+            assert specifier.operator == '=='
+            assert canonicalize_name(pin.name) == pin.name
+            assert pin.name not in pins, f'{pin.name} is pinned twice'
+            pins[pin.name] = specifier.version
+    return pins
+
+
+@pytest.fixture
+def load_tool(monkeypatch):
+    """A function that imports a module of ``tools/dev``, which is no package."""
+    monkeypatch.syspath_prepend(ROOT / 'tools' / 'dev')
+    for name in ('install', 'steps'):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module
+    for name in ('install', 'steps'):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    """A wheel built from a copy of the tree, opened."""
+    folder = tmp_path_factory.mktemp('wheel')
+    source = folder / 'source'
+    junk = shutil.ignore_patterns('__pycache__', '.mim')
+    for name in ('gplq_mm', 'configs', 'tools'):
+        shutil.copytree(ROOT / name, source / name, ignore=junk)
+    for name in ('setup.py', 'pyproject.toml', 'requirements.txt', 'LICENSE', 'MANIFEST.in'):
+        shutil.copy2(ROOT / name, source / name)
+    options = ['--no-deps', '--no-build-isolation', '--no-index', '--wheel-dir', str(folder)]
+    command = [sys.executable, '-m', 'pip', 'wheel', *options, str(source)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (path,) = folder.glob('gplq_mm-*.whl')
+    assert not (source / 'gplq_mm' / '.mim').exists(), 'the build wrote into the source tree'
+    with zipfile.ZipFile(path) as opened:
+        yield opened
+
+
+def test_wheel_holds_every_module(wheel):
+    modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / 'gplq_mm').rglob('*.py')}
+    shipped = set(wheel.namelist())
+    assert {m for m in modules if '/.mim/' not in m} <= shipped
+
+
+@pytest.mark.parametrize('folder', ['configs', 'tools'])
+def test_wheel_holds_configs_and_tools_as_openmmlab_packages_do(wheel, folder):
+    wanted = {
+        f'gplq_mm/.mim/{path.relative_to(ROOT).as_posix()}'
+        for path in (ROOT / folder).rglob('*')
+        if path.is_file() and not {'__pycache__', 'dev'} & set(path.parts)
+    }
+    prefix = f'gplq_mm/.mim/{folder}/'
+    assert {name for name in wheel.namelist() if name.startswith(prefix)} == wanted
+
+
+def test_wheel_has_the_version_of_the_package(wheel):
+    (metadata,) = [name for name in wheel.namelist() if name.endswith('.dist-info/METADATA')]
+    assert f'\nVersion: {gplq_mm.__version__}\n' in wheel.read(metadata).decode()
+
+
+def test_installed_version_is_the_one_of_the_sources():
+    assert importlib.metadata.version('gplq_mm') == gplq_mm.__version__
+
+
+def test_editable_links_stay_out_of_git():
+    if not (ROOT / '.git').exists():
+        pytest.skip('not a git checkout')
+    ignored = ['gplq_mm/.mim/configs', 'gplq_mm.egg-info/PKG-INFO', '.venv/bin/python', 'build/x']
+    command = ['git', 'check-ignore', *ignored]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert answer.stdout.split() == ignored
+
+
+@pytest.mark.parametrize('python_version', ['3.10', '3.11', '3.12'])
+def test_every_range_admits_its_tested_version(python_version):
+    pins = pins_for(python_version)
+    for requirement in read_requirements('requirements.txt'):
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)])
+
+
+def test_every_installed_package_is_pinned():
+    pins = pins_for('{}.{}'.format(*sys.version_info))
+    todo, seen = [Requirement('gplq_mm[dev]')], set()
+    while todo:
+        requirement = todo.pop()
+        name = canonicalize_name(requirement.name)
+        if name in seen:
+            continue
+        seen.add(name)
+        distribution = importlib.metadata.distribution(name)
+        if name != 'gplq-mm':
+            assert name in pins, f'{name} is missing in constraints.txt'
+        for line in distribution.requires or ():
+            needed = Requirement(line)
+            extras = requirement.extras or {''}
+            if not needed.marker or any(needed.marker.evaluate({'extra': e}) for e in extras):
+                todo.append(needed)
+    assert len(seen) > 50
+
+
+def test_help_lists_every_target():
+    rules = re.findall(r'^([a-z-]+):', (ROOT / 'Makefile').read_text(), re.MULTILINE)
+    shown = subprocess.run(['make', 'help'], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = re.findall(r'^  make ([a-z-]+) +\S', shown.stdout, re.MULTILINE)
+    assert listed == rules
+    assert {'quickstart', 'test', 'test-slow', 'lint', 'clean'} <= set(listed)
+
+
+@pytest.mark.parametrize('name', PACKAGING_FILES)
+def test_no_file_names_an_index_or_a_machine_path(name):
+    text = (ROOT / name).read_text()
+    assert not re.search(r'index-url|find-links|pypi\.|pythonhosted|/home/|/root/|/work/', text)
+
+
+@pytest.mark.parametrize(
+    ('output', 'remedy'),
+    [
+        ('x.cpp:1:10: fatal error: Python.h: No such file or directory', 'python3-dev'),
+        ('not created successfully because ensurepip is not\navailable.', 'python3-venv'),
+        ('/usr/bin/python3: No module named venv', 'python3-venv'),
+        ('/bin/sh: 1: c++: not found', 'build-essential'),
+        ("FileNotFoundError: [Errno 2] No such file or directory: 'g++'", 'build-essential'),
+        ('c++: fatal error: Killed signal terminated program cc1plus', 'MAX_JOBS=1'),
+        ('[Errno -3] Temporary failure in name resolution', 'network'),
+        (
+            'NewConnectionError: Connection refused\nERROR: No matching distribution found for x',
+            'network',
+        ),
+        ('ERROR: No matching distribution found for torch>=2.11', 'found no release'),
+        ('OSError: [Errno 28] No space left on device', 'disk is full'),
+        ('something else', 'lines above'),
+    ],
+)
+def test_a_failing_step_says_what_to_do(load_tool, output, remedy):
+    assert remedy in load_tool('steps').hint(output)
+
+
+def test_a_step_prints_one_line_or_the_reason(load_tool, tmp_path, monkeypatch, capsys):
+    steps = load_tool('steps')
+    monkeypatch.setattr(steps, 'ROOT', tmp_path)
+    step = steps.Step('[1/2]', 'first', tmp_path / 'log' / 'first.log')
+    step.run(sys.executable, '-c', 'print("noise")')
+    step.end('ok ({seconds} s)')
+    assert re.fullmatch(r'\[1/2\] first \.\.\. ok \(\d+ s\)\n', capsys.readouterr().out)
+
+    step = steps.Step('[2/2]', 'second', tmp_path / 'log' / 'second.log')
+    with pytest.raises(steps.StepError, match='network') as error:
+        step.run(sys.executable, '-c', 'raise SystemExit("ReadTimeout: no answer")')
+    step.fail(str(error.value))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == '[2/2] second ... failed'
+    assert lines[1].strip() == 'ReadTimeout: no answer'
+    assert lines[-1].startswith('The package index cannot be reached')
+
+
+class FakePip:
+    """Stands for a step whose pip compiles at once; keeps what it was asked to do."""
+
+    title = 'mmcv'
+
+    def __init__(self):
+        self.calls = []
+
+    def say(self, text):
+        """Prints nothing."""
+
+    def pip(self, command, *arguments, **options):
+        """Writes the wheel that ``pip wheel`` would; its content tells which it is."""
+        self.calls.append(command)
+        if command == 'wheel':
+            assert options['env']['MMCV_WITH_OPS'] == '1'
+            assert options['env']['CUDA_VISIBLE_DEVICES'] == ''
+            folder = Path(arguments[arguments.index('-w') + 1])
+            (folder / 'onedl_mmcv-2.whl').write_text('new')
+        else:
+            self.installed = Path(arguments[-1]).read_text()
+
+
+def test_mmcv_is_compiled_once_and_again_if_the_kept_wheel_is_broken(
+    load_tool, tmp_path, monkeypatch
+):
+    install = load_tool('install')
+    step = FakePip()
+
+    def ask(code):
+        if code == install.MMCV_TARGET:
+            return '2.12.1+cu130 cp311 cpu'
+        return '' if step.installed == 'new' else None
+
+    monkeypatch.setattr(install, 'ask', ask)
+    monkeypatch.setattr(install, 'CACHE', tmp_path / 'cache')
+    monkeypatch.setattr(install, 'STATE', tmp_path / 'first.json')
+    assert install.install_mmcv(step) == install.DONE
+    assert step.calls == ['wheel', 'install']
+    assert install.install_mmcv(step) == install.UNCHANGED
+    (kept,) = (tmp_path / 'cache').rglob('*.whl')
+
+    monkeypatch.setattr(install, 'STATE', tmp_path / 'second.json')
+    assert 'compiled earlier' in install.install_mmcv(step)
+    assert step.calls == ['wheel', 'install', 'install']
+
+    kept.write_text('made for another machine')
+    monkeypatch.setattr(install, 'STATE', tmp_path / 'third.json')
+    assert install.install_mmcv(step) == install.DONE
+    assert kept.read_text() == 'new'
+    assert list(kept.parent.iterdir()) == [kept], 'the scratch folder stayed'
+
+
+@pytest.mark.parametrize('name', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh'])
+def test_launchers_explain_themselves_without_arguments(name):
+    script = ROOT / 'tools' / name
+    answer = subprocess.run([script], capture_output=True, text=True, check=False)
+    assert answer.returncode == 2
+    assert f'Usage: tools/{name}' in answer.stderr
+
+
+def test_launchers_pass_their_arguments_on(tmp_path):
+    for program in ('torchrun', 'srun'):
+        fake = tmp_path / program
+        fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+        fake.chmod(0o755)
+    env = {'PATH': f'{tmp_path}:/usr/bin:/bin'}
+    calls = {
+        'dist_train.sh': ['a b.py', '2', '--amp'],
+        'dist_test.sh': ['a b.py', 'c.pth', '2', '--out', 'x'],
+        'slurm_train.sh': ['part', 'job', 'a b.py', 'dir', '--amp'],
+    }
+    for name, arguments in calls.items():
+        command = [ROOT / 'tools' / name, *arguments]
+        shown = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        words = shown.stdout.splitlines()
+        script = str(ROOT / 'tools' / ('test.py' if 'test' in name else 'train.py'))
+        assert words[words.index(script) + 1] == 'a b.py'
+        assert words[words.index('--launcher') + 1] == ('slurm' if 'slurm' in name else 'pytorch')
+        assert words[-1] == arguments[-1]

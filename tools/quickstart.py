@@ -1,0 +1,85 @@
+"""The main job on the embedded digits: train a ViT in FP32, quantize it with GPLQ, show the table.
+
+Every step is an ordinary call of tools/train.py; the commands are printed.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from mmengine.config import Config
+from rich.console import Console
+
+from gplq_mm.engine import print_summary
+
+ROOT = Path(__file__).resolve().parent.parent
+# Lines of the log that tell a reader how far it is.
+TELLING = re.compile(
+    r'Epoch\((train|val)\)|calibrat|PCA|Weight-PTQ|evaluation of|Error|resumed|compensation'
+)
+
+
+def run(config: Path, work_dir: Path, options: list[str], resume: bool, console: Console) -> None:
+    """Runs tools/train.py, shows the telling lines and keeps all of them in a file."""
+    command = [sys.executable, str(ROOT / 'tools' / 'train.py'), str(config)]
+    command += ['--work-dir', str(work_dir)]
+    command += ['--resume'] if resume else []
+    command += ['--cfg-options', *options] if options else []
+    shown = [part.removeprefix(f'{ROOT}/') for part in command[1:]]
+    console.print('$ python', *shown, style='bold', soft_wrap=True)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    log = work_dir / 'console.log'
+    start = time.monotonic()
+    with log.open('w') as file:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+        )
+        last = ''
+        for line in process.stdout:
+            file.write(line)
+            last = line.strip() or last
+            if TELLING.search(line) and ' - INFO - ' in line:
+                message = line.split(' - INFO - ', 1)[1].strip()
+                console.print(f'  {time.monotonic() - start:4.0f} s  {message}', highlight=False)
+        if process.wait():
+            sys.exit(f'{last}\nThe whole log is in {log}.')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--model', choices=['vit', 'swin'], default='vit')
+    parser.add_argument('--work-dir', help='defaults to work_dirs/quickstart')
+    parser.add_argument('--resume', action='store_true', help='continue a run that was interrupted')
+    args = parser.parse_args()
+    default = 'quickstart' if args.model == 'vit' else f'quickstart-{args.model}'
+    work_dir = Path(args.work_dir or ROOT / 'work_dirs' / default).resolve()
+    configs = ROOT / 'configs' / 'quickstart'
+    console = Console()
+
+    fp32_config = configs / f'{args.model}_mnist_fp32.py'
+    fp32_dir = work_dir / 'fp32'
+    checkpoint = fp32_dir / f'epoch_{Config.fromfile(fp32_config).train_cfg.max_epochs}.pth'
+    start = time.monotonic()
+    if not (args.resume and checkpoint.is_file()):
+        run(fp32_config, fp32_dir, [], args.resume, console)
+    run(
+        configs / f'gplq_{args.model}_mnist.py',
+        work_dir,
+        [f'model.pretrained={checkpoint}'],
+        args.resume,
+        console,
+    )
+    summary_file = work_dir / 'summary.json'
+    summary = json.loads(summary_file.read_text())
+    print_summary(summary, console)
+    console.print(f'{time.monotonic() - start:.0f} s in all. Written:')
+    for path in (checkpoint, *sorted(work_dir.glob('*.pth')), summary_file):
+        console.print(f'  {path}', soft_wrap=True, highlight=False)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,83 @@
+"""Evaluate a checkpoint of any state: FP32, calibrated, W32A4 or W4A4."""
+
+import argparse
+import json
+import os
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+from mmengine.config import Config, DictAction
+from mmengine.dist import is_main_process
+from mmengine.registry import RUNNERS
+
+from gplq_mm.checkpoint import CheckpointError, atomic_write
+from gplq_mm.engine import headline_metrics, unwrap
+from gplq_mm.layers import quantizers_disabled
+from gplq_mm.models import GPLQ, Stage
+from gplq_mm.quant import NotCalibratedError, PolicyError
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('--out', help='JSON file for the metrics')
+    parser.add_argument('--work-dir', help='folder of the log')
+    parser.add_argument(
+        '--latent', action='store_true', help='switch quantizers off: accuracy of the FP32 weights'
+    )
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    args = parser.parse_args(argv)
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
+
+
+def evaluate(args: argparse.Namespace) -> dict:
+    """Runs the test set and returns what ``--out`` receives."""
+    cfg = Config.fromfile(args.config)
+    cfg.launcher = args.launcher
+    cfg.work_dir = args.work_dir or os.path.join('work_dirs', Path(args.config).stem)
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)
+    cfg.load_from, cfg.resume = None, False
+    cfg.runner_type = 'gplq_mm.GPLQRunner'
+    if cfg.model.get('type') == 'gplq_mm.GPLQ':
+        cfg.model.teacher = False
+        # Whatever trains the model is not needed, and may ask for data that is not here.
+        cfg.custom_hooks = []
+    cfg.train_cfg = cfg.train_dataloader = cfg.optim_wrapper = cfg.param_scheduler = None
+    runner = RUNNERS.build(cfg)
+    runner.load_checkpoint(args.checkpoint)
+    model = unwrap(runner.model)
+    state, context = 'fp32', nullcontext()
+    if isinstance(model, GPLQ):
+        state = model.state_name
+        if args.latent or model.stage == Stage.FLOAT:
+            state = 'fp32' if model.stage == Stage.FLOAT else 'latent_fp32'
+            context = quantizers_disabled(model)
+    runner.logger.info(f'evaluating {args.checkpoint} as {state}')
+    with context:
+        metrics = dict(runner.test())
+    headlines = {key: value['x'] for key, value in headline_metrics({'x': metrics}).items()}
+    return {'state': state, **headlines, 'metrics': metrics, 'checkpoint': str(args.checkpoint)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        result = evaluate(args)
+    except (CheckpointError, FileNotFoundError, NotCalibratedError, PolicyError) as error:
+        # These messages name cause and mend; a traceback would bury them.
+        sys.exit(f'{type(error).__name__}: {error}')
+    if is_main_process():
+        text = json.dumps(result, indent=2)
+        if args.out:
+            atomic_write(args.out, lambda file: file.write(text.encode()))
+        print(text)
+
+
+if __name__ == '__main__':
+    main()
