@@ -22,15 +22,28 @@ __all__ = [
     'to_plain',
 ]
 
-QUANTIZER_KEYS = ('act_quantizer.', 'weight_quantizer.', 'quant_attention.', 'compensation.')
+QUANTIZER_KEYS = (
+    'act_quantizer.',
+    'weight_quantizer.',
+    'quant_attention.',
+    'scaled_dot_product_attention.',
+    'compensation.',
+)
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read or does not belong to the model."""
 
 
+def _history_method(owner: type, name: str) -> Callable:
+    """All that a runner's checkpoint needs ``getattr`` for: the statistics of a history."""
+    if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current'):
+        raise UnpicklingError(f'the file asks for the attribute {name!r} of {owner!r}.')
+    return getattr(owner, name)
+
+
 def _safe_types() -> list:
-    """Types beyond torch's own that OpenMMLab's published files hold: numbers and histories."""
+    """Types beyond torch's own that OpenMMLab's files hold: numbers and histories."""
     types = [HistoryBuffer, np.ndarray, np.dtype]
     types += [type(np.dtype(name)) for name in ('float32', 'float64', 'int32', 'int64', 'bool')]
     multiarray = np._core.multiarray if hasattr(np, '_core') else np.core.multiarray
@@ -38,6 +51,8 @@ def _safe_types() -> list:
     # Files written under numpy 1 name the module without the underscore.
     types += [(multiarray.scalar, 'numpy.core.multiarray.scalar')]
     types += [(multiarray._reconstruct, 'numpy.core.multiarray._reconstruct')]
+    # The name under which torch's weights-only reader looks up the builtin.
+    types += [(_history_method, 'getattr'), (_history_method, 'builtins.getattr')]
     return types
 
 
@@ -75,14 +90,14 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         raise CheckpointError(
             f'checkpoint {source} is damaged, or holds objects other than tensors and plain data, '
             'which are not loaded because that could run foreign code. Download or save it '
-            f'again, weights only. ({str(error).splitlines()[0]})'
+            f'again, weights only. ({str(error).partition(chr(10))[0]})'
         ) from error
     except CheckpointError:
         raise
     except Exception as error:
         raise CheckpointError(
             f'checkpoint {source} cannot be read: it is truncated or no checkpoint. Copy or '
-            f'download it again. ({type(error).__name__}: {str(error).splitlines()[0]})'
+            f'download it again. ({type(error).__name__}: {str(error).partition(chr(10))[0]})'
         ) from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f'checkpoint {source} holds a {type(content).__name__}, not a dict.')
@@ -118,29 +133,27 @@ def load_float_weights(model: nn.Module, path: str | os.PathLike) -> None:
     state = state_dict_of(read_checkpoint(path))
     state = {key.removeprefix('architecture.'): value for key, value in state.items()}
     own = dict(model.named_parameters())
-    wrong_shape = {
-        key: (tuple(state[key].shape), tuple(own[key].shape))
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    }
+    try:
+        # The models' own load hooks may reshape entries (position embeddings of another image
+        # size), so whether the shapes fit is known only afterwards.
+        missing = model.load_state_dict(state, strict=False).missing_keys
+        wrong_shape = {}
+    except RuntimeError:
+        missing = [key for key in own if key not in state]
+        wrong_shape = {
+            key: (tuple(state[key].shape), tuple(own[key].shape))
+            for key in own
+            if key in state and state[key].shape != own[key].shape
+        }
+        if not wrong_shape:
+            raise
     for key, (found, wanted) in wrong_shape.items():
         if 'head' in key and key.endswith('.weight') and found[1:] == wanted[1:]:
             raise CheckpointError(
                 f'checkpoint {path} classifies {found[0]} classes ({key}), the config '
                 f'{wanted[0]}; set num_classes of the head to {found[0]} or fine-tune first.'
             )
-    incompatible = None
-    if not wrong_shape:
-        incompatible = model.load_state_dict(state, strict=False)
-    missing = [
-        key
-        for key in (
-            incompatible.missing_keys if incompatible else [k for k in own if k not in state]
-        )
-        if key in own
-        and not any(part in key for part in QUANTIZER_KEYS)
-        and 'scaled_dot_product_attention' not in key
-    ]
+    missing = [key for key in missing if key in own and not _is_quantizer_key(key)]
     if wrong_shape or missing:
         example = next(iter(wrong_shape), None) or missing[0]
         detail = 'missing'
@@ -151,6 +164,10 @@ def load_float_weights(model: nn.Module, path: str | os.PathLike) -> None:
             f'and {len(wrong_shape)} have another shape, for example {example} is {detail}. Use '
             'the checkpoint that belongs to the model config.'
         )
+
+
+def _is_quantizer_key(key: str) -> bool:
+    return any(part in key for part in QUANTIZER_KEYS)
 
 
 def atomic_write(path: str | os.PathLike, write: Callable[[Any], None]) -> None:

@@ -21,3 +21,26 @@ def shared_data() -> Path:
 def fixed_seed() -> None:
     """Every test starts from the same random state."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def float_checkpoints(tmp_path_factory) -> dict[str, Path]:
+    """Checkpoints of tiny float models on digits, by architecture, trained for a moment."""
+    from tiny_runs import ARCHITECTURES, train_fp32
+
+    folder = tmp_path_factory.mktemp('float')
+    paths = {arch: folder / f'{arch}.pth' for arch in ARCHITECTURES}
+    for arch, path in paths.items():
+        train_fp32(path, arch)
+    return paths
+
+
+@pytest.fixture(scope='session')
+def undisturbed(tmp_path_factory, float_checkpoints) -> dict[str, Path]:
+    """Work dirs of complete GPLQ runs, by architecture."""
+    from tiny_runs import ARCHITECTURES, gplq_config, run
+
+    work_dirs = {arch: tmp_path_factory.mktemp(f'gplq_{arch}') for arch in ARCHITECTURES}
+    for arch, work_dir in work_dirs.items():
+        run(gplq_config(work_dir, float_checkpoints[arch], arch))
+    return work_dirs

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,11 +10,10 @@ from mmengine.config import Config, DictAction
 from mmengine.dist import is_main_process
 from mmengine.registry import RUNNERS
 
-from gplq_mm.checkpoint import CheckpointError, atomic_write
-from gplq_mm.engine import headline_metrics, unwrap
+from gplq_mm.checkpoint import atomic_write
+from gplq_mm.engine import headline_metrics, one_line_errors, unwrap
 from gplq_mm.layers import quantizers_disabled
 from gplq_mm.models import GPLQ, Stage
-from gplq_mm.quant import NotCalibratedError, PolicyError
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -67,16 +65,13 @@ def evaluate(args: argparse.Namespace) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with one_line_errors():
         result = evaluate(args)
-    except (CheckpointError, FileNotFoundError, NotCalibratedError, PolicyError) as error:
-        # These messages name cause and mend; a traceback would bury them.
-        sys.exit(f'{type(error).__name__}: {error}')
-    if is_main_process():
-        text = json.dumps(result, indent=2)
-        if args.out:
-            atomic_write(args.out, lambda file: file.write(text.encode()))
-        print(text)
+        if is_main_process():
+            text = json.dumps(result, indent=2)
+            if args.out:
+                atomic_write(args.out, lambda file: file.write(text.encode()))
+            print(text)
 
 
 if __name__ == '__main__':

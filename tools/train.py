@@ -2,17 +2,13 @@
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from gplq_mm.checkpoint import CheckpointError
-from gplq_mm.engine import CalibrationError
-from gplq_mm.models import NonFiniteLossError
-from gplq_mm.quant import NotCalibratedError, PolicyError
+from gplq_mm.engine import one_line_errors
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -67,7 +63,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
             continue
         loader.setdefault('collate_fn', dict(type='default_collate'))
         loader.setdefault('pin_memory', True)
-        loader.setdefault('persistent_workers', True)
+        loader.setdefault('persistent_workers', loader.get('num_workers', 0) > 0)
         if args.no_pin_memory:
             loader.pin_memory = False
         if args.no_persistent_workers:
@@ -79,20 +75,10 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with one_line_errors():
         cfg = merge_args(Config.fromfile(args.config), args)
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
         runner.train()
-    except (
-        CalibrationError,
-        CheckpointError,
-        FileNotFoundError,
-        NonFiniteLossError,
-        NotCalibratedError,
-        PolicyError,
-    ) as error:
-        # These messages name cause and mend; a traceback would bury them.
-        sys.exit(f'{type(error).__name__}: {error}')
 
 
 if __name__ == '__main__':

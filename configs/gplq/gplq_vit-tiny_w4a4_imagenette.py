@@ -10,18 +10,33 @@ _base_ = [
     '../_base_/gplq.py',
 ]
 
+# Ten classes stand for a thousand. So the whole feature is mimicked, not only what varies between
+# these ten; labels count for a tenth; and CutMix makes images that belong to none of them.
 model = dict(
     _delete_=True,
     type='gplq_mm.GPLQ',
-    architecture=_base_.model,
+    architecture=dict(_base_.model, train_cfg=dict(augments=dict(type='CutMix', alpha=1.0))),
     pretrained='{{$GPLQ_VIT_TINY:checkpoints/vit-tiny.pth}}',
     policy=_base_.gplq_policy,
-    mimic=_base_.gplq_mimic,
+    mimic=dict(_base_.gplq_mimic, explained=1.0),
+    task_weight=0.1,
     compensation=_base_.gplq_compensation,
 )
-train_cfg = _base_.gplq_train_cfg
+train_cfg = dict(_base_.gplq_train_cfg, weight_ptq=dict(type='GPTQ', num_images=256, batch_size=32))
 val_cfg = {}
 test_cfg = {}
-optim_wrapper = _base_.gplq_optim_wrapper
-default_hooks = dict(checkpoint=dict(_delete_=True, **_base_.gplq_checkpoint))
-custom_hooks = _base_.gplq_hooks
+optim_wrapper = dict(
+    _base_.gplq_optim_wrapper,
+    optimizer=dict(type='AdamW', lr=1e-5, weight_decay=0.0),
+    quantizer=dict(lr=2e-3, weight_decay=0.0),
+)
+# An epoch is 188 iterations here, too few for a constant rate to settle.
+param_scheduler = dict(
+    type='CosineAnnealingLR', T_max=1, eta_min_ratio=0.02, convert_to_iter_based=True
+)
+default_hooks = dict(checkpoint=dict(_delete_=True, **dict(_base_.gplq_checkpoint, interval=50)))
+custom_hooks = [
+    dict(type='gplq_mm.CalibrationHook', num_images=64, batch_size=32),
+    dict(type='gplq_mm.PCABasisHook', num_images=1024, batch_size=32),
+    dict(type='gplq_mm.QuantStatsHook', interval=50),
+]

@@ -1,6 +1,7 @@
 """Runner, loops, hooks and optimizer settings of the two stages."""
 
 from .calibration_set import CalibrationError, CalibrationSet
+from .errors import one_line_errors
 from .hooks import (
     CalibrationHook,
     GPLQCheckpointHook,
@@ -29,6 +30,7 @@ __all__ = [
     'RunRecord',
     'headline_metrics',
     'load_run_weights',
+    'one_line_errors',
     'print_summary',
     'quantizer_statistics',
     'track',

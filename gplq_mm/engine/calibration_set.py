@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
 from mmengine.dataset import pseudo_collate
@@ -105,6 +106,11 @@ class CalibrationSet:
         held_out = []
         if runner.val_loop is not None:
             held_out.append(runner.val_loop.dataloader.dataset)
+        test, val = runner.cfg.get('test_dataloader'), runner.cfg.get('val_dataloader')
+        if test is not None and (val is None or test['dataset'] != val['dataset']):
+            # A test set whose files are not here cannot have lent images to calibration.
+            with suppress(FileNotFoundError):
+                held_out.append(DATASETS.build(copy.deepcopy(test['dataset'])))
         if dataset is None:
             dataset = copy.deepcopy(_innermost(runner.cfg.train_dataloader['dataset']))
             if runner.cfg.get('val_dataloader'):

@@ -62,10 +62,32 @@ class QuantAttention(nn.Module):
         ``(..., heads, Nq, Nk)``."""
         return (self.q(query) @ self.k(key).transpose(-2, -1)) * scale
 
-    def mix(self, probs: Tensor, value: Tensor) -> Tensor:
-        """``probs_hat @ v_hat``: ``(..., heads, Nq, Nk), (..., heads, Nk, d)`` to
-        ``(..., heads, Nq, d)``."""
-        return self.probs(probs) @ self.v(value)
+    def mix(self, scores: Tensor, value: Tensor, dropout_p: float = 0.0) -> Tensor:
+        """``softmax(scores)_hat @ v_hat``.
+
+        With ``row_relative`` probabilities what is quantized is the softmax's numerator
+        ``exp(score - row maximum)``, in (0, 1]; the row's denominator divides the product. The
+        grid of a row then ends at its own maximum, flat rows keep their resolution, and the
+        scale is still static: the product stays one of integers.
+
+        Args:
+            scores: ``(..., heads, Nq, Nk)``, bias and mask added.
+            value: ``(..., heads, Nk, d)``.
+            dropout_p: Dropout of probabilities.
+
+        Returns:
+            ``(..., heads, Nq, d)``.
+        """
+        if not getattr(self.probs, 'row_relative', False):
+            probs = F.dropout(scores.softmax(dim=-1), dropout_p, training=dropout_p > 0)
+            return self.probs(probs) @ self.v(value)
+        # float32 as F.softmax has it under autocast.
+        shifted = (scores - scores.detach().amax(-1, keepdim=True)).float()
+        numerator = shifted.exp()
+        denominator = numerator.sum(-1, keepdim=True)
+        numerator = F.dropout(self.probs(numerator), dropout_p, training=dropout_p > 0)
+        product = numerator.to(value.dtype) @ self.v(value)
+        return (product / denominator).to(value.dtype)
 
     def forward(
         self,
@@ -80,8 +102,7 @@ class QuantAttention(nn.Module):
         scores = self.scores(query, key, scale or query.shape[-1] ** -0.5)
         if attn_mask is not None:
             scores = scores + attn_mask
-        probs = F.dropout(scores.softmax(dim=-1), dropout_p, training=dropout_p > 0)
-        return self.mix(probs, value)
+        return self.mix(scores, value, dropout_p)
 
 
 def register_attention_adapter(*class_names: str):
@@ -156,7 +177,8 @@ class QuantWindowMSA:
             windows = mask.shape[0]
             scores = scores.reshape(-1, windows, heads, tokens, tokens) + mask[:, None]
             scores = scores.reshape(batch, heads, tokens, tokens)
-        out = self.quant_attention.mix(self.attn_drop(self.softmax(scores)), value)
+        dropout = self.attn_drop.p if self.training else 0.0
+        out = self.quant_attention.mix(scores, value, dropout)
         out = self.proj(out.transpose(1, 2).reshape(batch, tokens, channels))
         return self.proj_drop(out)
 

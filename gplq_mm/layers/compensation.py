@@ -41,6 +41,8 @@ class Compensation(nn.Module):
         self._updates = 0
         for name in self.buffers_of_map:
             self.register_buffer(name, None)
+        # Says where the module is while it is empty, so that loading fills it there.
+        self.register_buffer('_anchor', torch.empty(0), persistent=False)
 
     @property
     def is_fitted(self) -> bool:
@@ -123,7 +125,9 @@ class Compensation(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         for name in self.buffers_of_map:
             saved = state_dict.get(prefix + name)
-            setattr(self, name, None if saved is None else torch.empty_like(saved))
+            if saved is not None:
+                saved = torch.empty_like(saved, device=self._anchor.device)
+            setattr(self, name, saved)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -48,7 +48,7 @@ class FeatureTap:
         self.is_open = False
         self.feature: Tensor | None = None
         self.output: Tensor | None = None
-        self.handle = layer.register_forward_hook(self._keep)
+        layer.register_forward_hook(self._keep)
 
     def _keep(self, _layer: nn.Module, args: tuple, output: Tensor) -> None:
         if self.is_open:
@@ -61,10 +61,6 @@ class FeatureTap:
     def __exit__(self, *_exception) -> None:
         # Holding on would keep the graph of the last iteration alive.
         self.is_open, self.feature, self.output = False, None, None
-
-    def __deepcopy__(self, _memo) -> None:
-        # The copy of a tapped model is not tapped.
-        return None
 
 
 def _final_linear(model: nn.Module, feature_layer: str | None) -> nn.Linear:
@@ -345,7 +341,7 @@ class GPLQ(BaseModel):
         """
         loss, log = super().parse_losses(losses)
         if not is_finite_everywhere(loss.detach()):
-            parts = ', '.join(f'{key}={float(value):.4g}' for key, value in log.items())
+            parts = ', '.join(f'{key}={float(value.detach()):.4g}' for key, value in log.items())
             raise NonFiniteLossError(
                 f'the loss is not finite ({parts}); the step was not made and the last checkpoint '
                 'is intact. Lower the learning rate, or check the images and the checkpoint, '

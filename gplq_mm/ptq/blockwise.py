@@ -97,7 +97,8 @@ class _Stream:
             for name in done:
                 if name in self.outputs:
                     value = self.outputs[name][index]
-                    replay = lambda *_args, value=value, **_kwargs: value  # noqa: E731
+                    # A copy: the model may go on with it in place.
+                    replay = lambda *_args, value=value, **_kwargs: value.clone()  # noqa: E731
                 else:
                     shape, dtype, device = self.shapes[name][index]
                     replay = lambda *_args, meta=(shape, dtype, device), **_kwargs: torch.zeros(  # noqa: E731
@@ -135,7 +136,8 @@ def _is_sequential(model: nn.Module, units: list[str], batch: Any, forward: Call
     inputs: dict[str, tuple] = {}
 
     def keep(_module, args, kwargs, output, name):
-        inputs[name], outputs[name] = (args, kwargs), output
+        inputs[name] = (args, kwargs)
+        outputs[name] = output.clone() if torch.is_tensor(output) else output
 
     with ExitStack() as stack:
         for name in units:

@@ -57,13 +57,15 @@ class RoundToNearest:
 
     Args:
         use_importance: Whether the scale search weighs each column's squared error with the
-            mean square of its input, when a second moment is given. Defaults to False.
+            mean square of its input; the method then needs a second moment. Defaults to False.
     """
 
     needs_second_moment = False
 
     def __init__(self, use_importance: bool = False):
         self.use_importance = use_importance
+        # Callers collect statistics only for methods that ask for them.
+        self.needs_second_moment = use_importance
 
     @torch.no_grad()
     def __call__(
@@ -87,11 +89,17 @@ class RoundToNearest:
             Integers and scales, in stored order.
 
         Raises:
-            ValueError: If shapes do not agree, or values are not finite.
+            ValueError: If shapes do not agree, values are not finite, or ``use_importance`` has
+                no second moment.
         """
+        if self.use_importance and second_moment is None:
+            raise ValueError(
+                'RoundToNearest(use_importance=True) needs the second moment of the layer input; '
+                'collect it over calibration images, or set use_importance=False.'
+            )
         weight, permutation, second_moment = to_stored_order(weight, permutation, second_moment)
         importance = None
-        if self.use_importance and second_moment is not None:
+        if self.use_importance:
             importance = second_moment.diagonal()
             importance = importance + IMPORTANCE_FLOOR * importance.mean()
         row_scale, multiplier = search_group_scales(weight, spec, importance)

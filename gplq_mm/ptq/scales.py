@@ -58,7 +58,7 @@ def search_row_scale(weight: Tensor, spec: WeightSpec, importance: Tensor | None
     for rows in _chunks(weight):
         block, unit = _normalise(weight[rows])
         step, _ = _observe(block[:, None], importance, spec, ROW_GRID)
-        scale[rows] = _positive(step[:, 0, 0] * unit, unit)
+        scale[rows] = _positive(step.view(-1) * unit, block)
     return scale
 
 
@@ -106,7 +106,7 @@ def search_group_scales(
         else:
             wanted, _ = _observe(block, importance, spec, GROUP_GRID)
             base, multiple = _cover(wanted, spec)
-        scale[rows] = _positive(base.view(-1) * unit, unit)
+        scale[rows] = _positive(base.view(-1) * unit, block)
         multiplier[rows] = multiple.view(len(block), groups).to(torch.uint8)
     return scale, multiplier
 
@@ -146,9 +146,10 @@ def _normalise(weight: Tensor) -> tuple[Tensor, Tensor]:
     return weight / unit[:, None], unit
 
 
-def _positive(scale: Tensor, unit: Tensor) -> Tensor:
-    """Scale of a zero row is its unit, 1; none may underflow to zero."""
-    return torch.where(scale > 0, scale, unit).clamp_(min=torch.finfo(scale.dtype).tiny)
+def _positive(scale: Tensor, weight: Tensor) -> Tensor:
+    """Scale ``(R,)`` with 1 for a row of zeros; none may underflow to zero."""
+    scale = torch.where(weight.flatten(1).any(1), scale, 1.0)
+    return scale.clamp_(min=torch.finfo(scale.dtype).tiny)
 
 
 def _error(weight: Tensor, step: Tensor, importance: Tensor | None, spec: WeightSpec) -> Tensor:

@@ -78,7 +78,9 @@ class _FakeQuantize(torch.autograd.Function):
         grad_x = _pass_inside(grad, steps, qmin, qmax)
         grad_s = grad_o = None
         if offset is not None and ctx.needs_input_grad[2]:
-            grad_o = (grad.sum_to_size(offset.shape) - grad_x.sum_to_size(offset.shape)) * grad_scale
+            grad_o = (
+                grad.sum_to_size(offset.shape) - grad_x.sum_to_size(offset.shape)
+            ) * grad_scale
         if ctx.needs_input_grad[1]:
             # sum of grad * q over all, minus grad * steps over what lies inside.
             unrounded = grad_x * steps

@@ -58,9 +58,10 @@ class MinMaxObserver:
         Raises:
             ValueError: For a NaN or an infinity.
         """
-        rows = by_channel(x.detach().float(), self.shape)
-        if rows.numel() == 0:
+        # Observers with fewer passes wait for the others.
+        if x.numel() == 0 or self.finished_passes == self.num_passes:
             return
+        rows = by_channel(x.detach().float(), self.shape)
         if self.finished_passes == 0:
             low, high = rows.aminmax(dim=0)
             if not (torch.isfinite(low).all() and torch.isfinite(high).all()):

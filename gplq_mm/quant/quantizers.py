@@ -74,6 +74,11 @@ class ActQuantizer(nn.Module):
         self._state = QuantState.UNCALIBRATED
 
     @property
+    def row_relative(self) -> bool:
+        """Whether the input must be scaled by its row's maximum (attention probabilities)."""
+        return self.spec.row_relative
+
+    @property
     def state(self) -> QuantState:
         """Where in its life the quantizer is."""
         return self._state
@@ -235,6 +240,8 @@ class WeightQuantizer(nn.Module):
         self.enabled = True
         for buffer in ('codes', 'row_scale', 'multiplier', 'permutation', 'bias'):
             self.register_buffer(buffer, None)
+        # Says where the module is while it is empty, so that loading fills it there.
+        self.register_buffer('_anchor', torch.empty(0), persistent=False)
 
     @property
     def group_size(self) -> int:
@@ -306,7 +313,9 @@ class WeightQuantizer(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         for buffer in ('codes', 'row_scale', 'multiplier', 'permutation', 'bias'):
             saved = state_dict.get(prefix + buffer)
-            setattr(self, buffer, None if saved is None else torch.empty_like(saved))
+            if saved is not None:
+                saved = torch.empty_like(saved, device=self._anchor.device)
+            setattr(self, buffer, saved)
         self.__dict__.pop('_integers', None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

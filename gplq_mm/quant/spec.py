@@ -60,6 +60,8 @@ class ActSpec:
             probabilities only, RepQ-ViT).
         tokens: Number of tokens, needed by ``granularity='token'`` where the layer itself does
             not know it (a Swin window does, a ViT does not).
+        row_relative: Attention probabilities only: quantize them relative to the largest of
+            their row, that is ``exp(score - row maximum)``. The learned scale stays static.
     """
 
     bits: int = 4
@@ -70,6 +72,7 @@ class ActSpec:
     percentile: tuple[float, float] = (0.01, 0.99)
     quantizer: str = 'uniform'
     tokens: int | None = None
+    row_relative: bool = False
 
     def __post_init__(self):
         _check_bits('activation', self.bits)
@@ -160,7 +163,7 @@ PRESETS: dict[str, dict] = {
         q=dict(granularity='head'),
         k=dict(granularity='head'),
         v=dict(granularity='head'),
-        probs=dict(granularity='head', zero_point='none', signed=False),
+        probs=dict(granularity='head', zero_point='none', signed=False, row_relative=True),
         rules=_EIGHT_BIT_ENDS,
     ),
     'paper': dict(
@@ -189,8 +192,8 @@ def _override(spec, changes: dict, where: str):
 class QuantPolicy:
     """Ordered rules that give every site of a model its spec.
 
-    Every rule is ``dict(pattern=REGEX, activation={...}, weight={...}, exclude=False,
-    optional=False)``. The regular expression is searched in the site's full name
+    Every rule is ``dict(pattern=REGEX, activation={...}, weight={...}, exclude=None,
+    optional=False)``; one that does not mention ``exclude`` leaves an exclusion as it is. The regular expression is searched in the site's full name
     (``backbone.layers.0.attn.qkv``; the operands of an attention product are called
     ``<attention>.q``, ``.k``, ``.v`` and ``.probs``). All matching rules apply in order, so a
     later rule refines an earlier one; user rules come after the preset's.
@@ -198,13 +201,15 @@ class QuantPolicy:
     Args:
         preset: ``'gplq'`` (asymmetric, MSE, folded groups) or ``'paper'`` (symmetric, min-max,
             raw).
-        activation: Overrides of :class:`ActSpec` for layer inputs and, as far as they are not
-            about granularity, for the attention operands.
+        activation: Overrides of :class:`ActSpec` for layer inputs. Bits, observer and
+            percentile also go to the attention operands, ``zero_point`` to q, k and v.
         weight: Overrides of :class:`WeightSpec`.
         q, k, v, probs: Overrides of :class:`ActSpec` for the operands of both attention
             products.
         rules: The ordered rules. A rule that matches no site of the model is an error unless
             it says ``optional=True``.
+        exclude: Patterns of sites that stay in float; short for rules with ``exclude=True``,
+            and easy to give on a command line.
 
     Raises:
         PolicyError: For an unknown preset, key or value, or a pattern that is no regular
@@ -221,6 +226,7 @@ class QuantPolicy:
         v: dict | None = None,
         probs: dict | None = None,
         rules: list | tuple = (),
+        exclude: list | tuple = (),
     ):
         _check_choice('policy', 'preset', preset, tuple(PRESETS))
         base = PRESETS[preset]
@@ -229,18 +235,24 @@ class QuantPolicy:
         act = _override(ActSpec(**base['activation']), activation, 'policy.activation')
         self.weight = _override(WeightSpec(**base['weight']), dict(weight or {}), 'policy.weight')
         self.activations = {'linear': act, 'conv': act}
-        # An operand keeps what its nature fixes (granularity, probabilities are never negative)
-        # and follows the general setting in the rest: `activation=dict(bits=3)` means all.
-        shared = {key: activation[key] for key in ('bits',) if key in activation}
+        # An operand follows the general setting except in what its nature fixes: its granularity,
+        # and that probabilities are never negative.
+        shared = {k: v for k, v in activation.items() if k in ('bits', 'observer', 'percentile')}
+        if 'zero_point' in activation:
+            signed = {'zero_point': activation['zero_point']}
+        else:
+            signed = {}
         for name, user in zip(OPERANDS, (q, k, v, probs), strict=True):
-            spec = _override(ActSpec(**base[name]), shared, 'policy.activation')
+            general = shared if name == 'probs' else {**shared, **signed}
+            spec = _override(ActSpec(**base[name]), general, 'policy.activation')
             self.activations[name] = _override(spec, dict(user or {}), f'policy.{name}')
-        self.rules = [self._check_rule(rule) for rule in (*base['rules'], *rules)]
+        excluded = [{'pattern': pattern, 'exclude': True} for pattern in exclude]
+        self.rules = [self._check_rule(rule) for rule in (*base['rules'], *rules, *excluded)]
 
     @staticmethod
     def _check_rule(rule: dict) -> dict:
         rule = {
-            'activation': {}, 'weight': {}, 'exclude': False, 'optional': False, **dict(rule)
+            'activation': {}, 'weight': {}, 'exclude': None, 'optional': False, **dict(rule)
         }  # fmt: skip
         unknown = set(rule) - _RULE_KEYS
         if unknown or 'pattern' not in rule:
@@ -277,7 +289,8 @@ class QuantPolicy:
         for rule in self.rules:
             if not re.search(rule['pattern'], name):
                 continue
-            excluded = rule['exclude']
+            if rule['exclude'] is not None:
+                excluded = rule['exclude']
             act = _override(act, rule['activation'], name)
             if weight is not None:
                 weight = _override(weight, rule['weight'], name)
@@ -288,6 +301,8 @@ class QuantPolicy:
                 f'{name}: granularity {act.granularity!r} puts a scale on the reduction axis of '
                 f'the product; use one of {", ".join(SITE_GRANULARITIES[kind])}.'
             )
+        if act.row_relative and kind != 'probs':
+            raise PolicyError(f'{name}: row_relative is for "probs" only.')
         if act.quantizer == 'log_sqrt2' and kind != 'probs':
             raise PolicyError(f'{name}: the log_sqrt2 quantizer is for "probs" only.')
         return SiteSpec(act, weight)
@@ -316,5 +331,8 @@ class QuantPolicy:
                 key: {**asdict(spec), 'percentile': list(spec.percentile)}
                 for key, spec in self.activations.items()
             },
-            'rules': [dict(rule) for rule in self.rules],
+            'rules': [
+                {**rule, 'activation': dict(rule['activation']), 'weight': dict(rule['weight'])}
+                for rule in self.rules
+            ],
         }

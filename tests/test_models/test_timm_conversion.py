@@ -1,3 +1,4 @@
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -70,24 +71,32 @@ def test_foreign_weights(foreign):
         convert_timm_vit_state_dict(foreign)
 
 
-def run_tool(*args):
-    command = [sys.executable, str(TOOL), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=TOOL.parents[1])
+def load_tool():
+    spec = importlib.util.spec_from_file_location('convert_timm', TOOL)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
+
+
+def save(state_dict, path):
+    if path.suffix == '.safetensors':
+        save_file(state_dict, path)
+    else:
+        torch.save(state_dict, path)
 
 
 class TestTool:
-    @pytest.mark.slow
-    @pytest.mark.parametrize('source', ['.safetensors', '.pth'])
+    @pytest.mark.parametrize(
+        ('source', 'nested'), [('.safetensors', False), ('.pth', False), ('.pth', True)]
+    )
     @pytest.mark.parametrize('target', ['.safetensors', '.pth'])
-    def test_formats(self, tmp_path, source, target):
-        state_dict = timm_model().state_dict()
+    def test_formats(self, tmp_path, monkeypatch, capsys, source, target, nested):
         src, dst = tmp_path / f'src{source}', tmp_path / f'dst{target}'
-        if source == '.pth':
-            torch.save({'model': state_dict}, src)
-        else:
-            save_file(state_dict, src)
-        result = run_tool(src, dst)
-        assert result.returncode == 0, result.stderr
+        state_dict = timm_model().state_dict()
+        save({'model': state_dict} if nested else state_dict, src)
+        monkeypatch.setattr(sys, 'argv', ['convert_timm.py', str(src), str(dst)])
+        load_tool().main()
+        assert 'Wrote 32 tensors' in capsys.readouterr().out
         if target == '.pth':
             written = torch.load(dst, weights_only=True)['state_dict']
         else:
@@ -96,45 +105,55 @@ class TestTool:
         assert {p.name for p in tmp_path.iterdir()} == {src.name, dst.name}
 
     @pytest.mark.parametrize(
-        ('fault', 'message'),
+        ('suffix', 'fault', 'message'),
         [
-            ('missing', 'does not exist'),
-            ('truncated', 'cannot be read as weights'),
-            ('foreign', 'not the weights of a plain timm ViT'),
-            ('suffix', 'ends in neither .safetensors nor .pth'),
+            ('.safetensors', 'missing', 'does not exist'),
+            ('.safetensors', 'truncated', 'cannot be read as weights'),
+            ('.safetensors', 'foreign', 'not the weights of a plain timm ViT'),
+            ('.pth', 'missing', 'does not exist'),
+            ('.pth', 'truncated', 'cannot be read as weights'),
+            ('.pth', 'foreign', 'not the weights of a plain timm ViT'),
+            ('.pth', 'no state dict', 'holds no state dict'),
         ],
     )
-    def test_one_clear_error_and_no_output(self, tmp_path, fault, message):
-        src, dst = tmp_path / 'src.safetensors', tmp_path / 'dst.pth'
+    def test_bad_source_gives_one_sentence_and_no_file(
+        self, tmp_path, monkeypatch, suffix, fault, message
+    ):
+        src, dst = tmp_path / f'src{suffix}', tmp_path / 'dst.pth'
         if fault == 'truncated':
-            save_file(timm_model().state_dict(), src)
+            save(timm_model().state_dict(), src)
             src.write_bytes(src.read_bytes()[:1000])
         elif fault == 'foreign':
-            save_file({'conv1.weight': torch.zeros(1)}, src)
-        elif fault == 'suffix':
-            src = tmp_path / 'src.bin'
-            src.write_bytes(b'')
-        result = run_tool(src, dst)
+            save({'conv1.weight': torch.zeros(1)}, src)
+        elif fault == 'no state dict':
+            save({'epoch': 3}, src)
+        monkeypatch.setattr(sys, 'argv', ['convert_timm.py', str(src), str(dst)])
+        with pytest.raises(SystemExit) as stop:
+            load_tool().main()
+        assert stop.value.code.startswith(f'convert_timm: {src}')
+        assert message in stop.value.code
+        assert '\n' not in stop.value.code
+        assert not dst.exists()
+
+    def test_script(self, tmp_path):
+        """As a user runs it: the exit status is 1 and there is no traceback."""
+        command = [sys.executable, str(TOOL), 'weights.bin', str(tmp_path / 'dst.pth')]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=TOOL.parents[1])
         assert result.returncode == 1
-        assert message in result.stderr
-        assert src.name in result.stderr
-        assert result.stderr.startswith('convert_timm: ')
+        assert 'weights.bin ends in neither .safetensors nor .pth' in result.stderr
         assert 'Traceback' not in result.stderr
-        assert [p.name for p in tmp_path.iterdir() if 'dst' in p.name] == []
 
     def test_failed_write_keeps_the_old_file(self, tmp_path, monkeypatch):
-        monkeypatch.syspath_prepend(str(TOOL.parent))
-        import convert_timm
-
         dst = tmp_path / 'dst.pth'
         dst.write_bytes(b'old')
 
         def fail(*args, **kwargs):
             raise OSError('No space left on device')
 
-        monkeypatch.setattr(convert_timm.torch, 'save', fail)
+        tool = load_tool()
+        monkeypatch.setattr(tool.torch, 'save', fail)
         with pytest.raises(OSError, match='No space'):
-            convert_timm.write_state_dict({}, dst)
+            tool.write_state_dict({}, dst)
         assert [p.name for p in tmp_path.iterdir()] == ['dst.pth']
         assert dst.read_bytes() == b'old'
 

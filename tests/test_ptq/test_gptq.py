@@ -132,7 +132,7 @@ def test_coordinate_descent_ends_in_a_coordinatewise_minimum():
                 assert output_error(weight, other * step, hessian) >= least - 1e-5
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 5), st.integers(1, 70), st.integers(2, 8), st.integers(0, 10**6),
     st.integers(-6, 6), st.integers(-6, 6), st.booleans(), st.sampled_from(['folded', 'raw']),

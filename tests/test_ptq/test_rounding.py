@@ -41,10 +41,17 @@ def test_importance_is_used_only_when_asked_for():
     weighted = RoundToNearest(use_importance=True)(weight, WeightSpec(bits=2), None, moment)
     assert torch.equal(plain.row_scale, RoundToNearest()(weight, WeightSpec(bits=2)).row_scale)
     errors = [
-        ((r.dequantize() - weight).square() * moment.diagonal()).sum()
-        for r in (weighted, plain)
+        ((r.dequantize() - weight).square() * moment.diagonal()).sum() for r in (weighted, plain)
     ]
     assert errors[0] < errors[1]
+
+
+def test_importance_asks_for_statistics():
+    method = RoundToNearest(use_importance=True)
+    assert method.needs_second_moment
+    assert not RoundToNearest().needs_second_moment
+    with pytest.raises(ValueError, match='needs the second moment'):
+        method(torch.randn(2, 4), WeightSpec())
 
 
 @pytest.mark.parametrize(

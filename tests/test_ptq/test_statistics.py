@@ -1,13 +1,19 @@
 """Streaming second moment against the whole data, and over two processes."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gplq_mm.ptq import SecondMoment
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def data(rows=1000, features=24, mean=30.0):
@@ -118,7 +124,6 @@ def test_bad_input_is_refused_and_leaves_the_statistics_alone():
 
 def _reduce_in_rank(rank: int, folder: str) -> None:
     dist.init_process_group('gloo', init_method=f'file://{folder}/init', rank=rank, world_size=2)
-    torch.set_num_threads(1)
     moment = SecondMoment(24)
     # Ranks hold different amounts.
     moment.update(data()[:300] if rank == 0 else data()[300:])
@@ -129,7 +134,13 @@ def _reduce_in_rank(rank: int, folder: str) -> None:
 
 
 def test_two_processes_give_the_statistics_of_one(tmp_path):
-    mp.spawn(_reduce_in_rank, (str(tmp_path),), nprocs=2)
+    # This file as a program: under pytest's importlib mode a spawned child cannot import it.
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    ranks = [
+        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], env=environment)
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
     moment = SecondMoment(24)
     moment.update(data())
     first, second = (torch.load(tmp_path / f'{rank}.pt') for rank in range(2))
@@ -137,3 +148,7 @@ def test_two_processes_give_the_statistics_of_one(tmp_path):
     assert torch.equal(first[2], second[2])
     torch.testing.assert_close(first[1], moment.mean, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(first[2], moment.covariance(), rtol=1e-9, atol=1e-9)
+
+
+if __name__ == '__main__':
+    _reduce_in_rank(int(sys.argv[1]), sys.argv[2])

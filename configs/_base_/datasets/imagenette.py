@@ -7,7 +7,7 @@ train_pipeline = [
     dict(
         type='RandomResizedCrop',
         scale=224,
-        crop_ratio_range=(0.5, 1.0),
+        crop_ratio_range=(0.3, 1.0),
         backend='pillow',
         interpolation='bicubic',
     ),

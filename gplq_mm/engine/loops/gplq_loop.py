@@ -79,11 +79,9 @@ class GPLQTrainLoop(EpochBasedTrainLoop):
         max_epochs: int = 1,
         max_iters: int | None = None,
         weight_ptq: dict | None = None,
-        baseline: dict | None = None,
+        baseline: dict | str | None = 'RoundToNearest',
         num_diagnostic_images: int = 512,
     ):
-        if baseline is None:
-            baseline = dict(type='RoundToNearest')
         super().__init__(runner, dataloader, max_epochs=max(max_epochs, 1))
         if not isinstance(unwrap(runner.model), GPLQ):
             raise TypeError('GPLQTrainLoop trains a model of type gplq_mm.GPLQ.')

@@ -1,0 +1,338 @@
+"""The GPLQ wrapper: losses, teacher, stages, and what it refuses."""
+
+import copy
+import math
+
+import pytest
+import torch
+from builders import NUM_CLASSES, images, randomize, swin_cfg, vit_cfg
+from mmengine.registry import MODELS
+from mmpretrain.structures import DataSample
+
+from gplq_mm.checkpoint import CheckpointError
+from gplq_mm.layers import act_quantizers, calibrate, quant_layers
+from gplq_mm.models import GPLQ, NonFiniteLossError, PCAMimicLoss, Stage
+from gplq_mm.ptq import RoundToNearest, quantize_weights
+
+
+def samples(count=4):
+    return [
+        DataSample(metainfo=dict(img_path=f'{i}.png')).set_gt_label(i % NUM_CLASSES)
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(3)
+    path = tmp_path_factory.mktemp('float') / 'vit.pth'
+    torch.save({'state_dict': randomize(MODELS.build(vit_cfg())).state_dict()}, path)
+    return path
+
+
+def build(checkpoint, calibrated=True, **options):
+    options = {'mimic': dict(num_components=8), **options}
+    model = GPLQ(vit_cfg(), str(checkpoint), **options)
+    model.init_weights()
+    model.eval()
+    if calibrated:
+        with torch.no_grad():
+            calibrate(model.architecture, lambda _i, _n: model.architecture(images(8, 1)))
+        model.advance(Stage.CALIBRATED)
+    if model.mimic_loss is not None:
+        feature, _ = model.teacher_outputs(images(16, 2))
+        model.mimic_loss.fit(feature.mean(0), torch.cov(feature.T))
+    return model.train()
+
+
+def finish(model):
+    """Brings a calibrated model through Stage 2."""
+    model.eval().freeze_activations()
+    quantize_weights(model.architecture, [images()], model.architecture, RoundToNearest())
+    model.advance(Stage.WEIGHT_PTQ)
+    return model
+
+
+def test_losses_are_those_of_task_mimicking_and_distillation(checkpoint):
+    model = build(checkpoint, distill=dict(loss_weight=0.5, temperature=2.0))
+    losses = model(images(), samples(), mode='loss')
+    assert set(losses) == {'loss', 'loss_pca_mimic', 'loss_distill'}
+    with torch.no_grad():
+        model.eval()
+        feature, logits = model.student_outputs(images())
+        teacher_feature, teacher_logits = model.teacher_outputs(images())
+    basis = model.mimic_loss.components[:, :8]
+    mimic = ((feature - teacher_feature) @ basis).square().sum(1).mean()
+    torch.testing.assert_close(losses['loss_pca_mimic'].detach(), mimic)
+    p, log_q = (teacher_logits / 2).softmax(1), (logits / 2).log_softmax(1)
+    divergence = (p * (p.log() - log_q)).sum(1).mean()
+    torch.testing.assert_close(losses['loss_distill'].detach(), 0.5 * 4 * divergence)
+    labels = torch.arange(4) % NUM_CLASSES
+    task = torch.nn.functional.cross_entropy(logits, labels)
+    torch.testing.assert_close(losses['loss'].detach(), task)
+
+
+def test_task_weight_and_no_mimicking(checkpoint):
+    model = build(checkpoint, mimic=None)
+    plain = model(images(), samples(), mode='loss')
+    assert set(plain) == {'loss'}
+    weighted = build(checkpoint, mimic=None, task_weight=0.25)(images(), samples(), mode='loss')
+    torch.testing.assert_close(weighted['loss'], 0.25 * plain['loss'])
+
+
+def test_gradient_reaches_every_weight_and_every_scale(checkpoint):
+    model = build(checkpoint)
+    loss, _ = model.parse_losses(model(images(), samples(), mode='loss'))
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+    for name, quantizer in act_quantizers(model).items():
+        assert quantizer.scale.grad.abs().sum() > 0, name
+    for name, layer in quant_layers(model).items():
+        assert layer.weight.grad.abs().sum() > 0, name
+
+
+def test_quantizers_alone_can_be_trained(checkpoint):
+    model = build(checkpoint, train_weights=False)
+    learned = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert learned == {
+        f'{name}.{key}' for name, q in act_quantizers(model).items() for key, _ in q.named_parameters()
+    }
+    model(images(), samples(), mode='loss')['loss'].backward()
+    assert all(p.grad is None for n, p in model.named_parameters() if n not in learned)
+
+
+def test_the_student_equals_its_teacher_with_quantizers_off(checkpoint):
+    from gplq_mm.layers import quantizers_disabled
+
+    model = build(checkpoint).eval()
+    with quantizers_disabled(model), torch.no_grad():
+        _, logits = model.student_outputs(images())
+    torch.testing.assert_close(logits, model.teacher_outputs(images())[1], rtol=1e-5, atol=1e-5)
+
+
+def test_the_teacher_is_neither_saved_nor_trained_but_moves_along(checkpoint):
+    model = build(checkpoint)
+    before = copy.deepcopy(model.teacher.state_dict())
+    assert all('teacher' not in key for key in model.state_dict())
+    own = {id(p) for p in model.parameters()}
+    assert not own & {id(p) for p in model.teacher.parameters()}
+    assert not any(p.requires_grad for p in model.teacher.parameters())
+    assert not model.teacher.training
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sum(model(images(), samples(), mode='loss').values()).backward()
+    optimizer.step()
+    assert all(torch.equal(value, before[key]) for key, value in model.teacher.state_dict().items())
+    model.to(torch.float64)
+    assert next(model.teacher.parameters()).dtype == torch.float64
+
+
+def test_the_teacher_computes_without_a_graph(checkpoint):
+    model = build(checkpoint)
+    feature, logits = model.teacher_outputs(images().requires_grad_())
+    assert not feature.requires_grad
+    assert not logits.requires_grad
+
+
+def test_nothing_of_an_iteration_is_held_after_it(checkpoint):
+    model = build(checkpoint)
+    model(images(), samples(), mode='loss')
+    assert model.tap.feature is None
+    assert model.tap.output is None
+    assert model.teacher_tap.feature is None
+
+
+def test_deep_copy_computes_the_same(checkpoint):
+    # As an EMA hook makes it.
+    model = build(checkpoint).eval()
+    clone = copy.deepcopy(model)
+    assert torch.equal(clone(images()), model(images()))
+    losses = clone.train()(images(), samples(), mode='loss')
+    assert set(losses) == {'loss', 'loss_pca_mimic'}
+
+
+def test_stages_come_in_order(checkpoint):
+    model = build(checkpoint, calibrated=False)
+    assert (model.stage, model.state_name) == (Stage.FLOAT, 'fp32')
+    with pytest.raises(RuntimeError, match='calibrated'):
+        model.advance(Stage.CALIBRATED)
+    with pytest.raises(RuntimeError, match='calibrated'):
+        model.advance(Stage.WEIGHT_PTQ)
+    model = build(checkpoint)
+    assert model.state_name == 'w32a4'
+    model.advance(Stage.ACT_QAT)
+    with pytest.raises(RuntimeError, match='cannot go back'):
+        model.advance(Stage.CALIBRATED)
+    with pytest.raises(RuntimeError, match='LEARNING'):
+        model.advance(Stage.WEIGHT_PTQ)
+    model.freeze_activations()
+    with pytest.raises(RuntimeError, match='not quantized yet'):
+        model.advance(Stage.WEIGHT_PTQ)
+    assert finish(model).state_name == 'w4a4'
+    with pytest.raises(RuntimeError, match='cannot be trained'):
+        model(images(), samples(), mode='loss')
+    assert model(images(), samples(), mode='predict')[0].pred_label.numel() == 1
+
+
+def test_the_stage_is_saved_with_the_model(checkpoint):
+    model = finish(build(checkpoint))
+    other = build(checkpoint, calibrated=False)
+    other.load_state_dict(model.state_dict())
+    assert other.stage == Stage.WEIGHT_PTQ
+    assert torch.equal(other.eval()(images()), model(images()))
+
+
+def test_needs_a_checkpoint():
+    with pytest.raises(ValueError, match=r'model\.pretrained'):
+        GPLQ(vit_cfg()).init_weights()
+
+
+def test_needs_a_teacher_to_mimic(checkpoint):
+    model = GPLQ(vit_cfg(), str(checkpoint), teacher=False)
+    with pytest.raises(RuntimeError, match='teacher=True'):
+        model.teacher_outputs(images())
+
+
+def test_unknown_distill_key_and_feature_layer():
+    with pytest.raises(ValueError, match='heat'):
+        GPLQ(vit_cfg(), distill=dict(heat=1))
+    with pytest.raises(ValueError, match=r'neck\.fc'):
+        GPLQ(vit_cfg(), mimic={}, feature_layer='neck.fc')
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf])
+def test_an_image_that_is_not_finite_is_named(checkpoint, value):
+    model, batch = build(checkpoint), images()
+    batch[2, 1, 3, 3] = value
+    with pytest.raises(ValueError, match=r'2\.png'):
+        model(batch, samples(), mode='loss')
+    with pytest.raises(ValueError, match=r'position \[2\]'):
+        model(batch)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(checkpoint):
+    from mmengine.optim import OptimWrapper
+
+    model = build(checkpoint, data_preprocessor=None)
+    with torch.no_grad():
+        model.architecture.head.layers.head.bias[0] = math.nan
+    before = copy.deepcopy(model.state_dict())
+    wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1.0))
+    with pytest.raises(NonFiniteLossError, match=r'loss=nan.*--resume'):
+        model.train_step(dict(inputs=list(images()), data_samples=samples()), wrapper)
+    after = model.state_dict()
+    for key, value in before.items():
+        torch.testing.assert_close(after[key], value, rtol=0, atol=0, equal_nan=True)
+
+
+def test_another_number_of_classes_is_explained(checkpoint):
+    model = GPLQ(vit_cfg(num_classes=7), str(checkpoint))
+    with pytest.raises(CheckpointError, match=r'5 classes.*7'):
+        model.init_weights()
+
+
+def test_another_architecture_is_explained(checkpoint):
+    with pytest.raises(CheckpointError, match='another architecture'):
+        GPLQ(swin_cfg(), str(checkpoint)).init_weights()
+    deeper = vit_cfg()
+    deeper['backbone']['arch'] = {**deeper['backbone']['arch'], 'num_layers': 3}
+    with pytest.raises(CheckpointError, match=r'layers\.2'):
+        GPLQ(deeper, str(checkpoint)).init_weights()
+
+
+def test_missing_and_damaged_checkpoints(checkpoint, tmp_path):
+    with pytest.raises(CheckpointError, match='does not exist'):
+        GPLQ(vit_cfg(), str(tmp_path / 'none.pth')).init_weights()
+    torn = tmp_path / 'torn.pth'
+    torn.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r'torn\.pth'):
+        GPLQ(vit_cfg(), str(torn)).init_weights()
+
+
+class Explosive:
+    def __reduce__(self):
+        return (print, ('this must not run',))
+
+
+def test_pickled_objects_are_not_executed(tmp_path, capsys):
+    path = tmp_path / 'evil.pth'
+    torch.save({'state_dict': {'a': torch.zeros(1)}, 'meta': Explosive()}, path)
+    with pytest.raises(CheckpointError, match='objects other than tensors'):
+        GPLQ(vit_cfg(), str(path)).init_weights()
+    assert 'must not run' not in capsys.readouterr().out
+
+
+# -- the mimic loss -----------------------------------------------------------------------
+
+
+def features(count, dim, share):
+    """Features whose components explain ``share`` of the variance each (list, descending)."""
+    share = torch.tensor(share, dtype=torch.float64)
+    basis = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64))[0]
+    return torch.zeros(dim).double() + 1.0, (basis * share) @ basis.T, basis
+
+
+def test_the_loss_is_the_formula_of_the_paper():
+    loss = PCAMimicLoss(12, loss_weight=0.3, num_components=5)
+    teacher, student = torch.randn(40, 12) * torch.arange(1, 13) + 2, torch.randn(40, 12)
+    mean, covariance = teacher.mean(0), torch.cov(teacher.T)
+    loss.fit(mean, covariance)
+    basis = torch.linalg.svd(teacher - mean)[2][:5].T
+    projected = (student - mean) @ basis - (teacher - mean) @ basis
+    expected = 0.3 / 40 * projected.square().sum()
+    torch.testing.assert_close(loss(student, teacher), expected, rtol=1e-4, atol=1e-4)
+    assert loss(teacher, teacher) == 0
+
+
+@pytest.mark.parametrize(
+    ('share', 'multiple', 'expected'),
+    [
+        ([1 / 128] * 128, 32, 96),  # 60 % of 128 equal ones are 77
+        ([0.7] + [0.3 / 127] * 127, 32, 32),
+        ([1 / 40] * 40, 32, 32),  # 24
+        ([1 / 40] * 40, 16, 32),
+        ([0.61] + [0.39 / 7] * 7, 32, 8),  # never more than there are
+        ([0.3, 0.3, 0.2, 0.2], 1, 2),
+    ],
+)
+def test_components_explain_sixty_percent_rounded_up(share, multiple, expected):
+    dim = len(share)
+    mean, covariance, _ = features(0, dim, share)
+    loss = PCAMimicLoss(dim, multiple=multiple)
+    report = loss.fit(mean, covariance)
+    assert report['num_components'] == expected
+    assert report['explained_variance'] == pytest.approx(sum(share[:expected]))
+    assert report['spectrum'] == pytest.approx(share)
+
+
+def test_the_number_of_components_can_be_given():
+    mean, covariance, basis = features(0, 16, [(17 - i) / 136 for i in range(1, 17)])
+    loss = PCAMimicLoss(16, num_components=3)
+    report = loss.fit(mean, covariance)
+    assert report['num_components'] == 3
+    assert report['explained_variance'] == pytest.approx((16 + 15 + 14) / 136)
+    # Components beyond the third do not count.
+    student, teacher = torch.zeros(4, 16), (basis[:, 3:].sum(1) * 5).float().expand(4, 16)
+    assert loss(student, teacher) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_basis_is_deterministic_and_survives_saving():
+    mean, covariance, _ = features(0, 16, [(17 - i) / 136 for i in range(1, 17)])
+    one, two = PCAMimicLoss(16, num_components=4), PCAMimicLoss(16, num_components=4)
+    one.fit(mean, covariance)
+    two.fit(mean, covariance.clone())
+    assert torch.equal(one.components, two.components)
+    three = PCAMimicLoss(16)
+    three.load_state_dict(one.state_dict())
+    x, y = torch.randn(4, 16), torch.randn(4, 16)
+    assert torch.equal(three(x, y), one(x, y))
+
+
+def test_mimic_loss_refuses():
+    for options in (dict(explained=0), dict(explained=1.1), dict(multiple=0), dict(num_components=9)):
+        with pytest.raises(ValueError, match='mimic'):
+            PCAMimicLoss(8, **options)
+    with pytest.raises(RuntimeError, match='PCABasisHook'):
+        PCAMimicLoss(8)(torch.zeros(2, 8), torch.zeros(2, 8))
+    with pytest.raises(ValueError, match='same features'):
+        PCAMimicLoss(8).fit(torch.ones(8), torch.zeros(8, 8))

@@ -1,0 +1,363 @@
+"""Stage 2 on whole models: every unit on the stream that the units before it produce."""
+
+import pytest
+import torch
+from builders import build_quantized, calibrated, images
+from torch import nn
+
+from gplq_mm.layers import (
+    act_quantizers,
+    find_blocks,
+    quant_layers,
+    quantize_model,
+    quantizers_disabled,
+    weights_disabled,
+)
+from gplq_mm.ptq import GPTQ, RoundToNearest, find_units, quantize_weights, round_weights
+from gplq_mm.quant import NotCalibratedError, QuantPolicy
+
+KINDS = ('vit', 'swin', 'resnet')
+NARROW = dict(weight=dict(bits=3))
+BATCHES = [images(4, seed) for seed in range(10, 14)]
+
+
+def run(model, method=None, **options):
+    return quantize_weights(model, BATCHES, model, method or RoundToNearest(), **options)
+
+
+def integers(model):
+    return {
+        name: torch.cat((layer.weight_quantizer.integers().flatten(), layer.weight_quantizer.bias))
+        for name, layer in quant_layers(model).items()
+    }
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_quantizes_every_layer_and_leaves_the_latent_model_alone(kind):
+    model = build_quantized(kind, compensation=dict(type='QwT'))
+    before = {key: value.clone() for key, value in model.named_parameters()}
+    with quantizers_disabled(model):
+        latent = model(images())
+    run(model)
+    assert all(layer.weight_is_quantized for layer in quant_layers(model).values())
+    for key, value in model.named_parameters():
+        assert torch.equal(value, before[key]), key
+    with quantizers_disabled(model):
+        assert torch.equal(model(images()), latent)
+    assert not torch.allclose(model(images()), latent)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_units_are_blocks_and_the_layers_between_them_in_order(kind):
+    model = build_quantized(kind)
+    units = find_units(model, lambda: model(images()))
+    blocks = find_blocks(model)
+    assert [name for name in units if name in blocks] == blocks
+    covered = {
+        name
+        for name in quant_layers(model)
+        if name in units or any(name.startswith(f'{block}.') for block in blocks)
+    }
+    assert covered == set(quant_layers(model))
+    first, last = {
+        'vit': ('backbone.patch_embed.projection', 'head.layers.head'),
+        'swin': ('backbone.patch_embed.projection', 'head.fc'),
+        'resnet': ('backbone.conv1', 'head.fc'),
+    }[kind]
+    assert units[0] == first
+    assert units[-1] == last
+    if kind == 'swin':
+        assert len(units) == 4 + 3  # four blocks; patch embedding, merging, head
+
+
+class Recorder:
+    """A PTQ method that keeps the statistics it was given."""
+
+    needs_second_moment = True
+
+    def __init__(self):
+        self.moments = []
+        self.method = GPTQ(sweeps=0)
+
+    def __call__(self, weight, spec, permutation, second_moment):
+        self.moments.append(second_moment.clone())
+        return self.method(weight, spec, permutation, second_moment)
+
+
+def covariance(rows):
+    rows = rows.double()
+    centred = rows - rows.mean(0)
+    return centred.T @ centred / len(rows)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@torch.no_grad()
+def test_a_unit_sees_what_a_full_forward_of_the_half_quantized_model_gives(kind):
+    model = build_quantized(kind, NARROW, dict(type='QwT'))
+    recorder = Recorder()
+    run(model, recorder)
+    layers, units = quant_layers(model), find_units(model, lambda: model(BATCHES[0]))
+    # The moments come unit by unit, within a unit in definition order.
+    order = [
+        name for unit in units for name in layers if name == unit or name.startswith(f'{unit}.')
+    ]
+    moments = dict(zip(order, recorder.moments, strict=True))
+    # Units are switched on one after the other, and the model is run in full each time.
+    switches = {
+        unit: [
+            module
+            for module in model.get_submodule(unit).modules()
+            if hasattr(module, 'buffers_of_map') or type(module).__name__ == 'WeightQuantizer'
+        ]
+        for unit in units
+    }
+    for unit in units:
+        for module in switches[unit]:
+            module.enabled = False
+    for unit in units:
+        for name in [n for n in order if n == unit or n.startswith(f'{unit}.')]:
+            rows = []
+            handle = layers[name].register_forward_pre_hook(
+                lambda layer, args, rows=rows: rows.append(layer.operand_rows(args[0]))
+            )
+            for batch in BATCHES:
+                model(batch)
+            handle.remove()
+            expected = covariance(torch.cat(rows))
+            torch.testing.assert_close(moments[name], expected, rtol=1e-4, atol=1e-5)
+        for module in switches[unit]:
+            module.enabled = True
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_result_does_not_depend_on_where_the_stream_is_kept(kind):
+    outputs = []
+    for budget in (0, 20_000, 2**30):
+        torch.manual_seed(0)
+        model = build_quantized(kind, NARROW, dict(type='QwT'))
+        scores = run(model, memory_bytes=budget)
+        outputs.append((integers(model), scores, model(images())))
+    for other in outputs[1:]:
+        assert other[0].keys() == outputs[0][0].keys()
+        assert all(torch.equal(other[0][key], value) for key, value in outputs[0][0].items())
+        assert other[1] == pytest.approx(outputs[0][1])
+        assert torch.equal(other[2], outputs[0][2])
+
+
+def block_outputs(model, batch):
+    """Output of every block."""
+    outputs, handles = {}, []
+    for name in find_blocks(model):
+        handles.append(
+            model.get_submodule(name).register_forward_hook(
+                lambda _m, _a, output, name=name: outputs.__setitem__(name, output.detach())
+            )
+        )
+    model(batch)
+    for handle in handles:
+        handle.remove()
+    return outputs
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@torch.no_grad()
+def test_compensation_brings_blocks_nearer_to_full_precision_weights(kind):
+    errors = {}
+    for compensation in (None, dict(type='QwTv2'), dict(type='QwT')):
+        torch.manual_seed(0)
+        model = build_quantized(kind, NARROW, compensation)
+        scores = run(model)
+        batch = torch.cat(BATCHES)
+        quantized = block_outputs(model, batch)
+        with weights_disabled(model):
+            target = block_outputs(model, batch)
+        last = next(reversed(target))
+        errors[compensation and compensation['type']] = (
+            (quantized[last] - target[last]).square().mean().item()
+        )
+        if compensation:
+            assert compensation['type'] == 'QwTv2' or max(scores.values()) > 0
+            assert all(score <= 1 for score in scores.values())
+            # The score says truly whether there is a map.
+            for name, score in scores.items():
+                assert model.get_submodule(name).compensation.is_fitted == (score > 0)
+        else:
+            assert scores == {}
+    assert errors['QwT'] < errors[None]
+
+
+def test_blocks_that_change_the_shape_are_not_compensated():
+    model = build_quantized('resnet', NARROW, dict(type='QwT'))
+    scores = run(model)
+    assert 'backbone.layer2.0' in find_blocks(model)
+    assert set(scores) == set(find_blocks(model)) - {'backbone.layer2.0'}
+    assert not model.backbone.layer2[0].compensation.is_fitted
+
+
+@pytest.mark.parametrize('method', [RoundToNearest(), GPTQ()])
+def test_second_run_gives_the_same_as_the_first(method):
+    model = build_quantized('vit', compensation=dict(type='QwT'))
+    scores, first = run(model, method), integers(model)
+    assert run(model, method) == pytest.approx(scores)
+    assert all(torch.equal(value, first[key]) for key, value in integers(model).items())
+
+
+class BasicBlock(nn.Module):
+    """A residual block; known as one by its name."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(12, 12)
+
+    def forward(self, x):
+        return x + self.fc(x).relu()
+
+
+class SideBranch(nn.Module):
+    """The third block reads the first one's output, past the second; and in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = BasicBlock(), BasicBlock(), BasicBlock()
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x):
+        first = self.one(x)
+        second = self.two(first)
+        return self.head(self.three(first - second))
+
+
+class InPlace(nn.Module):
+    """Changes what a unit returned in place, as ``relu_`` and ``+=`` do."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.head = BasicBlock(), BasicBlock(), nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = self.one(x)
+        x += 1.0
+        return self.head(self.two(x).mul_(0.5))
+
+
+class InPlaceBranch(nn.Module):
+    """Changes an output in place that several later units read."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = BasicBlock(), BasicBlock(), BasicBlock()
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = self.one(x)
+        x += 1.0
+        return self.head(x + self.three(x - self.two(x)))
+
+
+@pytest.mark.parametrize('model_type', [SideBranch, InPlace, InPlaceBranch])
+@pytest.mark.parametrize('budget', [0, 2**30])
+@torch.no_grad()
+def test_branches_and_in_place_operations_between_units(model_type, budget):
+    batches = [torch.randn(32, 12) for _ in range(3)]
+    model = model_type()
+    quantize_model(model, QuantPolicy(weight=dict(bits=3)))
+    calibrated(model, torch.cat(batches))
+    recorder = Recorder()
+    kept = [batch.clone() for batch in batches]
+    quantize_weights(model, batches, model, recorder, memory_bytes=budget)
+    assert all(torch.equal(a, b) for a, b in zip(kept, batches, strict=True))
+    layers = quant_layers(model)
+    for layer in layers.values():
+        layer.weight_quantizer.enabled = False
+    for (name, layer), moment in zip(layers.items(), recorder.moments, strict=True):
+        rows = []
+        handle = layer.register_forward_pre_hook(
+            lambda layer, args, rows=rows: rows.append(layer.operand_rows(args[0]).clone())
+        )
+        for batch in batches:
+            model(batch)
+        handle.remove()
+        torch.testing.assert_close(moment, covariance(torch.cat(rows)), msg=name)
+        layer.weight_quantizer.enabled = True
+
+
+def test_refuses_activations_that_are_not_frozen():
+    model = build_quantized('vit', freeze=False)
+    with pytest.raises(NotCalibratedError, match='LEARNING'):
+        run(model)
+    assert not any(layer.weight_is_quantized for layer in quant_layers(model).values())
+
+
+def test_refuses_no_batches():
+    model = build_quantized('vit')
+    with pytest.raises(ValueError, match='no calibration images'):
+        quantize_weights(model, [], model, RoundToNearest())
+
+
+class Twice(nn.Module):
+    def __init__(self, times):
+        super().__init__()
+        self.fc, self.times = nn.Linear(4, 4), times
+
+    def forward(self, x):
+        for _ in range(self.times):
+            x = self.fc(x)
+        return x
+
+
+@pytest.mark.parametrize('times', [0, 2])
+def test_a_unit_must_run_exactly_once(times):
+    model = Twice(1)
+    quantize_model(model, QuantPolicy())
+    calibrated(model, torch.randn(8, 4))
+    model.times = times
+    with pytest.raises(ValueError, match=rf'fc runs {times} times'):
+        quantize_weights(model, [torch.randn(8, 4)], model, RoundToNearest())
+
+
+def test_plain_rounding_without_data():
+    model = build_quantized('vit', compensation=dict(type='QwT'))
+    round_weights(model, RoundToNearest())
+    first = integers(model)
+    assert set(first) == set(quant_layers(model))
+    assert torch.isfinite(model(images())).all()
+    with pytest.raises(ValueError, match='GPTQ needs calibration images'):
+        round_weights(model, GPTQ())
+
+
+def test_progress_is_shown_unit_by_unit():
+    model, seen = build_quantized('vit'), []
+
+    def track(items, total, description):
+        assert description
+        for item in items:
+            seen.append((item, total))
+            yield item
+
+    run(model, track=track)
+    assert [name for name, _ in seen] == find_units(model, lambda: model(images()))
+    assert {total for _, total in seen} == {len(seen)}
+
+
+def test_gptq_has_less_output_error_than_rounding_to_nearest():
+    errors = []
+    for method in (RoundToNearest(), GPTQ()):
+        torch.manual_seed(0)
+        model = build_quantized('vit', NARROW)
+        run(model, method)
+        with torch.no_grad():
+            quantized = model(torch.cat(BATCHES))
+            with weights_disabled(model):
+                target = model(torch.cat(BATCHES))
+        errors.append((quantized - target).square().mean().item())
+    assert errors[1] < errors[0]
+
+
+def test_activation_quantizers_stay_frozen_and_unchanged():
+    model = build_quantized('swin')
+    before = {key: value.clone() for key, value in model.state_dict().items() if 'act_quant' in key}
+    run(model)
+    after = model.state_dict()
+    assert before
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert not any(p.requires_grad for q in act_quantizers(model).values() for p in q.parameters())

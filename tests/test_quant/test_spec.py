@@ -1,0 +1,165 @@
+"""Policies: ordered rules, and errors that say what to change."""
+
+import json
+
+import pytest
+import torch
+from mmengine.config import ConfigDict
+
+from gplq_mm.quant import ActSpec, PolicyError, QuantPolicy, WeightSpec
+
+
+def test_rules_apply_in_order_and_refine_each_other():
+    policy = QuantPolicy(
+        rules=[
+            dict(pattern='attn', activation=dict(bits=6), weight=dict(bits=6)),
+            dict(pattern=r'attn\.qkv', weight=dict(bits=8, group_size=16)),
+            dict(pattern=r'0\.attn\.qkv', weight=dict(bits=2)),
+        ]
+    )
+    spec = policy.resolve('layers.0.attn.qkv', 'linear')
+    assert (spec.activation.bits, spec.weight.bits, spec.weight.group_size) == (6, 2, 16)
+    spec = policy.resolve('layers.1.attn.qkv', 'linear')
+    assert (spec.activation.bits, spec.weight.bits) == (6, 8)
+    assert policy.resolve('layers.1.ffn', 'linear').weight == WeightSpec()
+
+
+def test_user_rules_come_after_those_of_the_preset():
+    name = 'backbone.patch_embed.projection'
+    assert QuantPolicy().resolve(name, 'conv').weight.bits == 8
+    policy = QuantPolicy(rules=[dict(pattern='patch_embed', weight=dict(bits=3))])
+    spec = policy.resolve(name, 'conv')
+    assert (spec.weight.bits, spec.activation.bits) == (3, 8)
+
+
+@pytest.mark.parametrize(
+    ('name', 'bits'),
+    [
+        ('backbone.patch_embed.projection', 8),
+        ('backbone.conv1', 8),
+        ('backbone.stem.0', 8),
+        ('head.fc', 8),
+        ('head.layers.head', 8),
+        ('backbone.layer1.0.conv1', 4),
+        ('backbone.layers.0.attn.qkv', 4),
+        ('bbox_head.fc_cls', 4),
+    ],
+)
+def test_first_and_last_layer_have_eight_bits(name, bits):
+    assert QuantPolicy().resolve(name, 'linear').weight.bits == bits
+
+
+def test_exclusion_and_its_revocation():
+    rules = [
+        dict(pattern='layers', exclude=True),
+        dict(pattern='qkv', activation=dict(bits=3)),
+        dict(pattern=r'layers\.1', exclude=False),
+    ]
+    policy = QuantPolicy(rules=rules)
+    excluded = policy.resolve('layers.0.attn.qkv', 'linear')
+    assert (excluded.activation, excluded.weight) == (None, None)
+    back = policy.resolve('layers.1.attn.qkv', 'linear')
+    assert (back.activation.bits, back.weight.bits) == (3, 4)
+    assert policy.resolve('layers.0.attn.q', 'q').activation is None
+
+
+def test_general_bits_reach_the_operands_and_granularity_does_not():
+    policy = QuantPolicy(activation=dict(bits=3, granularity='tensor'))
+    for operand in ('q', 'k', 'v', 'probs'):
+        spec = policy.resolve(f'attn.{operand}', operand)
+        assert spec.activation.bits == 3
+        assert spec.activation.granularity == 'head'
+        assert spec.weight is None
+    assert QuantPolicy(probs=dict(bits=8)).resolve('attn.probs', 'probs').activation.bits == 8
+
+
+def test_presets():
+    ours = QuantPolicy().resolve('fc', 'linear')
+    assert (ours.activation.zero_point, ours.weight.layout) == ('float', 'folded')
+    paper = QuantPolicy('paper')
+    spec = paper.resolve('fc', 'linear')
+    assert (spec.activation.zero_point, spec.activation.observer) == ('none', 'minmax')
+    assert spec.activation.granularity == 'channel'
+    assert spec.weight.layout == 'raw'
+    query = paper.resolve('attn.q', 'q').activation
+    assert (query.observer, query.percentile) == ('percentile', (0.01, 0.99))
+
+
+@pytest.mark.parametrize('kind', ['q', 'k', 'v', 'probs', 'linear', 'conv'])
+def test_scales_on_the_reduction_axis_are_refused(kind):
+    wrong = {'q': 'channel', 'k': 'channel', 'v': 'token', 'probs': 'channel'}.get(kind, 'token')
+    policy = QuantPolicy(rules=[dict(pattern='x', activation=dict(granularity=wrong))])
+    with pytest.raises(PolicyError, match='reduction axis'):
+        policy.resolve('x', kind)
+
+
+def test_log_sqrt2_is_for_probabilities():
+    policy = QuantPolicy(rules=[dict(pattern='.', activation=dict(quantizer='log_sqrt2'))])
+    assert policy.resolve('attn.probs', 'probs').activation.quantizer == 'log_sqrt2'
+    with pytest.raises(PolicyError, match='probs'):
+        policy.resolve('attn.q', 'q')
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(preset='best'), 'best'),
+        (dict(activation=dict(bits=1)), 'bits=1 .* 2 to 8'),
+        (dict(activation=dict(bits=9)), 'bits=9'),
+        (dict(weight=dict(bits=True)), 'bits=True'),
+        (dict(weight=dict(bits=4.0)), r'bits=4\.0'),
+        (dict(weight=dict(bit=4)), r"\['bit'\].*known are"),
+        (dict(q=dict(zeropoint='none')), r'policy\.q.*zeropoint'),
+        (dict(weight=dict(group_size=0)), 'group_size=0'),
+        (dict(weight=dict(layout='packed')), 'packed'),
+        (dict(weight=dict(percentile=0.2)), r'0\.2'),
+        (dict(activation=dict(observer='kl')), 'kl'),
+        (dict(activation=dict(granularity='row')), 'row'),
+        (dict(activation=dict(percentile=(0.9, 0.1))), 'percentile'),
+        (dict(rules=[dict(weight=dict(bits=4))]), 'pattern'),
+        (dict(rules=[dict(pattern='(', exclude=True)]), 'regular expression'),
+        (dict(rules=[dict(pattern='a', skip=True)]), 'skip'),
+        (dict(rules=[dict(pattern='fc', weight=dict(bits=99))]), 'bits=99'),
+    ],
+)
+def test_errors_name_the_setting(options, message):
+    with pytest.raises(PolicyError, match=message):
+        QuantPolicy(**options)
+
+
+def test_a_rule_must_match():
+    policy = QuantPolicy(rules=[dict(pattern=r'layers\.9', exclude=True)])
+    with pytest.raises(PolicyError, match=r'layers\\\\.9.*backbone\.layers\.0'):
+        policy.check_matched(['backbone.layers.0', 'head.fc'])
+    policy.check_matched(['layers.9.fc'])
+    QuantPolicy(rules=[dict(pattern='nowhere', optional=True)]).check_matched(['fc'])
+
+
+def test_code_ranges():
+    assert ActSpec(bits=4).code_range == (0, 15)
+    assert ActSpec(bits=4, zero_point='none').code_range == (-8, 7)
+    assert ActSpec(bits=4, zero_point='none', signed=False).code_range == (0, 15)
+    for bits in range(2, 9):
+        spec = WeightSpec(bits=bits)
+        assert max(map(abs, spec.code_range)) * spec.max_multiplier <= 127
+    assert WeightSpec(bits=4).code_range == (-8, 7)
+    assert WeightSpec(bits=4).max_multiplier == 15
+
+
+def test_label():
+    assert QuantPolicy(weight=dict(bits=3), activation=dict(bits=6)).label == 'w3a6'
+
+
+def test_to_dict_is_plain_and_stable(tmp_path):
+    rules = [dict(pattern='fc', activation=dict(bits=8, percentile=[0.1, 0.9]))]
+    policy = QuantPolicy(rules=rules, weight=dict(bits=3))
+    plain = policy.to_dict()
+    assert json.loads(json.dumps(plain))['weight']['bits'] == 3
+    from_config = QuantPolicy(**ConfigDict(rules=rules, weight=dict(bits=3))).to_dict()
+    assert from_config == plain
+    torch.save(from_config, tmp_path / 'policy.pth')
+    assert torch.load(tmp_path / 'policy.pth', weights_only=True) == plain
+    assert QuantPolicy().to_dict() != plain
+    plain['rules'].clear()
+    plain['weight']['bits'] = 7
+    assert policy.to_dict()['weight']['bits'] == 3
