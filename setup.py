@@ -1,7 +1,8 @@
 """Builds gplq_mm; the configs and the tools travel inside the package.
 
-OpenMMLab packages keep both under ``<package>/.mim``, where ``mim`` looks for them. A wheel gets a copy, written straight into the
-build folder; an editable install gets links to the folders of the checkout.
+OpenMMLab packages keep both under ``<package>/.mim``, where ``mim`` looks for them. A wheel gets
+a copy, written straight into the build folder; an editable install gets links to the folders of
+the checkout.
 """
 
 import os

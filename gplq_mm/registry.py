@@ -42,20 +42,3 @@ OBSERVERS = Registry('observer', scope='gplq_mm', locations=['gplq_mm.quant'])
 QUANTIZERS = Registry('quantizer', scope='gplq_mm', locations=['gplq_mm.quant'])
 WEIGHT_PTQ = Registry('weight ptq', scope='gplq_mm', locations=['gplq_mm.ptq'])
 COMPENSATORS = Registry('compensator', scope='gplq_mm', locations=['gplq_mm.layers'])
-
-
-def build_own(registry: Registry, cfg: dict, **arguments):
-    """Builds ``cfg`` from a registry that other packages do not have.
-
-    ``Registry.build`` would look in the default scope's package (mmpretrain, mmdet) first and
-    warn that there is no such registry.
-
-    Raises:
-        ValueError: For an unknown ``type``.
-    """
-    options = dict(cfg)
-    kind = registry.get(str(options.pop('type', None)))
-    if kind is None:
-        known = ', '.join(sorted(registry.module_dict))
-        raise ValueError(f'{registry.name} {cfg.get("type")!r} is not one of {known}.')
-    return kind(**options, **arguments)

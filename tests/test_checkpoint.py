@@ -159,7 +159,9 @@ def test_load_float_weights_checks_what_it_loads(tmp_path):
     torch.save({f'architecture.{k}': v for k, v in source.state_dict().items()}, path)
     load_float_weights(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), path)
     other = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
-    with pytest.raises(CheckpointError, match=r'3 have another shape.*\(4, 3\) instead of \(5, 3\)'):
+    with pytest.raises(
+        CheckpointError, match=r'3 have another shape.*\(4, 3\) instead of \(5, 3\)'
+    ):
         load_float_weights(other, path)
     with pytest.raises(CheckpointError, match=r'2 parameters are missing.*2\.weight'):
         load_float_weights(nn.Sequential(*source, nn.Linear(2, 2)), path)

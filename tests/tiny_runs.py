@@ -1,5 +1,6 @@
 """Whole GPLQ runs that take seconds: two small models on a few hundred digits."""
 
+import copy
 import importlib.util
 import itertools
 import json
@@ -21,18 +22,53 @@ INTERVAL = 4
 _run_number = itertools.count()
 
 
+PREPROCESSOR = dict(num_classes=10, mean=[33.3], std=[78.6], to_rgb=False)
+BACKBONES = dict(
+    # Random numbers in training (dropout, drop path), so that a resumed run has something to get
+    # wrong.
+    vit=dict(
+        type='VisionTransformer',
+        arch=dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64),
+        img_size=28,
+        patch_size=7,
+        in_channels=1,
+        drop_rate=0.05,
+    ),
+    # 8 x 8 tokens in windows that the second block shifts, then 4 x 4 tokens in one window.
+    swin=dict(
+        type='SwinTransformer',
+        arch=dict(embed_dims=16, depths=[2, 1], num_heads=[1, 2]),
+        img_size=28,
+        patch_size=3,
+        patch_cfg=dict(kernel_size=7, padding=0),
+        in_channels=1,
+        window_size=4,
+        out_indices=(1,),
+        drop_path_rate=0.1,
+    ),
+)
+
+
+def _model(arch: str) -> dict:
+    is_vit = arch == 'vit'
+    return dict(
+        type='ImageClassifier',
+        backbone=copy.deepcopy(BACKBONES[arch]),
+        neck=None if is_vit else dict(type='GlobalAveragePooling'),
+        head=dict(
+            type='VisionTransformerClsHead' if is_vit else 'LinearClsHead',
+            num_classes=10,
+            in_channels=32,
+            loss=dict(type='CrossEntropyLoss', loss_weight=1.0),
+        ),
+        init_cfg=dict(type='Xavier', layer='Linear', distribution='uniform'),
+    )
+
+
 def _shrink(cfg: Config, arch: str) -> None:
     """Makes the model and the data of a quickstart config tiny."""
-    model = cfg.model.architecture if cfg.model.type == 'gplq_mm.GPLQ' else cfg.model
-    if arch == 'vit':
-        small = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64)
-        # Random numbers in training, so that a resumed run has something to get wrong.
-        model.backbone.update(arch=small, patch_size=7, drop_rate=0.05)
-        model.head.in_channels = 32
-    else:
-        small = dict(embed_dims=16, depths=[1, 1], num_heads=[1, 2])
-        model.backbone.update(arch=small, patch_size=4, window_size=4, drop_path_rate=0.1)
-        model.head.in_channels = 32
+    cfg.model.architecture = _model(arch)
+    cfg.data_preprocessor = copy.deepcopy(PREPROCESSOR)
     cfg.train_dataloader.batch_size = 16
     # Serializing collects garbage, which takes a second each time.
     train = list(range(5, 4000, 40))[:96]
@@ -85,7 +121,7 @@ def train_fp32(path: Path, arch: str = 'vit', steps: int = 200) -> None:
     from gplq_mm.datasets.mnist5k import _digits
 
     images, labels = map(torch.from_numpy, _digits())
-    images = (images[:, None].float() - 127.5) / 127.5
+    images = (images[:, None].float() - PREPROCESSOR['mean'][0]) / PREPROCESSOR['std'][0]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     model.train()

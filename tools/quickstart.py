@@ -44,7 +44,9 @@ def run(config: Path, work_dir: Path, options: list[str], resume: bool, console:
             last = line.strip() or last
             if TELLING.search(line) and ' - INFO - ' in line:
                 message = line.split(' - INFO - ', 1)[1].strip()
-                console.print(f'  {time.monotonic() - start:4.0f} s  {message}', highlight=False)
+                message = re.sub(r'base_lr.*?(eta: \S+).* (loss: \S+).*', r'\1  \2', message)
+                elapsed = f'{time.monotonic() - start:4.0f} s'
+                console.print(f'  {elapsed}  {message}', highlight=False, markup=False)
         if process.wait():
             sys.exit(f'{last}\nThe whole log is in {log}.')
 

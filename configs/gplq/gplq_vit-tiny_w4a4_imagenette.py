@@ -10,8 +10,9 @@ _base_ = [
     '../_base_/gplq.py',
 ]
 
-# Ten classes stand for a thousand. So the whole feature is mimicked, not only what varies between
-# these ten; labels count for a tenth; and CutMix makes images that belong to none of them.
+# Ten classes stand for a thousand. So the labels are not used: with them the model learns that the
+# other 990 do not occur. The teacher's whole feature is mimicked, not only what varies between the
+# ten, its 1000 probabilities are distilled, and CutMix makes images that belong to none of them.
 model = dict(
     _delete_=True,
     type='gplq_mm.GPLQ',
@@ -19,7 +20,8 @@ model = dict(
     pretrained='{{$GPLQ_VIT_TINY:checkpoints/vit-tiny.pth}}',
     policy=_base_.gplq_policy,
     mimic=dict(_base_.gplq_mimic, explained=1.0),
-    task_weight=0.1,
+    task_weight=0.0,
+    distill=dict(loss_weight=20.0),
     compensation=_base_.gplq_compensation,
 )
 train_cfg = dict(_base_.gplq_train_cfg, weight_ptq=dict(type='GPTQ', num_images=256, batch_size=32))
@@ -28,7 +30,7 @@ test_cfg = {}
 optim_wrapper = dict(
     _base_.gplq_optim_wrapper,
     optimizer=dict(type='AdamW', lr=1e-5, weight_decay=0.0),
-    quantizer=dict(lr=2e-3, weight_decay=0.0),
+    quantizer=dict(lr=3e-3, weight_decay=0.0),
 )
 # An epoch is 188 iterations here, too few for a constant rate to settle.
 param_scheduler = dict(

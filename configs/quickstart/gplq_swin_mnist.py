@@ -19,5 +19,7 @@ train_cfg = dict(_base_.gplq_train_cfg, max_epochs=4)
 val_cfg = {}
 test_cfg = {}
 optim_wrapper = dict(_base_.gplq_optim_wrapper)
-default_hooks = dict(checkpoint=dict(_delete_=True, **_base_.gplq_checkpoint))
+default_hooks = dict(
+    logger=dict(interval=60), checkpoint=dict(_delete_=True, **_base_.gplq_checkpoint)
+)
 custom_hooks = _base_.gplq_hooks

@@ -31,3 +31,4 @@ param_scheduler = [
 train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=2)
 val_cfg = {}
 test_cfg = {}
+default_hooks = dict(logger=dict(interval=125))

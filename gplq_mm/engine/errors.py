@@ -9,10 +9,14 @@ from contextlib import contextmanager
 __all__ = ['one_line_errors']
 
 
-def _is_ours(error: Exception) -> bool:
-    """Whether one of our own ``raise`` statements made the error, and no accident."""
+# mmengine's registries and configs say which name they do not know.
+EXPLAINING = ('gplq_mm.', 'mmengine.registry.', 'mmengine.config.')
+
+
+def _explains_itself(error: Exception) -> bool:
+    """Whether a ``raise`` statement made the error on purpose, and no accident."""
     frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
-    if not frame.f_globals.get('__name__', '').startswith('gplq_mm.'):
+    if not frame.f_globals.get('__name__', '').startswith(EXPLAINING):
         return False
     return linecache.getline(frame.f_code.co_filename, line).lstrip().startswith('raise ')
 
@@ -27,8 +31,9 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not (isinstance(error, OSError) or _is_ours(error)):
+        if not (isinstance(error, OSError) or _explains_itself(error)):
             raise
         # Not chained: the message says it all.
-        message = ' '.join(str(error).split())
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        message = ' '.join(str(text).split())
         sys.exit(f'{type(error).__name__}: {message}')

@@ -1,8 +1,12 @@
 """mmengine's Runner with checkpoints that are never torn and never unpickled."""
 
 import os
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
+from mmengine.device import get_device
+from mmengine.dist import is_distributed
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
@@ -65,6 +69,27 @@ class GPLQRunner(Runner):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.register_hook(PlainCheckpointHook())
+
+    def setup_env(self, env_cfg: dict) -> None:
+        """As in mmengine, and ``--launcher pytorch`` works on machines without a GPU, too."""
+        on_cpu = get_device() == 'cpu'
+        if self._launcher == 'pytorch' and on_cpu and not is_distributed():
+            # mmengine's own initialisation selects a CUDA device whatever the backend.
+            timeout = env_cfg.get('dist_cfg', {}).get('timeout')
+            options = {} if timeout is None else {'timeout': timedelta(seconds=timeout)}
+            dist.init_process_group('gloo', **options)
+        super().setup_env(env_cfg)
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: torch.nn.Module):
+        """As in mmengine, without a device id where there is no GPU."""
+        if self.distributed and model_wrapper_cfg is None and get_device() == 'cpu':
+            model_wrapper_cfg = dict(
+                type='MMDistributedDataParallel',
+                device_ids=None,
+                broadcast_buffers=False,
+                find_unused_parameters=self.cfg.get('find_unused_parameters', False),
+            )
+        return super().wrap_model(model_wrapper_cfg, model)
 
     def save_checkpoint(self, *args, **kwargs) -> None:
         """As in mmengine, but a file appears complete or not at all.

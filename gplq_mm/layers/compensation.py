@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quant.reduce import all_reduce_sum
-from ..registry import COMPENSATORS, build_own
+from ..registry import COMPENSATORS
 
 __all__ = ['Compensation', 'QwT', 'QwTv2', 'attach_compensation', 'build_compensation']
 
@@ -209,7 +209,8 @@ class QwTv2(Compensation):
 
 def build_compensation(cfg: dict, axis: int) -> Compensation:
     """Compensation of ``dict(type='QwT' | 'QwTv2', ridge=...)``."""
-    return build_own(COMPENSATORS, cfg, axis=axis)
+    # Without a scope of its own the look-up warns under every other package's default scope.
+    return COMPENSATORS.build({'_scope_': 'gplq_mm', **cfg, 'axis': axis})
 
 
 def _add_correction(block: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:

@@ -69,8 +69,17 @@ def _kind_of(module: nn.Module) -> str | None:
     return 'conv' if isinstance(module, nn.Conv2d) else None
 
 
+def _computes_something_else(module: nn.Module) -> bool:
+    """Whether a subclass of Linear or Conv2d has a forward of its own (NormProduct, ConvAWS)."""
+    cls = type(module)
+    plain = (nn.Linear.forward, nn.Conv2d.forward, QuantWeightLayer.forward)
+    # mmcv's wrappers differ for empty inputs only.
+    return cls.forward not in plain and cls.__module__ != 'mmcv.cnn.bricks.wrappers'
+
+
 def _check_supported(name: str, module: nn.Module, policy: QuantPolicy) -> None:
     unsupported = isinstance(module, UNSUPPORTED)
+    unsupported |= bool(_kind_of(module)) and _computes_something_else(module)
     if not unsupported and looks_like_attention(module) and not attention_adapter_of(module):
         # A wrapper like ShiftWindowMSA is fine: the products are in its adapted child.
         unsupported = not any(
@@ -115,7 +124,9 @@ def quantize_model(
             sites.append(name)
     if not sites:
         raise PolicyError('the model has no Linear, Conv2d or known attention layer to quantize.')
-    policy.check_matched([name for name, _ in modules if name] + sites)
+    # An attention without adapter is no site, yet a rule may exclude it.
+    attentions = [name for name, module in modules if looks_like_attention(module)]
+    policy.check_matched(sites + attentions)
     for name, module in modules:
         _check_supported(name, module, policy)
 

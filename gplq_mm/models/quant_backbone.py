@@ -65,7 +65,13 @@ class QuantBackbone(BaseModule):
         saved = content.get('gplq')
         if saved is None:
             self._load_float(state)
-            return
+        else:
+            self._load_quantized(state, saved)
+        if self.frozen:
+            require_frozen(self.backbone)
+            self.requires_grad_(False)
+
+    def _load_quantized(self, state: dict, saved: dict) -> None:
         if saved['policy'] != self.policy.to_dict():
             raise CheckpointError(
                 f'checkpoint {self.checkpoint} was made under another policy; give QuantBackbone '
@@ -76,15 +82,17 @@ class QuantBackbone(BaseModule):
             for key, value in state.items()
             if key.startswith(PREFIX)
         }
-        missing = self.backbone.load_state_dict(own, strict=False).missing_keys
+        try:
+            missing = self.backbone.load_state_dict(own, strict=False).missing_keys
+        except RuntimeError as error:
+            raise CheckpointError(
+                f'checkpoint {self.checkpoint} is of another architecture: {error}'
+            ) from error
         if missing:
             raise CheckpointError(
                 f'checkpoint {self.checkpoint} lacks {len(missing)} entries of this backbone, for '
                 f'example {missing[0]}; it is of another architecture.'
             )
-        if self.frozen:
-            require_frozen(self.backbone)
-            self.requires_grad_(False)
 
     def _load_float(self, state: dict) -> None:
         prefixed = any(key.startswith('backbone.') for key in state)

@@ -136,7 +136,8 @@ class ActQuantizer(nn.Module):
         scale = self.scale
         if self._state != QuantState.FROZEN:
             # Straight through the floor: a scale that fell below it must be able to come back.
-            scale = scale + (scale.detach().clamp(min=MIN_SCALE) - scale.detach())
+            # The difference is exactly zero, so the value is exactly the floor.
+            scale = scale.detach().clamp(min=MIN_SCALE) + (scale - scale.detach())
         if self.spec.zero_point == 'integer':
             return scale, -scale * self.zero_point
         return scale, self.offset

@@ -193,10 +193,11 @@ class QuantPolicy:
     """Ordered rules that give every site of a model its spec.
 
     Every rule is ``dict(pattern=REGEX, activation={...}, weight={...}, exclude=None,
-    optional=False)``; one that does not mention ``exclude`` leaves an exclusion as it is. The regular expression is searched in the site's full name
+    optional=False)``. The regular expression is searched in the site's full name
     (``backbone.layers.0.attn.qkv``; the operands of an attention product are called
     ``<attention>.q``, ``.k``, ``.v`` and ``.probs``). All matching rules apply in order, so a
-    later rule refines an earlier one; user rules come after the preset's.
+    later rule refines an earlier one; user rules come after the preset's. A rule that does not
+    mention ``exclude`` leaves an exclusion as it is.
 
     Args:
         preset: ``'gplq'`` (asymmetric, MSE, folded groups) or ``'paper'`` (symmetric, min-max,

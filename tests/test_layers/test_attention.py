@@ -247,7 +247,7 @@ def test_excluded_operands_are_left_alone():
 
 
 def test_excluding_all_operands_keeps_the_float_product():
-    model, x = build('window')
+    model, _ = build('window')
     report = quantize_model(
         model, QuantPolicy(rules=[dict(pattern=r'attn\.(q|k|v|probs)$', exclude=True)])
     )
@@ -308,7 +308,9 @@ def test_a_registered_adapter_is_used(monkeypatch):
 
 
 def test_dropout_acts_on_the_probabilities():
-    specs = dict.fromkeys(('q', 'k', 'v', 'probs'), ActSpec(granularity='tensor', observer='minmax'))
+    specs = dict.fromkeys(
+        ('q', 'k', 'v', 'probs'), ActSpec(granularity='tensor', observer='minmax')
+    )
     attention = QuantAttention(specs, HEADS, None, 'attn')
     q = torch.randn(2, HEADS, 8, 4)
     calibrate(attention, lambda _index, _passes: attention(q, q, q))

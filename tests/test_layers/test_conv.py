@@ -38,9 +38,7 @@ def make(geometry='padded', act=None, weight=None, bias=True):
 def round_weight(layer, x=None):
     matrix, permutation = layer.foldable()
     value = RoundToNearest()(matrix, layer.weight_quantizer.spec, permutation)
-    layer.set_quantized_weight(
-        value, None if x is None else layer.operand_rows(x).double().mean(0)
-    )
+    layer.set_quantized_weight(value, None if x is None else layer.operand_rows(x).double().mean(0))
     return value
 
 

@@ -96,7 +96,9 @@ def test_quantizers_alone_can_be_trained(checkpoint):
     model = build(checkpoint, train_weights=False)
     learned = {name for name, p in model.named_parameters() if p.requires_grad}
     assert learned == {
-        f'{name}.{key}' for name, q in act_quantizers(model).items() for key, _ in q.named_parameters()
+        f'{name}.{key}'
+        for name, q in act_quantizers(model).items()
+        for key, _ in q.named_parameters()
     }
     model(images(), samples(), mode='loss')['loss'].backward()
     assert all(p.grad is None for n, p in model.named_parameters() if n not in learned)
@@ -329,7 +331,12 @@ def test_the_basis_is_deterministic_and_survives_saving():
 
 
 def test_mimic_loss_refuses():
-    for options in (dict(explained=0), dict(explained=1.1), dict(multiple=0), dict(num_components=9)):
+    for options in (
+        dict(explained=0),
+        dict(explained=1.1),
+        dict(multiple=0),
+        dict(num_components=9),
+    ):
         with pytest.raises(ValueError, match='mimic'):
             PCAMimicLoss(8, **options)
     with pytest.raises(RuntimeError, match='PCABasisHook'):

@@ -4,9 +4,8 @@ train_pipeline = [
     dict(
         type='torchvision/RandomAffine',
         degrees=10,
-        translate=(0.08, 0.08),
+        translate=(0.07, 0.07),
         scale=(0.9, 1.1),
-        shear=8,
         interpolation='bilinear',
     ),
     dict(type='PILToNumpy'),

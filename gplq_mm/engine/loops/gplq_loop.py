@@ -11,10 +11,12 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import EpochBasedTrainLoop
 
+from ...checkpoint import CheckpointError
 from ...evaluation import feature_distance, layer_output_error, weight_drift
 from ...layers import quant_layers, quantizers_disabled, weights_disabled
 from ...models import GPLQ, Stage
 from ...ptq import build_weight_ptq, quantize_weights, round_weights
+from ...quant import NotCalibratedError
 from ...quant.reduce import rank_and_world_size
 from ...registry import LOOPS
 from ..calibration_set import CalibrationSet
@@ -39,12 +41,25 @@ class _RunStateHook(Hook):
             'stage': model.stage.name,
             'policy': model.policy.to_dict(),
             'seed': self.loop.seed,
+            'data': self.loop.data,
             'record': self.loop.record.state_dict(),
         }
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         if 'gplq' in checkpoint:
             self.loop.record.load_state_dict(checkpoint['gplq']['record'])
+            if 'optimizer' in checkpoint:
+                self._require_same_data(checkpoint['gplq']['data'])
+
+    def _require_same_data(self, saved: dict) -> None:
+        own = self.loop.data
+        if saved != own:
+            raise CheckpointError(
+                f'the checkpoint was saved amid {saved["images"]} training images in batches of '
+                f'{saved["batch"]} over all ranks, this run has {own["images"]} in batches of '
+                f'{own["batch"]}: resume with the data, batch size and number of ranks that the '
+                'run began with, or start a new run in another work dir.'
+            )
 
 
 @LOOPS.register_module()
@@ -116,6 +131,15 @@ class GPLQTrainLoop(EpochBasedTrainLoop):
         return unwrap(self.runner.model)
 
     @property
+    def data(self) -> dict[str, int]:
+        """Training images, and how many of them all ranks together take in an iteration."""
+        _, world_size = rank_and_world_size()
+        return {
+            'images': len(self.dataloader.dataset),
+            'batch': self.dataloader.batch_size * world_size,
+        }
+
+    @property
     def names(self) -> dict[str, str]:
         """Row of the result table -> name of the stage."""
         return self.model.stage_names
@@ -126,10 +150,15 @@ class GPLQTrainLoop(EpochBasedTrainLoop):
         """Runs what has not been run yet."""
         self.runner.call_hook('before_train')
         names = self.names
+        if self.model.stage < Stage.CALIBRATED:
+            raise NotCalibratedError(
+                'the activation quantizers are not calibrated; add '
+                "dict(type='gplq_mm.CalibrationHook') to custom_hooks."
+            )
         if self.model.stage == Stage.CALIBRATED and self._iter == 0:
             self._measure_start()
         if self.model.stage < Stage.WEIGHT_PTQ:
-            if self._max_iters > 0:
+            if self._iter < self._max_iters and names['act'] not in self.record.metrics:
                 self.model.advance(Stage.ACT_QAT)
                 self._run_act_qat()
             self._finish_act_qat()
@@ -259,7 +288,9 @@ class GPLQTrainLoop(EpochBasedTrainLoop):
             self.record.metrics[name] = dict(self.runner.val_loop.run())
         else:
             self.record.metrics[name] = {}
-        if self.model.teacher_tap is not None and self.runner.val_loop is not None:
+        # At the start student and teacher are the same.
+        measurable = self.model.teacher_tap is not None and self.runner.val_loop is not None
+        if measurable and name != self.names['fp32']:
             self.model.eval()
             self.record.feature_distance[name] = feature_distance(self._feature_pairs())
 
