@@ -111,7 +111,7 @@ def gplq_config(work_dir: Path, pretrained: Path, arch: str = 'vit', **options) 
     return cfg
 
 
-def train_fp32(path: Path, arch: str = 'vit', steps: int = 200) -> None:
+def train_fp32(path: Path, arch: str = 'vit', steps: int = 120) -> None:
     """Trains the float model a little and saves it."""
     cfg = fp32_config(arch)
     init_default_scope('mmpretrain')

@@ -148,7 +148,7 @@ def test_state_dict_before_and_after(kind):
 def test_refuses():
     with pytest.raises(ValueError, match='ridge'):
         QwT(ridge=-1)
-    with pytest.raises(ValueError, match='QwT3'):
+    with pytest.raises(KeyError, match='QwT3'):
         build_compensation(dict(type='QwT3'), -1)
     compensation = QwT()
     compensation.start()

@@ -1,5 +1,6 @@
 # A small Swin for digits. Stage 1 has 8 x 8 tokens, from overlapping patches of 7 x 7 pixels
-# without padding, in 2 x 2 windows that every second block shifts; stage 2 has 4 x 4 tokens, one window.
+# without padding, in 2 x 2 windows that every second block shifts; stage 2 has 4 x 4 tokens, one
+# window.
 data_preprocessor = dict(num_classes=10, mean=[33.3], std=[78.6], to_rgb=False)
 model = dict(
     type='ImageClassifier',
