@@ -180,9 +180,10 @@ def atomic_write(path: str | os.PathLike, write: Callable[[Any], None]) -> None:
         OSError: If the disk is full or the folder cannot be written; the message says so.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f'.{path.name}.', dir=path.parent)
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f'.{path.name}.', dir=path.parent)
         with os.fdopen(descriptor, 'wb') as file:
             write(file)
             file.flush()
@@ -190,8 +191,9 @@ def atomic_write(path: str | os.PathLike, write: Callable[[Any], None]) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException as error:
-        with suppress(OSError):
-            os.unlink(temporary)
+        if temporary is not None:
+            with suppress(OSError):
+                os.unlink(temporary)
         # torch.save reports a failed write as RuntimeError.
         if isinstance(error, (OSError, RuntimeError)):
             raise OSError(

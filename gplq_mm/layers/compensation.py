@@ -213,12 +213,16 @@ def build_compensation(cfg: dict, axis: int) -> Compensation:
     return COMPENSATORS.build({'_scope_': 'gplq_mm', **cfg, 'axis': axis})
 
 
+def block_input(args: tuple, kwargs: dict) -> Tensor:
+    """First input of a block, the one that its compensation sees."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 def _add_correction(block: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
     compensation = block.compensation
     if not (compensation.enabled and compensation.is_fitted):
         return output
-    x = args[0] if args else next(iter(kwargs.values()))
-    return output + compensation.correction(x)
+    return output + compensation.correction(block_input(args, kwargs))
 
 
 def attach_compensation(block: nn.Module, compensation: Compensation) -> None:

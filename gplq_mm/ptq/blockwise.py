@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import Compensation, QuantWeightLayer, find_blocks, quant_layers, require_frozen
+from ..layers.compensation import block_input
 from ..quant.reduce import broadcast_
 from .statistics import SecondMoment
 from .tensor_store import TensorStore
@@ -278,20 +279,20 @@ def _process_unit(
     outputs = stream.store()
     for args, kwargs in inputs:
         outputs.append(unit(*args, **kwargs))
-    if compensation is None or inputs[0][0][0].shape != targets[0].shape:
+    if compensation is None or block_input(*inputs[0]).shape != targets[0].shape:
         # A block that changes the shape has no parallel linear map.
         targets.close()
         return None, outputs
     compensation.start()
-    for (args, _kwargs), target, output in zip(inputs, targets, outputs, strict=True):
-        compensation.update(args[0], target - output)
+    for (args, kwargs), target, output in zip(inputs, targets, outputs, strict=True):
+        compensation.update(block_input(args, kwargs), target - output)
     score = compensation.fit()
     targets.close()
     if compensation.is_fitted:
         broadcast_([compensation.weight, compensation.bias])
         corrected = stream.store()
-        for (args, _kwargs), output in zip(inputs, outputs, strict=True):
-            corrected.append(output + compensation.correction(args[0]))
+        for (args, kwargs), output in zip(inputs, outputs, strict=True):
+            corrected.append(output + compensation.correction(block_input(args, kwargs)))
         outputs.close()
         outputs = corrected
     return score, outputs

@@ -80,6 +80,8 @@ class ActSpec:
         _check_choice('activation', 'granularity', self.granularity, GRANULARITIES)
         _check_choice('activation', 'observer', self.observer, OBSERVERS)
         _check_choice('activation', 'quantizer', self.quantizer, QUANTIZERS)
+        if not isinstance(self.percentile, (list, tuple)) or len(self.percentile) != 2:
+            raise PolicyError(f'activation.percentile={self.percentile!r} must be two fractions.')
         object.__setattr__(self, 'percentile', tuple(self.percentile))
         low, high = self.percentile
         if not 0 <= low < high <= 1:

@@ -60,7 +60,7 @@ def test_numbers(run_dir):
     assert exact['clip_rate'] == 0
     assert exact['scale'] == pytest.approx(float(scale.mean()))
     far = on_grid.clone()
-    far[0, 1] += 100 * scale.flatten()
+    far[0, 1] += 1000 * scale.flatten()
     found = quantizer_statistics(quantizer, far, on_grid)
     assert found['clip_rate'] == 0.5
     noise, signal = (far - on_grid).square().mean(), far.square().mean()
