@@ -83,6 +83,9 @@ def fp32_config(arch: str = 'vit') -> Config:
     cfg = Config.fromfile(ROOT / f'configs/quickstart/gplq_{arch}_mnist.py')
     _shrink(cfg, arch)
     cfg.model = cfg.model.architecture
+    cfg.custom_hooks = []
+    cfg.default_hooks.checkpoint = dict(type='CheckpointHook', interval=1)
+    cfg.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=3e-3))
     return cfg
 
 

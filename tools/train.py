@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
@@ -56,6 +57,11 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
     if args.auto_scale_lr:
+        if cfg.get('auto_scale_lr') is None:
+            sys.exit(
+                '--auto-scale-lr needs the batch size that the learning rate is meant for: set '
+                'auto_scale_lr=dict(base_batch_size=...) in the config.'
+            )
         cfg.auto_scale_lr.enable = True
     for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         loader = cfg.get(name)

@@ -30,7 +30,7 @@ test_cfg = {}
 optim_wrapper = dict(
     _base_.gplq_optim_wrapper,
     optimizer=dict(type='AdamW', lr=1e-5, weight_decay=0.0),
-    quantizer=dict(lr=3e-3, weight_decay=0.0),
+    quantizer=dict(lr=1e-3, weight_decay=0.0),
 )
 # An epoch is 188 iterations here, too few for a constant rate to settle.
 param_scheduler = dict(

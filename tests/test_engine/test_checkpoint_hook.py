@@ -1,5 +1,6 @@
 """Which checkpoints there are at which moment, and what the pointer names."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ class FakeRunner:
     max_iters = 20
     epoch = 0
     param_schedulers = None
+    train_dataloader = range(5)
 
     def __init__(self, work_dir):
         self.work_dir = str(work_dir)
@@ -25,8 +27,6 @@ class FakeRunner:
         pointer = self.folder / 'last_checkpoint'
         # Whoever is killed here resumes from what the pointer names.
         if pointer.exists():
-            from pathlib import Path
-
             assert Path(pointer.read_text()).is_file()
         (self.folder / filename).write_text('complete')
         self.saved.append((filename, save_optimizer, kwargs['meta']['iter']))
@@ -40,7 +40,10 @@ def runner(tmp_path):
 def train(hook, runner, iterations: int) -> None:
     for index in range(iterations):
         runner.iter = index
-        hook.after_train_iter(runner, index)
+        hook.after_train_iter(runner, index % 5)
+        if index % 5 == 4:
+            runner.iter = index + 1
+            hook.after_train_epoch(runner)
 
 
 def names(runner) -> list[str]:
@@ -86,7 +89,7 @@ def test_pointer_stays_when_the_write_fails(runner, monkeypatch):
     monkeypatch.setattr(runner, 'save_checkpoint', full)
     runner.iter = 7
     with pytest.raises(OSError, match='No space left'):
-        hook.after_train_iter(runner, 7)
+        hook.after_train_iter(runner, 2)
     assert names(runner) == ['iter_4.pth']
     assert (runner.folder / 'last_checkpoint').read_text() == str(runner.folder / 'iter_4.pth')
 

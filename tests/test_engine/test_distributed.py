@@ -20,6 +20,9 @@ def _config(work_dir, pretrained, ranks: int):
     # Random numbers of dropout differ from rank to rank.
     cfg.model.architecture.backbone.drop_rate = 0.0
     cfg.optim_wrapper.optimizer = dict(type='SGD', lr=1e-3)
+    # LSQ's gradient scale counts the elements of a rank's batch, so that a quantizer's effective
+    # rate depends on the number of ranks.
+    cfg.optim_wrapper.quantizer.lr = 0.0
     cfg.env_cfg.dist_cfg.backend = 'gloo'
     return cfg
 

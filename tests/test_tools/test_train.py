@@ -59,7 +59,7 @@ def test_auto_scale_lr(merged):
 
 
 def test_auto_scale_lr_without_its_setting(merged):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match='base_batch_size'):
         merged('--auto-scale-lr')
 
 

@@ -32,13 +32,27 @@ class GPLQCheckpointHook(Hook):
             raise ValueError(f'max_keep_ckpts={max_keep_ckpts} must be at least 1.')
         self.interval = interval
         self.max_keep_ckpts = max_keep_ckpts
+        self._is_due = False
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         """Saves ``iter_N.pth`` where the interval says so."""
         done = runner.iter + 1
         if self.interval > 0 and done % self.interval == 0 and done < runner.max_iters:
-            self.save(runner, f'iter_{done}.pth', done, optimizer=True)
-            self._remove_old(runner)
+            # Schedules by epoch make their step after the epoch's last iteration.
+            if self.end_of_epoch(runner.train_dataloader, batch_idx):
+                self._is_due = True
+            else:
+                self._save_iteration(runner, done)
+
+    def after_train_epoch(self, runner, metrics=None) -> None:
+        """Saves what fell due with the epoch's last iteration."""
+        if self._is_due:
+            self._is_due = False
+            self._save_iteration(runner, runner.iter)
+
+    def _save_iteration(self, runner, done: int) -> None:
+        self.save(runner, f'iter_{done}.pth', done, optimizer=True)
+        self._remove_old(runner)
 
     def after_stage(self, runner, name: str, optimizer: bool) -> None:
         """Saves ``<name>.pth``; called by the loop when a stage is complete."""
