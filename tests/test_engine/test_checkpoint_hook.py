@@ -102,3 +102,12 @@ def test_no_interval(runner):
 def test_keeping_none_is_refused():
     with pytest.raises(ValueError, match='max_keep_ckpts=0'):
         GPLQCheckpointHook(max_keep_ckpts=0)
+
+
+def test_half_written_files_of_a_killed_run_go(runner):
+    torn = ('.iter_4.pth.x7', '.last_checkpoint.ab', '.summary.json.q')
+    kept = ('iter_4.pth', 'last_checkpoint', '.hidden')
+    for name in (*torn, *kept):
+        (runner.folder / name).write_text('x')
+    GPLQCheckpointHook().before_train(runner)
+    assert sorted(path.name for path in runner.folder.iterdir()) == sorted(kept)

@@ -34,6 +34,13 @@ class GPLQCheckpointHook(Hook):
         self.max_keep_ckpts = max_keep_ckpts
         self._is_due = False
 
+    def before_train(self, runner) -> None:
+        """Removes what a run that was killed while it wrote has left half-written."""
+        if is_main_process():
+            for pattern in ('.*.pth.*', '.last_checkpoint.*', '.summary.json.*'):
+                for path in Path(runner.work_dir).glob(pattern):
+                    path.unlink(missing_ok=True)
+
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         """Saves ``iter_N.pth`` where the interval says so."""
         done = runner.iter + 1
