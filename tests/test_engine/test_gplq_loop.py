@@ -29,7 +29,8 @@ class TestWholeRun:
         assert set(summary['top1']) == STAGES
         assert all(0 <= value <= 100 for value in summary['top1'].values())
         assert summary['top1']['fp32'] > 30, 'the tiny model should have learned something'
-        assert set(summary['feature_distance']) == STAGES
+        # At the start student and teacher are the same.
+        assert set(summary['feature_distance']) == STAGES - {'fp32'}
         assert summary['feature_distance']['fp32']['relative_l2'] < 1e-3
         assert summary['act_qat_iterations'] == ITERATIONS
 
