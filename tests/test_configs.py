@@ -180,7 +180,9 @@ def test_learning_rates(gplq):
     weight_rate = PAPER_RATES[int(gpus[1])] if gpus else gplq.cfg.optim_wrapper.optimizer.lr
     quantizer_rate = 5e-6 if gplq.path.stem.startswith('gplq-paper') else 1e-3
     assert rates == {True: {quantizer_rate}, False: {weight_rate}}
-    assert gplq.cfg.get('param_scheduler') is None
+    # The paper's rate is constant; the small run on ten classes says why its is not.
+    constant = not gplq.path.stem.endswith('imagenette')
+    assert (gplq.cfg.get('param_scheduler') is None) == constant
     assert not {'clip_grad', 'paramwise_cfg'} & set(gplq.cfg.optim_wrapper)
     if gpus:
         assert gplq.cfg.auto_scale_lr.base_batch_size == 16 * int(gpus[1])
