@@ -31,7 +31,6 @@ class TestWholeRun:
         assert summary['top1']['fp32'] > 30, 'the tiny model should have learned something'
         # At the start student and teacher are the same.
         assert set(summary['feature_distance']) == STAGES - {'fp32'}
-        assert summary['feature_distance']['fp32']['relative_l2'] < 1e-3
         assert summary['act_qat_iterations'] == ITERATIONS
 
     def test_summary_has_costs_of_every_stage(self, undisturbed, arch):
