@@ -1,26 +1,41 @@
 """Seconds and peak memory of each stage of a run."""
 
+import logging
 import resource
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import torch
+from mmengine.logging import print_log
 
 __all__ = ['StageClock']
 
 MEGABYTE = 2**20
 
 
+@cache
+def _warn_of_earlier_stages() -> None:
+    print_log(
+        'This system does not let a process reset its peak memory: the peak of a stage includes '
+        'the stages before it',
+        logger='current',
+        level=logging.WARNING,
+    )
+
+
 def _reset_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    # Linux: 5 resets the high-water mark of resident memory. Without it (other systems, or no
-    # permission) the figure is the peak since the process began.
-    with suppress(OSError):
+        return
+    # Linux: 5 resets the high-water mark of resident memory, where the process may.
+    try:
         Path('/proc/self/clear_refs').write_text('5')
+    except OSError:
+        _warn_of_earlier_stages()
 
 
 def _peak_megabytes() -> float:
