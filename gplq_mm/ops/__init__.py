@@ -1,0 +1,5 @@
+"""Operators ``torch.ops.gplq_mm.*``: schemas, reference, compiled kernels."""
+
+from . import library
+
+__all__ = ['library']

@@ -1,0 +1,171 @@
+"""Plain-torch implementation of every op: the oracle of the kernels, and what runs where no
+kernel was built.
+
+A packed layer travels through the ops as a list of tensors and a list of integers:
+
+``layer`` (in the order of :data:`LAYER_FIELDS`)
+    inverse ``(K,)`` float32, shift ``(K,)`` float32: the activation grid; a code is
+    ``clamp(round(x * inverse + shift), code_min, code_max) - code_min``, 0..255.
+    weight uint8 ``(P, K, 32)`` or int8 ``(P, K, 64)``, multiplier uint8 ``(P, G, 64)``: panels
+    of 64 rows, see :mod:`gplq_mm.quant.packing`.
+    position int32 ``(K,)``: input column k meets stored column ``position[k]``.
+    row_scale ``(N,)`` float32, bias ``(N,)`` float32, correction ``(N,)`` int32: the output is
+    ``(sum of code * multiplier * weight code - correction) * row_scale + bias``.
+``grid``
+    code_min, code_max, group_size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..quant.functional import quantize
+from ..quant.packing import unpack_multiplier_panels, unpack_panels
+
+__all__ = ['LAYER_FIELDS']
+
+LAYER_FIELDS = (
+    'inverse', 'shift', 'weight', 'multiplier', 'position', 'row_scale', 'bias', 'correction'
+)  # fmt: skip
+# A sum of products that could exceed this is not exact in float32.
+EXACT_FLOAT32 = 2**24
+
+
+def _codes(x: Tensor, inverse: Tensor, shift: Tensor, code_min: int, code_max: int) -> Tensor:
+    """Codes from 0 as float32; the same operations as :func:`gplq_mm.quant.functional.quantize`."""
+    steps = torch.addcmul(shift, x.float(), inverse)
+    return steps.round_().clamp_(code_min, code_max).sub_(code_min)
+
+
+def _integers(layer: list[Tensor], group_size: int) -> Tensor:
+    """``multiplier * code`` in the order of the input columns, float32 ``(N, K)``."""
+    _, _, weight, multiplier, position, row_scale, _, _ = layer
+    rows = row_scale.shape[0]
+    codes = unpack_panels(weight, rows).float()
+    factors = unpack_multiplier_panels(multiplier, rows).float()
+    stored = codes * factors.repeat_interleave(group_size, 1)[:, : codes.shape[1]]
+    return stored[:, position.long()]
+
+
+def _accumulate(codes: Tensor, layer: list[Tensor], grid: list[int]) -> Tensor:
+    """Exact accumulators of codes ``(..., K)``, int32 ``(..., N)``."""
+    integers = _integers(layer, grid[2])
+    worst = (grid[1] - grid[0]) * 127 * max(integers.shape[1], 1)
+    dtype = torch.float32 if worst < EXACT_FLOAT32 else torch.float64
+    sums = codes.to(dtype) @ integers.to(dtype).T
+    return sums.to(torch.int32) - layer[7]
+
+
+def quantize_codes(x: Tensor, inverse: Tensor, shift: Tensor, grid: list[int]) -> Tensor:
+    return _codes(x, inverse, shift, grid[0], grid[1]).to(torch.uint8)
+
+
+def int4_accumulate(x: Tensor, layer: list[Tensor], grid: list[int]) -> Tensor:
+    return _accumulate(_codes(x, layer[0], layer[1], grid[0], grid[1]), layer, grid)
+
+
+def _rescale(accumulator: Tensor, layer: list[Tensor]) -> Tensor:
+    return accumulator.float() * layer[5] + layer[6]
+
+
+def int4_linear(x: Tensor, layer: list[Tensor], grid: list[int]) -> Tensor:
+    return _rescale(int4_accumulate(x, layer, grid), layer).to(x.dtype)
+
+
+def int4_linear_add(
+    x: Tensor, layer: list[Tensor], grid: list[int], residual: Tensor, gamma: Tensor | None
+) -> Tensor:
+    out = int4_linear(x.float(), layer, grid)
+    if gamma is not None:
+        out = out * gamma.float()
+    return (residual.float() + out).to(residual.dtype)
+
+
+def int4_norm_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    layer: list[Tensor],
+    grid: list[int],
+) -> Tensor:
+    normed = F.layer_norm(x.float(), norm_weight.shape, norm_weight, norm_bias, eps)
+    return int4_linear(normed, layer, grid).to(x.dtype)
+
+
+def int4_mlp(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    layer1: list[Tensor],
+    grid1: list[int],
+    layer2: list[Tensor],
+    grid2: list[int],
+    gamma: Tensor | None,
+) -> Tensor:
+    hidden = F.gelu(int4_norm_linear(x.float(), norm_weight, norm_bias, eps, layer1, grid1))
+    return int4_linear_add(hidden, layer2, grid2, x, gamma)
+
+
+def int4_conv2d(x: Tensor, layer: list[Tensor], grid: list[int], geometry: list[int]) -> Tensor:
+    kernel, stride, padding, dilation = (tuple(geometry[i : i + 2]) for i in (0, 2, 4, 6))
+    size = tuple(
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+        for i in (0, 1)
+    )
+    # Padding before quantization: a real zero gets the code of zero, as the grid then holds it.
+    columns = F.unfold(x.float(), kernel, dilation, padding, stride).transpose(1, 2)
+    out = int4_linear(columns.contiguous(), layer, grid)
+    # Channels last: the rows of the product as they are.
+    return out.reshape(x.shape[0], *size, -1).permute(0, 3, 1, 2).to(x.dtype)
+
+
+def int4_attention(
+    qkv: Tensor,
+    heads: int,
+    scale: float,
+    grids: Tensor,
+    limits: list[int],
+    row_relative: bool,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    rows: Tensor | None,
+    out_rows: int,
+) -> Tensor:
+    channels = qkv.shape[-1] // 3
+    flat = qkv.float().reshape(-1, 3 * channels)
+    windows = qkv if rows is None else flat[rows.long()]
+    batch, tokens, _ = windows.shape
+    query, key, value = (
+        windows.float().reshape(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    )
+    query, key, value = (
+        _on_grid(operand, grids[i], limits[2 * i : 2 * i + 2])
+        for i, operand in enumerate((query, key, value))
+    )
+    scores = (query @ key.transpose(-2, -1)) * scale
+    if bias is not None:
+        scores = scores + bias
+    if mask is not None:
+        count = mask.shape[0]
+        scores = scores.reshape(-1, count, heads, tokens, tokens) + mask[:, None]
+        scores = scores.reshape(batch, heads, tokens, tokens)
+    if row_relative:
+        numerator = (scores - scores.amax(-1, keepdim=True)).exp()
+        denominator = numerator.sum(-1, keepdim=True)
+        out = (_on_grid(numerator, grids[3], limits[6:8]) @ value) / denominator
+    else:
+        out = _on_grid(scores.softmax(-1), grids[3], limits[6:8]) @ value
+    out = out.transpose(1, 2).reshape(batch, tokens, channels).to(qkv.dtype)
+    if rows is None:
+        return out
+    result = qkv.new_zeros(out_rows, channels)
+    keep = rows.flatten() < out_rows
+    return result.index_copy_(0, rows.flatten()[keep].long(), out.flatten(0, 1)[keep])
+
+
+def _on_grid(x: Tensor, grid: Tensor, limits: list[int]) -> Tensor:
+    """``x`` ``(..., heads, tokens, d)`` on its per-head grid ``(2, heads)`` of scale, offset."""
+    scale, offset = (part[:, None, None] for part in grid)
+    return torch.addcmul(offset, quantize(x, scale, offset, *limits), scale)
