@@ -3,6 +3,10 @@
 from .attention import QuantAttention, register_attention_adapter
 from .compensation import Compensation, QwT, QwTv2, attach_compensation, build_compensation
 from .conv import QuantConv2d
+from .int4_attention import Int4Attention
+from .int4_conv import Int4Conv2d
+from .int4_linear import Int4Linear
+from .int4_weight import DeployError, Int4WeightLayer
 from .linear import QuantLinear
 from .replace import QuantReport, find_blocks, quant_layers, quantize_model
 from .states import (
@@ -18,6 +22,11 @@ from .weight_layer import QuantWeightLayer
 
 __all__ = [
     'Compensation',
+    'DeployError',
+    'Int4Attention',
+    'Int4Conv2d',
+    'Int4Linear',
+    'Int4WeightLayer',
     'QuantAttention',
     'QuantConv2d',
     'QuantLinear',

@@ -54,7 +54,7 @@ class QuantReport:
         )
 
 
-def _set_module(root: nn.Module, name: str, module: nn.Module) -> None:
+def set_module(root: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition('.')
     owner = root.get_submodule(parent)
     if isinstance(owner, nn.Sequential | nn.ModuleList):
@@ -139,7 +139,7 @@ def quantize_model(
                 done['excluded'].append(name)
                 continue
             twin = (QuantLinear if kind == 'linear' else QuantConv2d).from_float(module, spec, name)
-            _set_module(model, name, twin)
+            set_module(model, name, twin)
             done[kind].append(name)
         adapter = attention_adapter_of(module)
         if adapter:

@@ -1,0 +1,205 @@
+"""Attention products in one op, and the attention layers around it.
+
+As in :mod:`.attention`, classes are found by their full name and nothing is imported.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import library as _library  # noqa: F401  (defines the ops)
+from ..quant import ActQuantizer, QuantState
+from .attention import OPERANDS, QuantAttention, QuantWindowMSA
+from .int4_weight import DeployError, move_only
+
+__all__ = ['Int4Attention', 'Int4MultiheadAttention', 'Int4WindowMSA', 'pack_attention']
+
+MULTIHEAD = 'mmpretrain.models.utils.attention.MultiheadAttention'
+_attention = torch.ops.gplq_mm.int4_attention.default
+
+
+def full_name(cls: type) -> str:
+    """Module and name of a class."""
+    return f'{cls.__module__}.{cls.__qualname__}'
+
+
+def unsupported(attention: QuantAttention) -> str | None:
+    """Why the op cannot compute this attention, or None if it can."""
+    for operand in OPERANDS:
+        quantizer = getattr(attention, operand)
+        # A subclass rounds in its own way (powers of sqrt(2)).
+        if type(quantizer) is not ActQuantizer:
+            spec = getattr(quantizer, 'spec', None)
+            return f'{operand} is ' + ('not quantized' if spec is None else spec.quantizer)
+        if quantizer.spec.granularity not in ('tensor', 'head'):
+            return f'{operand} has a scale per {quantizer.spec.granularity}'
+    if attention._forward_hooks or attention._forward_pre_hooks:
+        return 'it has forward hooks'
+    return None
+
+
+class Int4Attention(nn.Module):
+    """Softmax attention on quantized operands.
+
+    Buffers: ``grids`` float32 ``(4, 2, heads)``, scale and offset of q, k, v and probabilities;
+    ``bias`` float32 ``(heads, N, N)`` added to the scores, or None.
+
+    Args:
+        num_heads: Heads.
+        scale: Factor on ``q @ k.T``.
+    """
+
+    def __init__(self, num_heads: int, scale: float):
+        super().__init__()
+        self.num_heads, self.scale = num_heads, float(scale)
+        self.limits: list[int] = []
+        self.row_relative = False
+        self.register_buffer('grids', None)
+        self.register_buffer('bias', None)
+
+    @classmethod
+    def from_quantized(
+        cls, attention: QuantAttention, num_heads: int, scale: float, bias: Tensor | None = None
+    ) -> 'Int4Attention':
+        """Packed twin.
+
+        Args:
+            attention: The simulation, frozen.
+            num_heads: Heads.
+            scale: Factor on ``q @ k.T``.
+            bias: ``(heads, N, N)`` or None.
+
+        Raises:
+            DeployError: If the op cannot compute this attention, or a quantizer is not frozen.
+        """
+        reason = unsupported(attention)
+        if reason is not None:
+            raise DeployError(f'attention cannot be packed: {reason}.')
+        packed = cls(num_heads, scale)
+        grids = []
+        for operand in OPERANDS:
+            quantizer = getattr(attention, operand)
+            if quantizer.state != QuantState.FROZEN:
+                raise DeployError(
+                    f'{quantizer.site} is {quantizer.state.name}, not frozen; finish Stage 1 and '
+                    'Stage 2 first.'
+                )
+            if not quantizer.enabled:
+                raise DeployError(
+                    f'{quantizer.site}: switched off; deploy the model with all quantizers on.'
+                )
+            scales, offsets = quantizer.grid()
+            offsets = torch.zeros_like(scales) if offsets is None else offsets
+            grids.append(
+                torch.stack([p.detach().flatten().expand(num_heads) for p in (scales, offsets)])
+            )
+            packed.limits += [quantizer.qmin, quantizer.qmax]
+        packed.row_relative = attention.probs.row_relative
+        packed.grids = torch.stack(grids).float().contiguous()
+        packed.bias = None if bias is None else bias.detach().float().contiguous()
+        return packed.eval()
+
+    def forward(
+        self,
+        qkv: Tensor,
+        mask: Tensor | None = None,
+        rows: Tensor | None = None,
+        out_rows: int = 0,
+    ) -> Tensor:
+        """Attention of all heads.
+
+        Args:
+            qkv: ``(B, N, 3C)``; with ``rows`` ``(R, 3C)``.
+            mask: ``(windows, N, N)`` added to the scores of window ``i % windows``, or None.
+            rows: int32 ``(W, N)``, the rows of ``qkv`` that make up each window. A row of
+                ``out_rows`` or more is padding.
+            out_rows: Rows of the result when ``rows`` is given.
+
+        Returns:
+            ``(B, N, C)``; with ``rows`` ``(out_rows, C)``.
+        """
+        return _attention(
+            qkv,
+            self.num_heads,
+            self.scale,
+            self.grids,
+            self.limits,
+            self.row_relative,
+            self.bias,
+            mask,
+            rows,
+            out_rows,
+        )
+
+    def _apply(self, fn, recurse: bool = True):
+        move_only(self, fn)
+        return self
+
+    def extra_repr(self) -> str:
+        return f'{self.num_heads} heads, code limits {self.limits}'
+
+
+class Int4MultiheadAttention:
+    """Mixin over mmpretrain's ``MultiheadAttention`` without a shortcut from the values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, N, C)`` to ``(B, N, C)``."""
+        out = self.proj(self.scaled_dot_product_attention(self.qkv(x)))
+        return self.out_drop(self.gamma1(self.proj_drop(out)))
+
+
+class Int4WindowMSA:
+    """Mixin over mmpretrain's or mmdet's ``WindowMSA``."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``(windows * B, N, C)``, mask ``(windows, N, N)`` or None, to ``(windows * B, N, C)``."""
+        return self.proj_drop(self.proj(self.quant_attention(self.qkv(x), mask)))
+
+
+_classes: dict[tuple[type, type], type] = {}
+
+
+def with_mixin(module: nn.Module, mixin: type) -> None:
+    """Puts ``mixin`` in front of the module's class, in place: hooks and children stay."""
+    cls = type(module)
+    if (mixin, cls) not in _classes:
+        _classes[mixin, cls] = type(mixin.__name__, (mixin, cls), {'__module__': mixin.__module__})
+    module.__class__ = _classes[mixin, cls]
+
+
+def relative_position_bias(window_msa: nn.Module) -> Tensor:
+    """``(heads, N, N)`` of a Swin window attention."""
+    tokens = window_msa.window_size[0] * window_msa.window_size[1]
+    table = window_msa.relative_position_bias_table
+    bias = table[window_msa.relative_position_index.flatten()]
+    return bias.reshape(tokens, tokens, -1).permute(2, 0, 1)
+
+
+def pack_attention(module: nn.Module) -> str | None:
+    """Makes an attention layer compute with :class:`Int4Attention`, in place.
+
+    Args:
+        module: A layer that holds a :class:`QuantAttention` as a direct child.
+
+    Returns:
+        None, or why it stays a simulation with float products.
+    """
+    if isinstance(module, QuantWindowMSA):
+        simulated, key = module.quant_attention, 'quant_attention'
+    else:
+        if full_name(type(module)) != MULTIHEAD or module.v_shortcut:
+            return f'{type(module).__name__} has no packed form'
+        simulated, key = module.scaled_dot_product_attention, 'scaled_dot_product_attention'
+    reason = unsupported(simulated)
+    if reason is not None:
+        return reason
+    if key == 'quant_attention':
+        bias = relative_position_bias(module)
+        packed = Int4Attention.from_quantized(simulated, module.num_heads, module.scale, bias)
+        mixin = Int4WindowMSA
+    else:
+        scale = module.head_dims**-0.5
+        packed = Int4Attention.from_quantized(simulated, module.num_heads, scale)
+        mixin = Int4MultiheadAttention
+    setattr(module, key, packed)
+    with_mixin(module, mixin)
+    return None

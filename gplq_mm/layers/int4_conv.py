@@ -1,0 +1,62 @@
+"""Packed convolution."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops import library as _library  # noqa: F401  (defines the ops)
+from .conv import QuantConv2d
+from .int4_weight import Int4WeightLayer
+
+__all__ = ['Int4Conv2d']
+
+_conv2d = torch.ops.gplq_mm.int4_conv2d.default
+_accumulate = torch.ops.gplq_mm.int4_accumulate.default
+
+
+class Int4Conv2d(Int4WeightLayer):
+    """Quantizes its input, multiplies integers and rescales, in one op.
+
+    Input ``(N, in, H, W)``, output ``(N, out, H', W')`` in channels-last memory, same dtype.
+    """
+
+    @classmethod
+    def from_quantized(cls, layer: QuantConv2d) -> 'Int4Conv2d':
+        """Packed twin of a layer after Stage 2.
+
+        Raises:
+            DeployError: If the layer cannot be packed.
+        """
+        packed = cls()
+        packed.in_channels, packed.out_channels = layer.in_channels, layer.out_channels
+        packed.kernel_size, packed.stride = layer.kernel_size, layer.stride
+        packed.padding, packed.dilation = layer.padding, layer.dilation
+        packed.geometry = [*layer.kernel_size, *layer.stride, *layer.padding, *layer.dilation]
+        packed._take(layer)
+        return packed.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _conv2d(x, self.operands(), self.grid, self.geometry)
+
+    def accumulate(self, x: Tensor) -> Tensor:
+        """int32 ``(N, out, H', W')``."""
+        columns = F.unfold(x, self.kernel_size, self.dilation, self.padding, self.stride)
+        sums = _accumulate(columns.transpose(1, 2).contiguous(), self.operands(), self.grid)
+        size = [
+            (extent + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for extent, kernel, stride, padding, dilation in zip(
+                x.shape[2:],
+                self.kernel_size,
+                self.stride,
+                self.padding,
+                self.dilation,
+                strict=True,
+            )
+        ]
+        return sums.transpose(1, 2).reshape(x.shape[0], -1, *size)
+
+    def _shape_repr(self) -> str:
+        return (
+            f'{self.in_channels} -> {self.out_channels}, kernel {tuple(self.kernel_size)}, '
+            f'stride {tuple(self.stride)}'
+        )

@@ -1,0 +1,42 @@
+"""Packed linear layer."""
+
+import torch
+from torch import Tensor
+
+from ..ops import library as _library  # noqa: F401  (defines the ops)
+from .int4_weight import Int4WeightLayer
+from .linear import QuantLinear
+
+__all__ = ['Int4Linear']
+
+_linear = torch.ops.gplq_mm.int4_linear.default
+_accumulate = torch.ops.gplq_mm.int4_accumulate.default
+
+
+class Int4Linear(Int4WeightLayer):
+    """Quantizes its input, multiplies integers and rescales, in one op.
+
+    Input ``(..., in_features)`` of any floating dtype, output ``(..., out_features)`` of the same.
+    """
+
+    @classmethod
+    def from_quantized(cls, layer: QuantLinear) -> 'Int4Linear':
+        """Packed twin of a layer after Stage 2.
+
+        Raises:
+            DeployError: If the layer cannot be packed.
+        """
+        packed = cls()
+        packed.in_features, packed.out_features = layer.in_features, layer.out_features
+        packed._take(layer)
+        return packed.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _linear(x.contiguous(), self.operands(), self.grid)
+
+    def accumulate(self, x: Tensor) -> Tensor:
+        """int32 ``(..., out_features)``."""
+        return _accumulate(x.contiguous(), self.operands(), self.grid)
+
+    def _shape_repr(self) -> str:
+        return f'{self.in_features} -> {self.out_features}'
