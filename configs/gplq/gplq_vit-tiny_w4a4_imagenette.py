@@ -24,12 +24,16 @@ model = dict(
     distill=dict(loss_weight=20.0),
     compensation=_base_.gplq_compensation,
 )
-train_cfg = dict(_base_.gplq_train_cfg, weight_ptq=dict(type='GPTQ', num_images=256, batch_size=32))
+train_cfg = dict(
+    _base_.gplq_train_cfg,
+    weight_ptq=dict(type='GPTQ', num_images=256, batch_size=32),
+    num_diagnostic_images=128,
+)
 val_cfg = {}
 test_cfg = {}
 optim_wrapper = dict(
     _base_.gplq_optim_wrapper,
-    optimizer=dict(type='AdamW', lr=1e-5, weight_decay=0.0),
+    optimizer=dict(type='AdamW', lr=5e-6, weight_decay=0.0),
     quantizer=dict(lr=1e-3, weight_decay=0.0),
 )
 # An epoch is 188 iterations here, too few for a constant rate to settle.

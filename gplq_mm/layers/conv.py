@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -68,5 +69,7 @@ class QuantConv2d(QuantWeightLayer, nn.Conv2d):
 
     def _rescale(self, accumulator: Tensor) -> Tensor:
         quantizer = self.weight_quantizer
-        scale, bias = quantizer.row_scale[:, None, None], quantizer.bias[:, None, None]
-        return (accumulator * scale + bias).float()
+        scale, bias = (
+            v.to(accumulator.dtype)[:, None, None] for v in (quantizer.row_scale, quantizer.bias)
+        )
+        return torch.addcmul(bias, accumulator, scale).float()

@@ -1,5 +1,6 @@
 """Linear layer with a quantized input and, after Stage 2, a quantized weight."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -47,4 +48,5 @@ class QuantLinear(QuantWeightLayer, nn.Linear):
 
     def _rescale(self, accumulator: Tensor) -> Tensor:
         quantizer = self.weight_quantizer
-        return (accumulator * quantizer.row_scale + quantizer.bias).float()
+        scale, bias = (v.to(accumulator.dtype) for v in (quantizer.row_scale, quantizer.bias))
+        return torch.addcmul(bias, accumulator, scale).float()

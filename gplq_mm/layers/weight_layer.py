@@ -125,7 +125,7 @@ class QuantWeightLayer(nn.Module):
         operand = self.operand(x)
         integers = self.weight_quantizer.integers().reshape(self.weight.shape)
         spec = self.act_quantizer.spec
-        worst = 2**spec.bits * 127 * self.weight_quantizer.shape[1]
+        worst = 2**spec.bits * self.weight_quantizer.largest_row_sum()
         if worst >= EXACT_FLOAT32:
             operand, integers = operand.double(), integers.double()
         return self._multiply(operand, integers, None)

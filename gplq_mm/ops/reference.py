@@ -65,7 +65,7 @@ def int4_accumulate(x: Tensor, layer: list[Tensor], grid: list[int]) -> Tensor:
 
 
 def _rescale(accumulator: Tensor, layer: list[Tensor]) -> Tensor:
-    return accumulator.float() * layer[5] + layer[6]
+    return torch.addcmul(layer[6], accumulator.float(), layer[5])
 
 
 def int4_linear(x: Tensor, layer: list[Tensor], grid: list[int]) -> Tensor:

@@ -38,7 +38,7 @@ def pack_nibbles(codes: Tensor) -> Tensor:
     Raises:
         ValueError: If a code does not fit four bits.
     """
-    if codes.numel() and not (-BIAS <= int(codes.min()) and int(codes.max()) < BIAS):
+    if codes.numel() and not (int(codes.min()) >= -BIAS and int(codes.max()) < BIAS):
         raise ValueError('pack_nibbles takes codes from -8 to 7.')
     stored = (codes.to(torch.int16) + BIAS).to(torch.uint8)
     if stored.shape[-1] % 2:

@@ -279,13 +279,13 @@ class WeightQuantizer(nn.Module):
         self.multiplier = weight.multiplier.to(torch.uint8)
         self.permutation = weight.permutation.to(torch.int32)
         self.bias = bias.float()
-        self.__dict__.pop('_integers', None)
+        self._forget()
 
     def clear(self) -> None:
         """Forgets the integers: the layer is back at its latent weight."""
         for buffer in ('codes', 'row_scale', 'multiplier', 'permutation', 'bias'):
             setattr(self, buffer, None)
-        self.__dict__.pop('_integers', None)
+        self._forget()
 
     @property
     def value(self) -> QuantizedWeight:
@@ -311,13 +311,27 @@ class WeightQuantizer(nn.Module):
             self.__dict__['_integers'] = cached
         return cached
 
+    def largest_row_sum(self) -> int:
+        """Largest sum over a row of the magnitudes of :meth:`integers`; bounds every product."""
+        cached = self.__dict__.get('_row_sum')
+        if cached is None:
+            rows = self.integers().double().abs().sum(1)
+            cached = int(rows.max()) if len(rows) else 0
+            self.__dict__['_row_sum'] = cached
+        return cached
+
+    def _forget(self) -> None:
+        """Drops what was derived from the buffers."""
+        for name in ('_integers', '_row_sum'):
+            self.__dict__.pop(name, None)
+
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         for buffer in ('codes', 'row_scale', 'multiplier', 'permutation', 'bias'):
             saved = state_dict.get(prefix + buffer)
             if saved is not None:
                 saved = torch.empty_like(saved, device=self._anchor.device)
             setattr(self, buffer, saved)
-        self.__dict__.pop('_integers', None)
+        self._forget()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __deepcopy__(self, memo):
