@@ -39,7 +39,7 @@ SCHEMAS = {
     # of out_rows or more is read (padding) but not written.
     'int4_attention': (
         '(Tensor qkv, int heads, float scale, Tensor grids, int[] limits, bool row_relative, '
-        'Tensor? bias, Tensor? mask, Tensor? rows, int out_rows) -> Tensor'
+        'Tensor? bias, Tensor? mask, Tensor? rows, SymInt out_rows) -> Tensor'
     ),
 }
 
