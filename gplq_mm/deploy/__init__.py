@@ -2,5 +2,7 @@
 
 from ..layers.int4_weight import DeployError
 from .convert import DeployReport, convert
+from .export import SizeReport, save
+from .load import load
 
-__all__ = ['DeployError', 'DeployReport', 'convert']
+__all__ = ['DeployError', 'DeployReport', 'SizeReport', 'convert', 'load', 'save']

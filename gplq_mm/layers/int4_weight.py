@@ -12,7 +12,7 @@ from ..quant import QuantState
 from ..quant.packing import pack_multiplier_panels, pack_panels
 from .weight_layer import QuantWeightLayer
 
-__all__ = ['DeployError', 'Int4WeightLayer', 'move_only']
+__all__ = ['DeployError', 'Int4WeightLayer', 'check_packable', 'move_only']
 
 # The accumulators of an op are int32.
 LARGEST_SUM = 2**31 - 1
@@ -32,7 +32,8 @@ def move_only(module: nn.Module, fn) -> None:
             module._buffers[name] = moved
 
 
-def _check(layer: QuantWeightLayer) -> None:
+def check_packable(layer: QuantWeightLayer) -> None:
+    """Raises DeployError unless the layer has frozen integers of the ``folded`` layout."""
     quantizer, act = layer.weight_quantizer, layer.act_quantizer
     if not quantizer.is_quantized:
         raise DeployError(
@@ -66,7 +67,7 @@ class Int4WeightLayer(nn.Module):
             DeployError: If the layer has no integers, its layout is not ``folded``, or its
                 quantizers are not frozen.
         """
-        _check(layer)
+        check_packable(layer)
         quantizer, act = layer.weight_quantizer, layer.act_quantizer
         value = quantizer.value
         low, high = act.qmin, act.qmax

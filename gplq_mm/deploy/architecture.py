@@ -1,0 +1,244 @@
+"""The architecture config inside a packed file, and building from it.
+
+A file may come from anyone, and some configs of the OpenMMLab packages reach code, files or the
+network: a ``type`` that is no registered name is imported by path, a few options are passed to
+``eval``, others name a checkpoint. So a config from a file is plain data, its types are looked
+up in the registries and nowhere else, and its strings are plain words.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+from mmengine.registry import MODELS as ROOT_MODELS
+from mmengine.registry import TASK_UTILS as ROOT_TASK_UTILS
+from mmengine.registry import TRANSFORMS as ROOT_TRANSFORMS
+from mmengine.registry import Registry
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ..layers import DeployError
+from ..registry import MODELS
+
+__all__ = ['build_architecture', 'check_config', 'decode', 'encode', 'inference_architecture']
+
+# Whose registries a file may name. Their import runs no code of the file.
+SCOPES = ('mmengine', 'mmpretrain', 'mmdet', 'gplq_mm')
+MODEL_REGISTRIES = (ROOT_MODELS, ROOT_TASK_UTILS)
+# Looked up in mmcv.ops by name, not in a registry.
+OPERATORS = ('RoIAlign', 'RoIPool', 'nms', 'soft_nms', 'nms_rotated')
+# Classes that read what their config names: files, model hubs, other configs.
+REACHING_OUT = (
+    'mmpretrain.utils.',
+    'mmpretrain.models.multimodal.',
+    'mmpretrain.models.selfsup.',
+    'mmpretrain.models.retrievers.',
+    'mmpretrain.models.backbones.timm_backbone',
+    'mmpretrain.models.classifiers.timm',
+    'mmpretrain.models.classifiers.hugging_face',
+    'mmdet.models.language_models.',
+    'mmdet.models.mot.',
+    'mmdet.models.trackers.',
+    'mmdet.models.tracking_heads.',
+    'mmdet.models.task_modules.tracking.',
+    'mmdet.models.detectors.kd_one_stage',
+    'mmdet.models.detectors.lad',
+    'mmdet.models.detectors.glip',
+    'mmdet.models.detectors.grounding_dino',
+)
+# Entries that only training needs or that name a checkpoint.
+LEFT_OUT = ('init_cfg', 'pretrained', 'train_cfg')
+FORBIDDEN_KEYS = (*LEFT_OUT, 'checkpoint', 'checkpoint_path', 'load_from', 'ckpt', 'teacher_config')
+TYPE = re.compile(r'[A-Za-z_]\w*([./][A-Za-z_]\w*)?', re.ASCII)
+WORD = re.compile(r'[\w\- ]{0,200}', re.ASCII)
+LARGEST_INTEGER = 2**20
+MAX_DEPTH = 40
+TUPLE = '__tuple__'
+
+
+def encode(value: Any, where: str = 'config') -> Any:
+    """Nested config as JSON data; a tuple becomes ``{"__tuple__": [...]}``.
+
+    Raises:
+        DeployError: For anything else than dicts, lists, tuples, strings, numbers and None.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): encode(item, f'{where}.{key}') for key, item in value.items()}
+    if isinstance(value, tuple):
+        return {TUPLE: encode(list(value), where)}
+    if isinstance(value, list):
+        return [encode(item, f'{where}[{i}]') for i, item in enumerate(value)]
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise DeployError(
+        f'{where} is a {type(value).__name__}, which a file cannot hold; write the config with '
+        'plain data and types as strings.'
+    )
+
+
+def decode(value: Any) -> Any:
+    """Inverse of :func:`encode`."""
+    if isinstance(value, dict):
+        if set(value) == {TUPLE}:
+            return tuple(decode(item) for item in value[TUPLE])
+        return {key: decode(item) for key, item in value.items()}
+    return [decode(item) for item in value] if isinstance(value, list) else value
+
+
+def inference_architecture(config: Any) -> Any:
+    """Copy of a config without what only training needs.
+
+    A ``gplq_mm.QuantBackbone`` is replaced by the backbone inside it.
+    """
+    if isinstance(config, Mapping):
+        if config.get('type') in ('gplq_mm.QuantBackbone', 'QuantBackbone'):
+            config = config['backbone']
+        return {
+            key: inference_architecture(item) for key, item in config.items() if key not in LEFT_OUT
+        }
+    if isinstance(config, (list, tuple)):
+        return type(config)(inference_architecture(item) for item in config)
+    return config
+
+
+def _candidates(registry: Registry, name: str, scope: str) -> Iterator[type]:
+    """Registered classes that ``name`` may mean, without mmengine's search by import path."""
+    given, _, plain = name.rpartition('.')
+    scope = given or scope
+    if scope not in SCOPES and scope not in registry.children:
+        return
+    if scope in SCOPES and scope != 'mmengine':
+        import_module(f'{scope}.registry')
+    child = registry.children.get(scope)
+    for owner in (child, registry):
+        if owner is not None:
+            owner.import_from_location()
+            if plain in owner.module_dict:
+                yield owner.module_dict[plain]
+
+
+def _check_type(name: Any, scope: str, registries: tuple[Registry, ...], where: str) -> None:
+    if not isinstance(name, str) or not TYPE.fullmatch(name):
+        raise DeployError(f'{where}: type {name!r} is no name of a registered class.')
+    if name in OPERATORS:
+        return
+    for registry in registries:
+        for cls in _candidates(registry, name, scope):
+            module = f'{getattr(cls, "__module__", "")}.'
+            if module.startswith(REACHING_OUT):
+                raise DeployError(
+                    f'{where}: {name} is not built from a file, since it reads other files; '
+                    'this architecture cannot be deployed.'
+                )
+            return
+    raise DeployError(
+        f'{where}: {name!r} is in none of the registries of {", ".join(SCOPES)}. Install the '
+        'package that defines it, import the module that registers it, or get another file.'
+    )
+
+
+def check_config(
+    config: Any,
+    scope: str,
+    registries: tuple[Registry, ...] = MODEL_REGISTRIES,
+    where: str = 'architecture',
+    depth: int = 0,
+) -> None:
+    """Raises DeployError unless a decoded config is safe to build.
+
+    Args:
+        config: Nested data.
+        scope: Scope of types without one.
+        registries: Root registries that may hold the types.
+        where: Path of this part, for messages.
+        depth: Nesting so far.
+    """
+    if depth > MAX_DEPTH:
+        raise DeployError(f'{where}: nested more than {MAX_DEPTH} deep.')
+    if isinstance(config, dict):
+        for key, value in config.items():
+            if not isinstance(key, str) or not WORD.fullmatch(key) or key == '_scope_':
+                raise DeployError(f'{where}: {key!r} is no name of an option.')
+            if key in FORBIDDEN_KEYS and value is not None:
+                raise DeployError(f'{where}: option {key!r} is not taken from a file.')
+            if key == 'type':
+                _check_type(value, scope, registries, where)
+            else:
+                check_config(value, scope, registries, f'{where}.{key}', depth + 1)
+    elif isinstance(config, (list, tuple)):
+        for index, value in enumerate(config):
+            check_config(value, scope, registries, f'{where}[{index}]', depth + 1)
+    elif isinstance(config, str):
+        if not WORD.fullmatch(config):
+            raise DeployError(f'{where}: {config[:60]!r} is more than a word.')
+    elif isinstance(config, bool) or config is None:
+        return
+    elif isinstance(config, int):
+        if abs(config) > LARGEST_INTEGER:
+            raise DeployError(f'{where}: {config} is too large.')
+    elif not isinstance(config, float):
+        raise DeployError(f'{where}: a {type(config).__name__} is no plain data.')
+
+
+def check_pipeline(pipeline: Any, scope: str) -> None:
+    """Raises DeployError unless a list of transforms is safe to build."""
+    if not isinstance(pipeline, list):
+        raise DeployError('test_pipeline is no list.')
+    check_config(pipeline, scope, (ROOT_TRANSFORMS,), 'test_pipeline')
+
+
+class _Budget(TorchFunctionMode):
+    """Stops a config that asks for far more memory than its file has weights for.
+
+    Args:
+        elements: Tensor elements that may be created.
+    """
+
+    FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+    RANGES = (torch.arange, torch.linspace, torch.eye)
+    # A module costs memory beside its tensors.
+    LEAST = 256
+
+    def __init__(self, elements: int):
+        super().__init__()
+        self.left = elements
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in self.FACTORIES or func in self.RANGES:
+            self.left -= max(func(*args, **{**kwargs, 'device': 'meta'}).numel(), self.LEAST)
+            if self.left < 0:
+                raise DeployError(
+                    'the architecture in the header is far larger than the weights of the file; '
+                    'the file is damaged or forged, get it again.'
+                )
+        return func(*args, **kwargs)
+
+
+def build_architecture(config: dict, scope: str, elements: int) -> nn.Module:
+    """Builds the float model of a checked config; the global random state stays as it is.
+
+    Args:
+        config: Decoded config of a model.
+        scope: Scope of types without one.
+        elements: How many elements the file's tensors stand for.
+
+    Raises:
+        DeployError: If the config does not build, or needs far more than ``elements``.
+    """
+    if scope not in SCOPES:
+        raise DeployError(f'scope {scope!r} is none of {", ".join(SCOPES)}.')
+    check_config(config, scope)
+    try:
+        with torch.random.fork_rng(devices=[]), _Budget(2 * elements + 2**24):
+            return MODELS.build({**config, '_scope_': scope})
+    except DeployError:
+        raise
+    except Exception as error:
+        raise DeployError(
+            'the architecture in the header cannot be built with the installed packages '
+            f'({type(error).__name__}: {str(error).partition(chr(10))[0]}). Install the versions '
+            'named in the header, or deploy the checkpoint again.'
+        ) from error

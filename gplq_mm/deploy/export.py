@@ -1,0 +1,228 @@
+"""Writing a packed file from a simulated model.
+
+The header holds ``architecture`` (config of the float model), ``scope`` (of its types),
+``test_pipeline``, ``dataset_meta``, ``policy``, ``accuracy`` (stage -> metrics, as the run
+measured them), ``versions``, and what is quantized how: ``layers``, ``attention`` and
+``compensation``, by full name. What the tensors hold stands in :mod:`.records`; everything else
+of the model is there under its own name, integers in the smallest type that holds them.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from torch import Tensor, nn
+
+from ..layers import Compensation, DeployError, QuantAttention, quant_layers
+from ..layers.attention import OPERANDS
+from ..layers.int4_weight import check_packable
+from ..models import GPLQ, QuantBackbone
+from ..version import __version__
+from .architecture import check_config, check_pipeline, encode, inference_architecture
+from .convert import strip_wrappers
+from .format import write_file
+from .records import attention_record, compensation_record, layer_record
+
+__all__ = ['SizeReport', 'attentions', 'save']
+
+PACKAGES = ('torch', 'onedl-mmengine', 'onedl-mmcv', 'onedl-mmpretrain', 'onedl-mmdetection')
+
+
+@dataclass(frozen=True)
+class SizeReport:
+    """Bytes of a packed file.
+
+    Attributes:
+        parts: Name of a part -> bytes.
+        file: Bytes of the whole file.
+        fp32: Bytes of the same model's FP32 checkpoint (its tensors).
+    """
+
+    parts: dict[str, int]
+    file: int
+    fp32: int
+
+    @property
+    def ratio(self) -> float:
+        """Whole file against FP32."""
+        return self.file / self.fp32
+
+    @property
+    def ratio_without_compensation(self) -> float:
+        """File less compensation against FP32."""
+        return (self.file - self.parts.get('compensation', 0)) / self.fp32
+
+
+def attentions(model: nn.Module) -> dict[str, tuple[str, QuantAttention]]:
+    """Name of an attention layer -> name of its child that multiplies, and that child."""
+    return {
+        name: (key, child)
+        for name, module in model.named_modules()
+        for key, child in module.named_children()
+        if isinstance(child, QuantAttention)
+    }
+
+
+def _narrowed(tensor: Tensor) -> Tensor:
+    """Integers in the smallest type that holds them."""
+    if tensor.dtype not in (torch.int64, torch.int32, torch.int16) or not tensor.numel():
+        return tensor
+    low, high = int(tensor.min()), int(tensor.max())
+    for dtype in (torch.int8, torch.int16, torch.int32):
+        info = torch.iinfo(dtype)
+        if info.min <= low and high <= info.max and info.bits < torch.iinfo(tensor.dtype).bits:
+            return tensor.to(dtype)
+    return tensor
+
+
+def _model_config(cfg: Mapping) -> tuple[dict, str]:
+    """Config of the float model, and the scope of its types."""
+    if 'model' not in cfg:
+        raise DeployError('the config has no "model"; give the config of the run.')
+    model = cfg['model']
+    architecture = model
+    if str(model.get('type')).rpartition('.')[2] == 'GPLQ':
+        architecture = model['architecture']
+    architecture = dict(inference_architecture(architecture))
+    for owner in (model, cfg):
+        preprocessor = owner.get('data_preprocessor')
+        if preprocessor is not None:
+            architecture.setdefault('data_preprocessor', inference_architecture(preprocessor))
+    return architecture, cfg.get('default_scope') or 'mmengine'
+
+
+def _test_pipeline(cfg: Mapping) -> list | None:
+    loader = cfg.get('test_dataloader') or cfg.get('val_dataloader') or {}
+    dataset = loader.get('dataset')
+    while isinstance(dataset, Mapping):
+        if 'pipeline' in dataset:
+            return list(dataset['pipeline'])
+        dataset = dataset.get('dataset')
+    return None
+
+
+def _versions() -> dict[str, str]:
+    found = {'gplq_mm': __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _policy(model: nn.Module) -> dict:
+    for module in model.modules():
+        if isinstance(module, GPLQ | QuantBackbone):
+            return module.policy.to_dict()
+    return {}
+
+
+def save(
+    model: nn.Module,
+    cfg: Config | Mapping,
+    path: str | os.PathLike,
+    dataset_meta: Mapping | None = None,
+    accuracy: Mapping[str, Any] | None = None,
+) -> SizeReport:
+    """Writes a model after Stage 2 as a packed file.
+
+    Args:
+        model: Simulated model: a :class:`GPLQ`, or a model with a :class:`QuantBackbone`.
+        cfg: Config of the run; its model, ``data_preprocessor``, ``default_scope`` and the
+            pipeline of its test set go into the file.
+        path: The file to write.
+        dataset_meta: Meta information of the data set, with ``classes``.
+        accuracy: What was measured of the model, JSON data.
+
+    Returns:
+        The sizes.
+
+    Raises:
+        DeployError: Before Stage 2, for layout ``raw``, or an architecture that a file cannot
+            describe.
+        OSError: If the file cannot be written.
+    """
+    policy = _policy(model)
+    model = strip_wrappers(model)
+    architecture, scope = _model_config(cfg)
+    check_config(architecture, scope)
+    pipeline = _test_pipeline(cfg)
+    if pipeline is not None:
+        check_pipeline(pipeline, scope)
+
+    header: dict[str, Any] = {
+        'architecture': encode(architecture, 'architecture'),
+        'scope': scope,
+        'test_pipeline': encode(pipeline, 'test_pipeline'),
+        'dataset_meta': encode(dict(dataset_meta or {}), 'dataset_meta'),
+        'policy': encode(policy, 'policy'),
+        'accuracy': encode(dict(accuracy or {}), 'accuracy'),
+        'versions': _versions(),
+        'layers': {},
+        'attention': {},
+        'compensation': {},
+    }
+    tensors: dict[str, Tensor] = {}
+    state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+    model = model.cpu()
+    elements = 0
+    for name, layer in quant_layers(model).items():
+        check_packable(layer)
+        header['layers'][name], parts = layer_record(name, layer)
+        tensors.update(parts)
+        elements += layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel())
+        state = _without(state, f'{name}.')
+    for name, (key, attention) in attentions(model).items():
+        header['attention'][name], parts = attention_record(name, attention)
+        tensors.update(parts)
+        for operand in OPERANDS:
+            state = _without(state, f'{name}.{key}.{operand}.')
+    for name, module in model.named_modules():
+        if isinstance(module, Compensation):
+            block = name.removesuffix('.compensation')
+            if module.is_fitted:
+                header['compensation'][block], parts = compensation_record(block, module)
+                tensors.update(parts)
+            state = _without(state, f'{name}.')
+    float_bytes = 4 * elements + sum(value.nbytes for value in state.values())
+    clash = set(tensors) & set(state)
+    if clash:
+        raise DeployError(f'the architecture has an entry of the reserved name {clash.pop()}.')
+    tensors.update({key: _narrowed(value) for key, value in state.items()})
+    write_file(path, header, tensors)
+    return SizeReport(_parts(tensors, state, header), Path(path).stat().st_size, float_bytes)
+
+
+def _without(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if not key.startswith(prefix)}
+
+
+def _parts(tensors: dict[str, Tensor], state: dict, header: dict) -> dict[str, int]:
+    """Bytes by part of the file, the largest first."""
+    names = {
+        'codes': 'weight codes',
+        'multiplier': 'group multipliers',
+        'row_scale': 'row scales and biases',
+        'bias': 'row scales and biases',
+        'permutation': 'permutations',
+    }
+    layers = header['layers']
+    parts: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        owner, _, last = name.rpartition('.')
+        if name in state:
+            part = 'float parameters'
+        elif owner.endswith('.compensation'):
+            part = 'compensation'
+        elif owner in layers:
+            part = names[last]
+        else:
+            part = 'activation grids'
+        parts[part] = parts.get(part, 0) + tensor.nbytes
+    return dict(sorted(parts.items(), key=lambda item: -item[1]))

@@ -1,0 +1,185 @@
+"""From a packed file to a model that infers."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from torch import Tensor, nn
+
+from ..layers import (
+    DeployError,
+    QuantConv2d,
+    QuantLinear,
+    attach_compensation,
+    quant_layers,
+)
+from ..layers.attention import OPERANDS, attention_adapter_of
+from ..layers.replace import set_module
+from ..quant import PolicyError, SiteSpec
+from ..quant.spec import SITE_GRANULARITIES
+from .architecture import build_architecture, check_pipeline, decode
+from .convert import convert_in_place
+from .export import attentions
+from .format import read_file
+from .records import (
+    TensorTable,
+    act_spec_of,
+    fill_attention,
+    fill_compensation,
+    fill_layer,
+    weight_spec_of,
+)
+
+__all__ = ['load']
+
+AGAIN = 'Deploy the checkpoint again.'
+
+
+def load(path: str | os.PathLike, device: str | torch.device = 'cpu') -> nn.Module:
+    """Reads a packed model; needs neither the run's config nor its data.
+
+    Args:
+        path: File of :func:`gplq_mm.deploy.save`.
+        device: Where the model goes.
+
+    Returns:
+        The model in eval mode, ready for ``model(images)`` and for the inference APIs of
+        mmpretrain (``ImageClassificationInferencer(model)``) and mmdet
+        (``inference_detector(model, image)``). ``deploy_header`` is the file's header,
+        ``deploy_report`` says what computes in integers.
+
+    Raises:
+        DeployError: For a file that is missing, truncated, changed, foreign, of another version,
+            or that does not describe a model the installed packages can build.
+    """
+    header, tensors = read_file(path)
+    try:
+        model = _assemble(header, TensorTable(tensors))
+    except DeployError as error:
+        raise DeployError(f'{path}: {error}') from error
+    return model.to(device)
+
+
+def _section(header: Mapping, key: str, kind: type) -> Any:
+    if not isinstance(header.get(key), kind):
+        raise DeployError(f'the header has no usable "{key}". {AGAIN}')
+    return header[key]
+
+
+def _assemble(header: dict, table: TensorTable) -> nn.Module:
+    try:
+        config = decode(_section(header, 'architecture', dict))
+        pipeline = decode(header.get('test_pipeline'))
+        meta = decode(_section(header, 'dataset_meta', dict))
+    except RecursionError:
+        raise DeployError(f'the header is nested too deep. {AGAIN}') from None
+    scope = _section(header, 'scope', str)
+    if pipeline is not None:
+        check_pipeline(pipeline, scope)
+    # Two codes share a byte.
+    elements = sum(2 * tensor.numel() for tensor in table.tensors.values())
+    model = build_architecture(config, scope, elements)
+    _swap_layers(model, _section(header, 'layers', dict))
+    _swap_attention(model, _section(header, 'attention', dict))
+    rest = _other_entries(model)
+    compensation = {
+        name: fill_compensation(name, _submodule(model, name), entry, table)
+        for name, entry in _section(header, 'compensation', dict).items()
+    }
+    for name, layer in quant_layers(model).items():
+        fill_layer(name, layer, table)
+    for name, (_, attention) in attentions(model).items():
+        fill_attention(name, attention, table)
+    _fill(rest, table)
+    for name, module in compensation.items():
+        attach_compensation(model.get_submodule(name), module)
+    model.deploy_report = convert_in_place(model)
+    model.deploy_header = header
+    _describe(model, config, scope, pipeline, meta)
+    return model
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise DeployError(f'the architecture has no layer {name}. {AGAIN}') from None
+
+
+def _swap_layers(model: nn.Module, entries: dict) -> None:
+    twins = {'linear': (nn.Linear, QuantLinear), 'conv': (nn.Conv2d, QuantConv2d)}
+    if not entries:
+        raise DeployError(f'the header names no quantized layer. {AGAIN}')
+    for name, entry in entries.items():
+        kind = entry.get('kind') if isinstance(entry, dict) else None
+        module = _submodule(model, name)
+        if kind not in twins or not isinstance(module, twins[kind][0]):
+            raise DeployError(f'{name} is no {kind} layer of the architecture. {AGAIN}')
+        act = act_spec_of(entry.get('activation'), name)
+        _check_site(act, kind, name)
+        spec = SiteSpec(act, weight_spec_of(entry.get('weight'), name))
+        try:
+            set_module(model, name, twins[kind][1].from_float(module, spec, name))
+        except (PolicyError, ValueError) as error:
+            raise DeployError(f'{error} {AGAIN}') from error
+
+
+def _check_site(spec, kind: str, name: str) -> None:
+    uniform = spec.quantizer == 'uniform' and not spec.row_relative
+    if spec.granularity not in SITE_GRANULARITIES[kind] or not (uniform or kind == 'probs'):
+        raise DeployError(f'{name}: the header describes no quantizer of this site. {AGAIN}')
+
+
+def _swap_attention(model: nn.Module, entries: dict) -> None:
+    for name, entry in entries.items():
+        module = _submodule(model, name)
+        adapter = attention_adapter_of(module)
+        if adapter is None or not isinstance(entry, dict) or set(entry) != set(OPERANDS):
+            raise DeployError(f'{name} is no known attention of the architecture. {AGAIN}')
+        specs = {}
+        for operand, spec in entry.items():
+            site = f'{name}.{operand}'
+            specs[operand] = None if spec is None else act_spec_of(spec, site)
+            if spec is not None:
+                _check_site(specs[operand], operand, site)
+        try:
+            adapter(module, specs, name)
+        except (PolicyError, ValueError) as error:
+            raise DeployError(f'{error} {AGAIN}') from error
+
+
+def _other_entries(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers that are not part of a quantizer or a quantized layer."""
+    prefixes = [f'{name}.' for name in quant_layers(model)]
+    for name, (key, _) in attentions(model).items():
+        prefixes += [f'{name}.{key}.{operand}.' for operand in OPERANDS]
+    owned = tuple(prefixes)
+    return {key: value for key, value in model.state_dict().items() if not key.startswith(owned)}
+
+
+def _fill(entries: dict[str, Tensor], table: TensorTable) -> None:
+    integers = (torch.int8, torch.int16, torch.int32, torch.int64)
+    for name, target in entries.items():
+        dtypes = [target.dtype]
+        if target.dtype in integers:
+            # A file holds integers in a narrower type where that suffices.
+            dtypes = integers[: integers.index(target.dtype) + 1]
+        target.copy_(table.take(name, tuple(target.shape), *dtypes))
+    if table.tensors:
+        raise DeployError(
+            f'the file holds {len(table.tensors)} tensors that the architecture does not have, '
+            f'for example {next(iter(table.tensors))}. {AGAIN}'
+        )
+
+
+def _describe(
+    model: nn.Module, config: dict, scope: str, pipeline: list | None, meta: dict
+) -> None:
+    """Sets what the inference APIs look for: mmpretrain's under ``_``, mmdet's without."""
+    cfg = {'model': config, 'default_scope': scope}
+    if pipeline is not None:
+        cfg['test_dataloader'] = {'dataset': {'pipeline': pipeline}}
+    model.cfg = model._config = Config(cfg)
+    model.dataset_meta = model._dataset_meta = meta

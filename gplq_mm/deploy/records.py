@@ -1,0 +1,265 @@
+"""What a packed file holds of every quantized module, written and read side by side.
+
+Layer ``name``: ``name.codes`` (4-bit codes, two to a byte, uint8 ``(N, ceil(K / 2))``; wider ones
+int8 ``(N, K)``), ``name.multiplier`` (two to a byte, uint8 ``(N, ceil(G / 2))``),
+``name.row_scale`` and ``name.bias`` float32 ``(N,)``, ``name.permutation`` int16 or int32
+``(K,)``, and the grid of its input under ``name.input.``. An attention has four grids,
+``name.q.`` to ``name.probs.``. A grid is ``scale`` and ``offset`` float32 or ``zero_point``
+uint8. A block's compensation is ``name.compensation.weight`` and ``.bias``, float16.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import DeployError, QuantAttention, QuantWeightLayer, build_compensation
+from ..layers.attention import OPERANDS
+from ..quant import (
+    ActQuantizer,
+    ActSpec,
+    PolicyError,
+    QuantizedWeight,
+    QuantState,
+    WeightQuantizer,
+    WeightSpec,
+)
+from ..quant.packing import pack_nibbles, unpack_nibbles
+
+__all__ = [
+    'TensorTable',
+    'act_spec_of',
+    'attention_record',
+    'compensation_record',
+    'fill_attention',
+    'fill_compensation',
+    'fill_layer',
+    'layer_record',
+    'weight_spec_of',
+]
+
+# A multiplier 1..15 minus this is a 4-bit code.
+MULTIPLIER_BIAS = 8
+
+
+class TensorTable:
+    """Tensors of a file, taken out one by one and checked.
+
+    Args:
+        tensors: By name.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self.tensors = dict(tensors)
+
+    def take(self, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
+        """Removes and returns a tensor.
+
+        Raises:
+            DeployError: If it is absent, of another shape or type, or not finite.
+        """
+        tensor = self.tensors.pop(name, None)
+        if tensor is None:
+            raise DeployError(f'the file lacks the tensor {name}; deploy the checkpoint again.')
+        if tuple(tensor.shape) != tuple(shape) or tensor.dtype not in dtypes:
+            expected = ' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)
+            raise DeployError(
+                f'{name} is {str(tensor.dtype).removeprefix("torch.")} {tuple(tensor.shape)}, the '
+                f'architecture needs {expected} {tuple(shape)}; deploy the checkpoint again.'
+            )
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise DeployError(f'{name} holds NaN or infinity; deploy the checkpoint again.')
+        return tensor
+
+
+def _spec(cls: type, data: Any, where: str):
+    if not isinstance(data, Mapping) or set(data) != {field.name for field in fields(cls)}:
+        raise DeployError(f'{where}: the header does not describe the quantizer.')
+    try:
+        return cls(**data)
+    except (PolicyError, TypeError, ValueError) as error:
+        raise DeployError(f'{where}: {error}') from error
+
+
+def act_spec_of(data: Any, where: str) -> ActSpec:
+    """Spec from a header, or DeployError."""
+    return _spec(ActSpec, data, where)
+
+
+def weight_spec_of(data: Any, where: str) -> WeightSpec:
+    """Spec from a header, or DeployError."""
+    return _spec(WeightSpec, data, where)
+
+
+# -- grids ------------------------------------------------------------------------------------
+
+
+def _grid_tensors(quantizer: ActQuantizer, prefix: str) -> dict[str, Tensor]:
+    scale, _ = quantizer.grid()
+    tensors = {f'{prefix}.scale': scale.detach().float()}
+    if quantizer.offset is not None:
+        tensors[f'{prefix}.offset'] = quantizer.offset.detach().float()
+    if quantizer.spec.zero_point == 'integer':
+        tensors[f'{prefix}.zero_point'] = quantizer.zero_point.to(torch.uint8)
+    return tensors
+
+
+def _fill_grid(quantizer: ActQuantizer, prefix: str, table: TensorTable) -> None:
+    shape = tuple(quantizer.scale.shape)
+    state = {
+        'scale': table.take(f'{prefix}.scale', shape, torch.float32),
+        'state_code': torch.tensor(int(QuantState.FROZEN), dtype=torch.uint8),
+    }
+    if not bool((state['scale'] > 0).all()):
+        raise DeployError(f'{prefix}.scale must be positive; deploy the checkpoint again.')
+    if quantizer.offset is not None:
+        state['offset'] = table.take(f'{prefix}.offset', shape, torch.float32)
+    if quantizer.spec.zero_point == 'integer':
+        zero_point = table.take(f'{prefix}.zero_point', shape, torch.uint8)
+        if zero_point.numel() and int(zero_point.max()) > quantizer.qmax:
+            raise DeployError(f'{prefix}.zero_point is no code; deploy the checkpoint again.')
+        state['zero_point'] = zero_point.float()
+    quantizer.load_state_dict(state)
+
+
+# -- layers -----------------------------------------------------------------------------------
+
+
+def layer_record(name: str, layer: QuantWeightLayer) -> tuple[dict, dict[str, Tensor]]:
+    """Header entry and tensors of a layer after Stage 2."""
+    quantizer = layer.weight_quantizer
+    value = quantizer.value
+    kind = 'conv' if isinstance(layer, nn.Conv2d) else 'linear'
+    entry = {
+        'kind': kind,
+        'activation': _plain(layer.act_quantizer.spec),
+        'weight': _plain(quantizer.spec),
+    }
+    narrow = torch.int16 if value.codes.shape[1] <= 2**15 else torch.int32
+    factors = value.multiplier.to(torch.int8) - MULTIPLIER_BIAS
+    tensors = {
+        f'{name}.codes': pack_nibbles(value.codes) if quantizer.spec.bits <= 4 else value.codes,
+        f'{name}.multiplier': pack_nibbles(factors),
+        f'{name}.row_scale': value.row_scale,
+        f'{name}.permutation': value.permutation.to(narrow),
+        f'{name}.bias': quantizer.bias,
+        **_grid_tensors(layer.act_quantizer, f'{name}.input'),
+    }
+    return entry, tensors
+
+
+def fill_layer(name: str, layer: QuantWeightLayer, table: TensorTable) -> None:
+    """Gives a fresh quantized layer the integers of a file.
+
+    Raises:
+        DeployError: If a tensor is absent, of another shape or type, or out of range.
+    """
+    quantizer: WeightQuantizer = layer.weight_quantizer
+    rows, columns = quantizer.shape
+    group = quantizer.group_size
+    groups = -(-columns // group)
+    if quantizer.spec.bits <= 4:
+        packed = table.take(f'{name}.codes', (rows, (columns + 1) // 2), torch.uint8)
+        codes = unpack_nibbles(packed, columns)
+    else:
+        codes = table.take(f'{name}.codes', (rows, columns), torch.int8)
+    packed = table.take(f'{name}.multiplier', (rows, (groups + 1) // 2), torch.uint8)
+    multiplier = unpack_nibbles(packed, groups).to(torch.int16) + MULTIPLIER_BIAS
+    largest = quantizer.spec.max_multiplier
+    if multiplier.numel() and not 1 <= int(multiplier.min()) <= int(multiplier.max()) <= largest:
+        raise DeployError(f'{name}.multiplier leaves 1 to {largest}; deploy the checkpoint again.')
+    permutation = table.take(f'{name}.permutation', (columns,), torch.int16, torch.int32).long()
+    if not torch.equal(permutation.sort().values, torch.arange(columns)):
+        raise DeployError(
+            f'{name}.permutation does not name every column once; deploy the checkpoint again.'
+        )
+    value = QuantizedWeight(
+        codes=codes,
+        row_scale=table.take(f'{name}.row_scale', (rows,), torch.float32),
+        multiplier=multiplier.to(torch.uint8),
+        permutation=permutation,
+        group_size=group,
+    )
+    _fill_grid(layer.act_quantizer, f'{name}.input', table)
+    try:
+        quantizer.set(value, table.take(f'{name}.bias', (rows,), torch.float32))
+    except ValueError as error:
+        raise DeployError(f'{error} Deploy the checkpoint again.') from error
+
+
+def _plain(spec: ActSpec | WeightSpec) -> dict:
+    data = asdict(spec)
+    if isinstance(data['percentile'], tuple):
+        data['percentile'] = list(data['percentile'])
+    return data
+
+
+# -- attention --------------------------------------------------------------------------------
+
+
+def attention_record(name: str, attention: QuantAttention) -> tuple[dict, dict[str, Tensor]]:
+    """Header entry (operand -> spec or None) and tensors of an attention."""
+    entry: dict[str, dict | None] = {}
+    tensors: dict[str, Tensor] = {}
+    for operand in OPERANDS:
+        quantizer = getattr(attention, operand)
+        if isinstance(quantizer, ActQuantizer):
+            entry[operand] = _plain(quantizer.spec)
+            tensors.update(_grid_tensors(quantizer, f'{name}.{operand}'))
+        else:
+            entry[operand] = None
+    return entry, tensors
+
+
+def fill_attention(name: str, attention: QuantAttention, table: TensorTable) -> None:
+    """Gives a fresh attention the grids of a file, or raises DeployError."""
+    for operand in OPERANDS:
+        quantizer = getattr(attention, operand)
+        if isinstance(quantizer, ActQuantizer):
+            _fill_grid(quantizer, f'{name}.{operand}', table)
+
+
+# -- compensation -----------------------------------------------------------------------------
+
+
+def compensation_record(name: str, compensation: nn.Module) -> tuple[dict, dict[str, Tensor]]:
+    """Header entry and tensors of a fitted compensation of block ``name``."""
+    entry = {'type': type(compensation).__name__, 'axis': compensation.axis}
+    prefix = f'{name}.compensation'
+    return entry, {
+        f'{prefix}.{key}': getattr(compensation, key) for key in compensation.buffers_of_map
+    }
+
+
+def _channels(block: nn.Module) -> tuple[int, int]:
+    """Channels into and out of a block: of its first and of its last layer."""
+    layers = [layer for layer in block.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    if not layers:
+        raise DeployError('a compensation needs a block with layers; deploy the checkpoint again.')
+    first, last = layers[0], layers[-1]
+    return (
+        first.in_features if isinstance(first, nn.Linear) else first.in_channels,
+        last.out_features if isinstance(last, nn.Linear) else last.out_channels,
+    )
+
+
+def fill_compensation(name: str, block: nn.Module, entry: Any, table: TensorTable) -> nn.Module:
+    """Compensation of a file for ``block``; call it before the block's layers are packed.
+
+    Raises:
+        DeployError: For an unknown type, or tensors that do not fit the block.
+    """
+    types = ('QwT', 'QwTv2')
+    if not isinstance(entry, Mapping) or entry.get('type') not in types:
+        raise DeployError(f'{name}: the compensation is of none of the types {", ".join(types)}.')
+    if entry.get('axis') not in (-1, 1):
+        raise DeployError(f'{name}: the compensation has axis {entry.get("axis")}, not -1 or 1.')
+    compensation = build_compensation({'type': entry['type']}, entry['axis'])
+    inputs, outputs = _channels(block)
+    shapes = {'QwT': (outputs, inputs), 'QwTv2': (outputs,)}
+    prefix = f'{name}.compensation'
+    compensation.weight = table.take(f'{prefix}.weight', shapes[entry['type']], torch.float16)
+    compensation.bias = table.take(f'{prefix}.bias', (outputs,), torch.float16)
+    return compensation

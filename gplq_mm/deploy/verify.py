@@ -1,0 +1,85 @@
+"""Does a deployed model compute what its simulation computes?"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import Int4WeightLayer, quant_layers
+from .convert import strip_wrappers
+
+__all__ = ['Agreement', 'compare']
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Result of :func:`compare`.
+
+    Attributes:
+        layers: Layers whose integer accumulators were compared.
+        unequal: Names of those where any accumulator differs.
+        relative_error: L2 norm of the outputs' difference over that of the simulated outputs.
+        max_difference: Largest absolute difference of outputs.
+        max_output: Largest absolute simulated output.
+    """
+
+    layers: int
+    unequal: list[str]
+    relative_error: float
+    max_difference: float
+    max_output: float
+
+    def __str__(self) -> str:
+        return (
+            f'{self.layers - len(self.unequal)} of {self.layers} layers have equal integers; '
+            f'outputs differ by {self.max_difference:.3g} at most (largest output '
+            f'{self.max_output:.3g}), {self.relative_error:.3g} relative'
+        )
+
+
+def _flat(outputs: Tensor | tuple | list) -> Tensor:
+    if torch.is_tensor(outputs):
+        return outputs.detach().double().flatten()
+    return torch.cat([_flat(output) for output in outputs])
+
+
+@torch.no_grad()
+def compare(
+    simulated: nn.Module,
+    deployed: nn.Module,
+    run: Callable[[nn.Module], Tensor | tuple | list],
+) -> Agreement:
+    """Runs both models and compares integers and outputs.
+
+    Every packed layer gets the very input that its simulation got, so its accumulators must be
+    the same integers. Outputs may differ where a rounding error moves an activation across the
+    border of two codes.
+
+    Args:
+        simulated: Model after Stage 2. Stays as it is.
+        deployed: The same model, deployed.
+        run: Runs a model on some images and returns its outputs.
+    """
+    simulated = strip_wrappers(simulated).eval()
+    unequal: list[str] = []
+    layers = quant_layers(simulated)
+    for name, layer in layers.items():
+        packed = deployed.get_submodule(name)
+
+        def check(layer, args, name=name, packed: Int4WeightLayer = packed):
+            sums = layer.accumulate(args[0])
+            if not torch.equal(sums.to(torch.int64), packed.accumulate(args[0]).to(torch.int64)):
+                unequal.append(name)
+
+        layer.register_forward_pre_hook(check)
+    expected, found = _flat(run(simulated)), _flat(run(deployed))
+    difference = found - expected
+    norm = float(expected.norm())
+    return Agreement(
+        layers=len(layers),
+        unequal=unequal,
+        relative_error=float(difference.norm()) / norm if norm else float(difference.norm()),
+        max_difference=float(difference.abs().max()),
+        max_output=float(expected.abs().max()),
+    )
