@@ -28,6 +28,7 @@ train_cfg = dict(
     _base_.gplq_train_cfg,
     weight_ptq=dict(type='GPTQ', num_images=256, batch_size=32),
     num_diagnostic_images=128,
+    max_iters=150,
 )
 val_cfg = {}
 test_cfg = {}
@@ -36,13 +37,11 @@ optim_wrapper = dict(
     optimizer=dict(type='AdamW', lr=5e-6, weight_decay=0.0),
     quantizer=dict(lr=1e-3, weight_decay=0.0),
 )
-# An epoch is 188 iterations here, too few for a constant rate to settle.
-param_scheduler = dict(
-    type='CosineAnnealingLR', T_max=1, eta_min_ratio=0.02, convert_to_iter_based=True
-)
+# Too few iterations for a constant rate to settle.
+param_scheduler = dict(type='CosineAnnealingLR', T_max=150, eta_min_ratio=0.02, by_epoch=False)
 default_hooks = dict(checkpoint=dict(_delete_=True, **dict(_base_.gplq_checkpoint, interval=50)))
 custom_hooks = [
     dict(type='gplq_mm.CalibrationHook', num_images=64, batch_size=32),
-    dict(type='gplq_mm.PCABasisHook', num_images=1024, batch_size=32),
+    dict(type='gplq_mm.PCABasisHook', num_images=512, batch_size=32),
     dict(type='gplq_mm.QuantStatsHook', interval=50),
 ]

@@ -1,9 +1,14 @@
 """The int4 layout: the only Python that knows it (its C++ twin is ``ops/csrc/int4_layout.h``).
 
 There are two forms. A file holds *rows*: two codes a byte along a row, simple for any reader.
-Kernels read *panels*: 64 output rows side by side, so that one stored column of a panel is one
-vector. Within a panel the rows stand in the order that an interleave of four columns brings back
-to ascending order; see :func:`panel_order`.
+CPU kernels read *panels*: 64 output rows side by side, so that one stored column of a panel is
+one vector. Within a panel the rows stand in the order that an interleave of four columns brings
+back to ascending order; see :func:`panel_order`.
+
+GPU kernels read *halves*: a byte of a row holds a column of the row's first half and one of its
+second. Panels do not serve there: tensor cores want an int8 operand with its reduction axis side
+by side, which a panel has across, and unpacking a panel's bytes makes neighbours of rows that are
+not. The halves are made from the panels once a layer.
 """
 
 import torch
@@ -11,10 +16,14 @@ from torch import Tensor
 
 __all__ = [
     'PANEL',
+    'half_width',
+    'interleave_halves',
+    'pack_halves',
     'pack_multiplier_panels',
     'pack_nibbles',
     'pack_panels',
     'panel_order',
+    'unpack_halves',
     'unpack_multiplier_panels',
     'unpack_nibbles',
     'unpack_panels',
@@ -22,6 +31,9 @@ __all__ = [
 
 # Output rows of a panel: four 512-bit vectors of int32 accumulators.
 PANEL = 64
+# Packed bytes of a row in halves are a multiple of this: the longest step of a GPU kernel that
+# needs no mask.
+HALF_STEP = 64
 # Codes -8..7 are stored as 0..15.
 BIAS = 8
 
@@ -127,3 +139,35 @@ def pack_multiplier_panels(multiplier: Tensor) -> Tensor:
 def unpack_multiplier_panels(multiplier: Tensor, rows: int) -> Tensor:
     """Inverse of :func:`pack_multiplier_panels`."""
     return _from_panels(multiplier, rows)
+
+
+def half_width(columns: int) -> int:
+    """Bytes H of a row of ``columns`` codes packed by halves, a multiple of 64."""
+    return max(-(-columns // (2 * HALF_STEP)), 1) * HALF_STEP
+
+
+def pack_halves(codes: Tensor) -> Tensor:
+    """Packs 4-bit codes so that byte j of a row holds columns j (low nibble) and H + j (high).
+
+    Args:
+        codes: int8 ``(N, K)``, -8..7 (weights) or 0..15 (activations); only four bits are kept,
+            of negative codes in two's complement.
+
+    Returns:
+        uint8 ``(N, H)`` with H = :func:`half_width` of K; codes past K are 0.
+    """
+    half = half_width(codes.shape[1])
+    padded = torch.nn.functional.pad(codes, (0, 2 * half - codes.shape[1]))
+    nibbles = padded.to(torch.uint8) & 15
+    return (nibbles[:, :half] | (nibbles[:, half:] << 4)).contiguous()
+
+
+def unpack_halves(packed: Tensor, columns: int, signed: bool) -> Tensor:
+    """Inverse of :func:`pack_halves`: int8 ``(N, columns)``."""
+    codes = torch.cat((packed & 15, packed >> 4), 1)[:, :columns].to(torch.int8)
+    return (codes ^ 8) - 8 if signed else codes
+
+
+def interleave_halves(columns: Tensor) -> Tensor:
+    """``(2H,)`` stored columns in the order in which a packed row names them, byte by byte."""
+    return columns.reshape(2, -1).T.flatten()
