@@ -133,6 +133,12 @@ def load_float_weights(model: nn.Module, path: str | os.PathLike) -> None:
     state = state_dict_of(read_checkpoint(path))
     state = {key.removeprefix('architecture.'): value for key, value in state.items()}
     own = dict(model.named_parameters())
+    # Statistics of BatchNorm are weights too: with the initial ones the model would be another.
+    own |= {
+        key: value
+        for key, value in model.named_buffers()
+        if key.endswith(('running_mean', 'running_var'))
+    }
     try:
         # The models' own load hooks may reshape entries (position embeddings of another image
         # size), so whether the shapes fit is known only afterwards.

@@ -167,6 +167,15 @@ def test_load_float_weights_checks_what_it_loads(tmp_path):
         load_float_weights(nn.Sequential(*source, nn.Linear(2, 2)), path)
 
 
+def test_statistics_of_batch_norm_are_weights(tmp_path):
+    model, path = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)), tmp_path / 'a.pth'
+    state = model.state_dict()
+    del state['1.running_var']
+    torch.save({'state_dict': state}, path)
+    with pytest.raises(CheckpointError, match=r'1 parameters are missing.*1\.running_var'):
+        load_float_weights(model, path)
+
+
 def test_to_plain_can_be_read_back(tmp_path):
     content = {
         'a': np.float32(1.5),

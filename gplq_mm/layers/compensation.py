@@ -6,6 +6,8 @@ matrix by a per-channel affine map. Statistics are sums, so memory does not depe
 of calibration images and ranks add theirs.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -111,12 +113,22 @@ class Compensation(nn.Module):
             pairs = [(total, total)]
         scores = []
         for ridge in self.ridges:
-            error = sum(float(self._error(self._solve(fit, ridge), test)) for fit, test in pairs)
-            scores.append(1.0 - error / energy)
+            maps = [self._solve_half(fit, ridge) for fit, _ in pairs]
+            error = sum(
+                float(self._error(solution, test))
+                for solution, (_, test) in zip(maps, pairs, strict=True)
+            )
+            scores.append(1.0 - error / energy if math.isfinite(error) else -math.inf)
         best = max(range(len(scores)), key=scores.__getitem__)
-        if scores[best] > 0.0:
-            self._store(self._solve(total, self.ridges[best]))
-        return scores[best]
+        solution = self._solve_half(total, self.ridges[best])
+        if scores[best] > 0.0 and bool(solution.isfinite().all()):
+            self._store(solution)
+            return scores[best]
+        return min(scores[best], 0.0)
+
+    def _solve_half(self, sums: dict[str, Tensor], ridge: float) -> Tensor:
+        """The solution as half precision will hold it; what overflows there becomes infinite."""
+        return self._solve(sums, ridge).to(torch.float16).double()
 
     def correction(self, x: Tensor) -> Tensor:
         """What is added to the block's output; shape and dtype of ``x``."""

@@ -130,6 +130,11 @@ def quantize_model(
     for name, module in modules:
         _check_supported(name, module, policy)
 
+    # A module that a model uses in two places stays one module, quantized under its first name.
+    aliases: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        aliases.setdefault(id(module), []).append(name)
+
     done: dict[str, list[str]] = {'linear': [], 'conv': [], 'attention': [], 'excluded': []}
     for name, module in modules:
         kind = _kind_of(module)

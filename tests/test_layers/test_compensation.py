@@ -145,6 +145,16 @@ def test_state_dict_before_and_after(kind):
     assert not other.is_fitted
 
 
+def test_a_map_beyond_half_precision_is_dropped():
+    compensation = build_compensation(dict(type='QwT', ridge=0.0), -1)
+    compensation.start()
+    for _ in range(2):
+        x = torch.randn(64, 3, dtype=torch.float64) * 1e-3
+        compensation.update(x, x * 1e6)
+    assert compensation.fit() <= 0.0
+    assert not compensation.is_fitted
+
+
 def test_refuses():
     with pytest.raises(ValueError, match='ridge'):
         QwT(ridge=-1)

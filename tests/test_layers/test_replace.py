@@ -131,3 +131,12 @@ def test_layers_inside_sequences_and_lists():
     assert quantize_model(model, QuantPolicy()).linear == ['a.0', 'b.0']
     assert isinstance(model.a[0], QuantLinear)
     assert isinstance(model.b[0], QuantLinear)
+
+
+def test_a_layer_in_two_places_stays_one():
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict(dict(a=nn.Sequential(shared), b=nn.Sequential(shared, nn.Linear(4, 4))))
+    report = quantize_model(model, QuantPolicy())
+    assert isinstance(model['a'][0], QuantLinear)
+    assert model['a'][0] is model['b'][0]
+    assert report.linear == ['a.0', 'b.1']
