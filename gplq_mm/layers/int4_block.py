@@ -166,7 +166,10 @@ def window_maps(
     rows = torch.arange(batch * height * width, dtype=torch.int32, device=device)
     right, bottom = -width % window, -height % window
     rows = rows.reshape(batch, 1, height, width)
-    rows = F.pad(rows, (0, right, 0, bottom), value=batch * height * width)
+    if right or bottom:
+        # A fill value that depends on the batch would fix the batch of an exported program.
+        rows = F.pad(rows, (0, right, 0, bottom), value=-1)
+        rows = rows.masked_fill(rows < 0, batch * height * width)
     if shift:
         rows = rows.roll((-shift, -shift), (2, 3))
     rows = _partition(rows, window).contiguous()
@@ -215,7 +218,7 @@ class Int4SwinBlock:
         rows, mask = self._maps(batch, *hw_shape, x.device)
         msa = self.attn.w_msa
         qkv = _run_norm_linear(x, self.norm1, msa.qkv).flatten(0, 1)
-        if rows.numel() > len(qkv):
+        if rows.numel() > qkv.shape[0]:
             # The model pads after the norm: a padding token is what qkv makes of zeros.
             qkv = torch.cat((qkv, msa.qkv(qkv.new_zeros(1, channels))))
         out = msa.quant_attention(qkv, mask, rows, batch * tokens)
