@@ -53,7 +53,7 @@ class Int4Conv2d(Int4WeightLayer):
                 strict=True,
             )
         ]
-        return sums.transpose(1, 2).reshape(x.shape[0], -1, *size)
+        return sums.transpose(1, 2).reshape(x.shape[0], self.out_channels, *size)
 
     def _shape_repr(self) -> str:
         return (

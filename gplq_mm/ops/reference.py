@@ -118,7 +118,7 @@ def int4_conv2d(x: Tensor, layer: list[Tensor], grid: list[int], geometry: list[
     columns = F.unfold(x.float(), kernel, dilation, padding, stride).transpose(1, 2)
     out = int4_linear(columns.contiguous(), layer, grid)
     # Channels last: the rows of the product as they are.
-    return out.reshape(x.shape[0], *size, -1).permute(0, 3, 1, 2).to(x.dtype)
+    return out.reshape(x.shape[0], *size, out.shape[-1]).permute(0, 3, 1, 2).to(x.dtype)
 
 
 def int4_attention(

@@ -95,13 +95,14 @@ def _to_panels(rows: Tensor, fill: int) -> Tensor:
     missing = -rows.shape[0] % PANEL
     if missing:
         rows = torch.cat((rows, rows.new_full((missing, rows.shape[1]), fill)))
-    panels = rows.reshape(-1, PANEL, rows.shape[1]).transpose(1, 2)
+    panels = rows.reshape(len(rows) // PANEL, PANEL, rows.shape[1]).transpose(1, 2)
     return panels[..., panel_order().to(rows.device)].contiguous()
 
 
 def _from_panels(panels: Tensor, rows: int) -> Tensor:
     order = panel_order().to(panels.device)
-    return panels[..., order].transpose(1, 2).reshape(-1, panels.shape[1])[:rows].contiguous()
+    ordered = panels[..., order].transpose(1, 2)
+    return ordered.reshape(len(panels) * PANEL, panels.shape[1])[:rows].contiguous()
 
 
 def pack_panels(codes: Tensor, bits: int) -> Tensor:

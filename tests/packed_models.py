@@ -1,0 +1,86 @@
+"""Tiny models after Stage 2, and the single layers and configs that packing tests need."""
+
+import copy
+
+import torch
+from builders import CONFIGS, build_float, calibrated, images, randomize
+from mmengine.registry import MODELS
+from torch import nn
+
+from gplq_mm.layers import QuantConv2d, QuantLinear, quantize_model
+from gplq_mm.ptq import RoundToNearest, quantize_weights
+from gplq_mm.quant import ActSpec, QuantPolicy, SiteSpec, WeightSpec
+
+MMDET_SWIN = dict(
+    type='mmdet.SwinTransformer',
+    embed_dims=16,
+    depths=(2, 2),
+    num_heads=(2, 2),
+    strides=(4, 2),
+    window_size=4,
+    out_indices=(0, 1),
+    drop_path_rate=0.0,
+)
+
+
+def run_config(kind: str) -> dict:
+    """What :func:`gplq_mm.deploy.save` needs of the config of a run."""
+    return dict(
+        model=copy.deepcopy(CONFIGS[kind]()),
+        default_scope='mmpretrain',
+        data_preprocessor=dict(num_classes=5, mean=[0.0] * 3, std=[1.0] * 3),
+        test_dataloader=dict(
+            dataset=dict(
+                type='ImageNet',
+                pipeline=[
+                    dict(type='LoadImageFromFile'),
+                    dict(type='Resize', scale=(32, 32)),
+                    dict(type='PackInputs'),
+                ],
+            )
+        ),
+    )
+
+
+def finish(
+    model: nn.Module,
+    policy: dict | None = None,
+    compensation: dict | None = None,
+    batches: tuple[torch.Tensor, ...] | None = None,
+) -> nn.Module:
+    """Quantizes a float model completely, Stage 2 included."""
+    batches = batches or (images(seed=1), images(seed=2))
+    quantize_model(model, QuantPolicy(**(policy or {})), compensation)
+    calibrated(model, torch.cat(batches))
+    with torch.no_grad():
+        quantize_weights(model, list(batches), model, RoundToNearest())
+    return model
+
+
+def quantized_classifier(
+    kind: str, policy: dict | None = None, compensation: dict | None = None, **backbone
+) -> nn.Module:
+    """``'vit'``, ``'swin'`` or ``'resnet'`` after Stage 2, with options of the backbone."""
+    if not backbone:
+        return finish(build_float(kind), policy, compensation)
+    cfg = CONFIGS[kind]()
+    cfg['backbone'].update(backbone)
+    return finish(randomize(MODELS.build(cfg)).eval(), policy, compensation)
+
+
+def quantized_layer(
+    layer: nn.Linear | nn.Conv2d, x: torch.Tensor, act: ActSpec, weight: WeightSpec
+) -> QuantLinear | QuantConv2d:
+    """A single layer, calibrated on ``x``, frozen and rounded."""
+    cls = QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d
+    quantized = cls.from_float(layer, SiteSpec(act, weight), 'site')
+    return round_layer(calibrated(quantized, x))
+
+
+@torch.no_grad()
+def round_layer(layer: QuantLinear | QuantConv2d) -> QuantLinear | QuantConv2d:
+    """Rounds the weight of a calibrated layer."""
+    matrix, order = layer.foldable()
+    value = RoundToNearest()(matrix, layer.weight_quantizer.spec, order, None)
+    layer.set_quantized_weight(value, None)
+    return layer
