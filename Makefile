@@ -5,7 +5,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 INSTALL_INPUTS := requirements.txt constraints.txt setup.py gplq_mm/version.py \
-	tools/dev/install.py tools/dev/steps.py
+	tools/dev/install.py tools/dev/steps.py \
+	$(wildcard gplq_mm/ops/csrc/*.h gplq_mm/ops/csrc/cpu/*.h gplq_mm/ops/csrc/cpu/*.cpp)
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test test-slow lint format clean distclean
@@ -43,4 +44,4 @@ clean: ## Remove build outputs and caches; keep .venv and work_dirs.
 	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## Remove .venv too; compiled wheels stay in the user's cache.
-	@rm -rf $(VENV) gplq_mm/.mim
+	@rm -rf $(VENV) gplq_mm/.mim gplq_mm/*.so

@@ -1,13 +1,19 @@
-"""Builds gplq_mm; the configs and the tools travel inside the package.
+"""Builds gplq_mm: the C++ kernels, and the configs and tools that travel inside the package.
 
-OpenMMLab packages keep both under ``<package>/.mim``, where ``mim`` looks for them. A wheel gets
-a copy, written straight into the build folder; an editable install gets links to the folders of
-the checkout.
+The kernels become ``gplq_mm/_C.abi3.so``, compiled against the installed torch: one wheel for
+every Python and every CPU of an architecture, since the instruction set is chosen at run time.
+``GPLQ_MM_NO_EXT=1`` installs without them; the ops then run in plain torch.
+
+OpenMMLab packages keep configs and tools under ``<package>/.mim``, where ``mim`` looks for them.
+A wheel gets a copy, written straight into the build folder; an editable install gets links to
+the folders of the checkout.
 """
 
 import os
 import re
+import shlex
 import shutil
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -16,6 +22,23 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 MIM_ENTRIES = ('configs', 'tools', 'model-index.yml')
 NOT_SHIPPED = shutil.ignore_patterns('__pycache__', '*.pyc', 'dev')
+CSRC = Path('gplq_mm') / 'ops' / 'csrc'
+# fp-contract: a product and a sum are rounded as the source says, on every machine.
+COMPILE_FLAGS = [
+    '-O3', '-g0', '-ffp-contract=off', '-fno-math-errno', '-fvisibility=hidden',
+]  # fmt: skip
+# Commands that compile; the others must work without torch.
+COMPILING = {'bdist_wheel', 'build', 'build_ext', 'develop', 'editable_wheel', 'install'}
+NO_TORCH = (
+    'The kernels of gplq_mm are compiled against the torch that they run with: install torch, '
+    'then run `pip install --no-build-isolation .`; or set GPLQ_MM_NO_EXT=1 to install without '
+    'kernels (the int4 ops then run in plain torch, slowly).'
+)
+NO_COMPILER = (
+    'gplq_mm needs a C++ compiler for its kernels, and {!r} was not found: install one (on Debian '
+    '`apt-get install build-essential`) or name it in CXX; or set GPLQ_MM_NO_EXT=1 to install '
+    'without kernels (the int4 ops then run in plain torch, slowly).'
+)
 DEV_REQUIREMENTS = ['hypothesis', 'pytest', 'pytest-timeout', 'ruff']
 
 
@@ -51,6 +74,43 @@ class BuildPyWithMim(build_py):
                 shutil.copy2(source, mim / name)
 
 
+def kernel_build():
+    """Returns the arguments of ``setup`` that build the C++ kernels."""
+    if os.environ.get('GPLQ_MM_NO_EXT') == '1' or not COMPILING & set(sys.argv):
+        return {}
+    try:
+        import torch
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError:
+        sys.exit(NO_TORCH)
+
+    class BuildKernels(BuildExtension):
+        """``build_ext`` that says what is missing and keeps its objects for the next time."""
+
+        def run(self):
+            compiler = shlex.split(os.environ.get('CXX') or 'c++')[0]
+            if not shutil.which(compiler):
+                sys.exit(NO_COMPILER.format(compiler))
+            if self.inplace or self.editable_mode:
+                # pip's own folder is a new one each time. Objects of another torch do not fit.
+                self.build_temp = str(ROOT / 'build' / f'kernels-{torch.__version__}')
+            super().run()
+
+    kernels = CppExtension(
+        name='gplq_mm._C',
+        sources=sorted(str(p.relative_to(ROOT)) for p in (ROOT / CSRC / 'cpu').glob('*.cpp')),
+        depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / CSRC).rglob('*.h')),
+        extra_compile_args=COMPILE_FLAGS + shlex.split(os.environ.get('GPLQ_MM_CXXFLAGS', '')),
+        extra_link_args=shlex.split(os.environ.get('GPLQ_MM_LDFLAGS', '')),
+        py_limited_api=True,
+    )
+    return {
+        'ext_modules': [kernels],
+        'cmdclass': {'build_ext': BuildKernels},
+        'options': {'bdist_wheel': {'py_limited_api': 'cp310'}},
+    }
+
+
 def read_version():
     """Returns ``__version__`` without importing the package, which needs torch."""
     text = (ROOT / 'gplq_mm' / 'version.py').read_text(encoding='utf-8')
@@ -68,6 +128,8 @@ def read_description():
     readme = ROOT / 'README.md'
     return readme.read_text(encoding='utf-8') if readme.exists() else ''
 
+
+KERNELS = kernel_build()
 
 setup(
     name='gplq_mm',
@@ -92,6 +154,8 @@ setup(
     python_requires='>=3.10,<3.13',
     install_requires=read_requirements(),
     extras_require={'dev': DEV_REQUIREMENTS},
-    cmdclass={'build_py': BuildPyWithMim},
+    ext_modules=KERNELS.get('ext_modules', []),
+    options=KERNELS.get('options', {}),
+    cmdclass={'build_py': BuildPyWithMim, **KERNELS.get('cmdclass', {})},
     zip_safe=False,
 )

@@ -5,10 +5,13 @@ kernels and Triton kernels override it for their device. What the arguments mean
 :mod:`.reference`.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from . import reference
+from . import native, reference
 
 __all__ = ['SCHEMAS']
 
@@ -101,11 +104,23 @@ _FAKES = {
 }
 
 
+def _announced(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The reference as what runs for want of a kernel: it says so once."""
+
+    @functools.wraps(function)
+    def run(x: Tensor, *args) -> Tensor:
+        native.announce_reference(x.device)
+        return function(x, *args)
+
+    return run
+
+
 def _register() -> None:
     for name, schema in SCHEMAS.items():
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, getattr(reference, name), 'CompositeExplicitAutograd')
+        _LIBRARY.impl(name, _announced(getattr(reference, name)), 'CompositeExplicitAutograd')
         torch.library.register_fake(f'gplq_mm::{name}', _FAKES[name], lib=_LIBRARY)
+    native.load()
 
 
 _register()

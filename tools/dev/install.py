@@ -28,6 +28,7 @@ STATE = VENV / 'installed.json'
 CACHE = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'gplq_mm' / 'wheels'
 BUILD_TOOLS = ('setuptools', 'wheel', 'packaging', 'ninja')
 LIBRARY_INPUTS = ('requirements.txt', 'constraints.txt', 'setup.py', 'gplq_mm/version.py')
+KERNELS = ROOT / 'gplq_mm' / 'ops' / 'csrc'
 DONE = 'ok ({seconds} s)'
 UNCHANGED = 'unchanged'
 
@@ -214,11 +215,18 @@ def compile_jobs():
 
 
 def install_libraries(step):
-    """Step 4: the other libraries, and gplq_mm itself, editable."""
-    made_from = digest(str(ROOT), *[ROOT / name for name in LIBRARY_INPUTS])
-    if finished().get('libraries') == made_from:
+    """Step 4: the other libraries, and gplq_mm itself, editable, with its kernels compiled."""
+    inputs = [ROOT / name for name in LIBRARY_INPUTS]
+    inputs += sorted(path for path in KERNELS.rglob('*') if path.suffix in ('.cpp', '.h'))
+    # Kernels fit the torch that they were compiled against, and no other.
+    torch_version = str(ask('import torch; print(torch.__version__)'))
+    without_kernels = os.environ.get('GPLQ_MM_NO_EXT', '')
+    made_from = digest(str(ROOT), torch_version, without_kernels, *inputs)
+    built = without_kernels or list((ROOT / 'gplq_mm').glob('_C.*so'))
+    if finished().get('libraries') == made_from and built:
         return UNCHANGED
-    step.pip('install', '--no-build-isolation', '-c', 'constraints.txt', '-e', '.[dev]')
+    jobs = {'MAX_JOBS': os.environ.get('MAX_JOBS') or str(compile_jobs())}
+    step.pip('install', '--no-build-isolation', '-c', 'constraints.txt', '-e', '.[dev]', env=jobs)
     # imaug asks for both OpenCV packages, which write the same files. The one without a
     # display has to come last, or `import cv2` needs libGL.
     if ask('import cv2; assert cv2.version.headless') is None:

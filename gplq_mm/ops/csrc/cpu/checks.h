@@ -1,0 +1,53 @@
+// The packed layer as the kernels see it, and the checks of what the ops are given (the same as
+// in gplq_mm/ops/checks.py, with the same words).
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+
+#include "kernels.h"
+
+namespace gplq_mm {
+
+// The order of the tensors of a layer.
+struct Field {
+  enum : int64_t { inverse, shift, weight, multiplier, position, row_scale, bias, correction };
+};
+constexpr int64_t kFields = 8;
+
+// Whether torch.addcmul rounds a * b + c once on this machine.
+bool torch_fuses();
+
+// A checked packed layer on the CPU. Owns what its pointers point to.
+class Layer {
+ public:
+  Layer(at::TensorList tensors, at::IntArrayRef grid);
+
+  int64_t columns() const { return columns_; }
+  int64_t rows() const { return rows_; }
+  int64_t panels() const { return (rows_ + kPanel - 1) / kPanel; }
+  const ActGrid& grid() const { return grid_; }
+  int32_t max_code() const { return grid_.code_max - grid_.code_min; }
+  PackedPanel panel(int64_t index) const;
+  // Epilogue of a panel without what depends on the op.
+  Epilogue epilogue(int64_t index, Output kind) const;
+
+ private:
+  std::array<at::Tensor, kFields> tensors_;
+  at::Tensor group_;  // int32 (K,): group of the stored column that a natural column meets
+  int64_t columns_, rows_, groups_;
+  bool packed_;
+  ActGrid grid_;
+};
+
+ActGrid check_quantize(const at::Tensor& x, const at::Tensor& inverse, const at::Tensor& shift,
+                       at::IntArrayRef grid);
+void check_input(const at::Tensor& x, int64_t columns);
+void check_norm(const at::Tensor& weight, const at::Tensor& bias, int64_t columns);
+void check_residual(const at::Tensor& x, const at::Tensor& residual, int64_t rows);
+void check_gamma(const std::optional<at::Tensor>& gamma, int64_t rows);
+void check_mlp(const Layer& first, const Layer& second, int64_t columns);
+void check_conv(const at::Tensor& x, int64_t columns, at::IntArrayRef geometry);
+
+}  // namespace gplq_mm

@@ -1,0 +1,100 @@
+// What the CPU kernels of every instruction set offer: plain C++, no ATen.
+//
+// The operands of a product:
+//   codes  uint8 (rows, stride): activation codes from 0, in natural column order. A row is
+//          readable up to K rounded up to 4.
+//   panel  int8 (K / 4 rounded up, 64, 4): multiplier * weight code of 64 output rows, four
+//          natural columns of a row side by side; columns beyond K are zero.
+#pragma once
+
+#include <cstdint>
+
+#include "../int4_layout.h"
+
+namespace gplq_mm {
+
+// Ascending: a machine that supports one supports all before it, but for avx_vnni, which some
+// AVX-512 machines lack.
+enum class Isa { portable, avx2, avx_vnni, avx512_vnni };
+constexpr int kIsaCount = 4;
+
+// Columns are read in steps of four bytes.
+constexpr int64_t kStep = 4;
+
+constexpr int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// How real values become codes: clamp(round(x * inverse + shift), code_min, code_max) - code_min,
+// half to even. NaN becomes code 0.
+struct ActGrid {
+  const float* inverse;  // (K,)
+  const float* shift;    // (K,)
+  int32_t code_min;
+  int32_t code_max;
+  bool fused;  // see Epilogue
+};
+
+// One panel of a packed weight, columns in stored order.
+struct PackedPanel {
+  const void* weight;         // uint8 (K, 32) if packed, else int8 (K, 64)
+  const uint8_t* multiplier;  // (G, 64)
+  const int32_t* position;    // (K,): stored column that natural column k meets
+  const int32_t* group;       // (K,): its group
+  int64_t columns;            // K
+  bool packed;
+};
+
+enum class Output {
+  accumulator,  // int32: sum - correction
+  real,         // float: (sum - correction) * row_scale + bias
+  residual,     // float: residual + gamma * real (gamma may be null)
+  gelu_codes,   // uint8: codes of gelu(real) on the next layer's grid
+};
+
+// What happens to the 64 sums of a row. Pointers are those of the panel's first output row.
+struct Epilogue {
+  Output kind;
+  // Whether a * b + c is rounded once (fused) or twice: as torch.addcmul does on this machine,
+  // so that codes are those of the simulation to the last tie.
+  bool fused;
+  int64_t columns;  // output rows that exist in this panel, 1..64
+  const int32_t* correction;
+  const float* row_scale;
+  const float* bias;
+  const float* gamma;
+  const float* residual;  // (rows, residual_stride)
+  int64_t residual_stride;
+  ActGrid next;
+  void* out;  // (rows, out_stride)
+  int64_t out_stride;
+};
+
+struct Kernels {
+  // x (rows, columns) to codes (rows, stride); bytes from `columns` to `stride` become 0.
+  void (*quantize)(const float* x, int64_t rows, int64_t columns, const ActGrid& grid,
+                   uint8_t* codes, int64_t stride);
+  // The same of layer_norm(x) * weight + bias.
+  void (*norm_quantize)(const float* x, int64_t rows, int64_t columns, const float* weight,
+                        const float* bias, float eps, const ActGrid& grid, uint8_t* codes,
+                        int64_t stride);
+  // Panel of stored columns to the operand described above.
+  void (*unpack)(const PackedPanel& packed, int8_t* panel);
+  // codes (rows, stride) times one panel. max_code: largest code that may occur.
+  void (*multiply)(const uint8_t* codes, int64_t stride, int64_t rows, const int8_t* panel,
+                   int64_t columns, int32_t max_code, const Epilogue& epilogue);
+};
+
+// A table per instruction set; null where the compiler does not target the machine.
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx_vnni_kernels();
+const Kernels* avx512_vnni_kernels();
+
+// The instruction set in use; throws if the environment variable GPLQ_MM_ISA asks for one that
+// does not exist or that this machine lacks.
+Isa current_isa();
+// The kernels of the instruction set in use.
+const Kernels& kernels();
+
+}  // namespace gplq_mm

@@ -1,0 +1,101 @@
+// AVX2: vpmaddubsw with sums of 16 bits, exact for codes of four bits.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define GPLQ_TARGET "avx2,fma"
+#include "target_begin.h"
+
+#include "kernels_256.h"
+#include "kernels_impl.h"
+
+namespace gplq_mm {
+namespace {
+
+// Largest code whose products with int8 may be summed in 16 bits...
+constexpr int32_t kNarrow = 15;
+// ...this many times: 8 * 2 * 15 * 128 < 2^15.
+constexpr int64_t kWiden = 8;
+
+// The half of a byte that takes part. A product of wider codes is one of their low halves plus
+// 16 times one of their high halves, each exact.
+enum class Half { whole, low, high };
+
+struct Avx2 : Unpack256 {
+  static constexpr int kRows = 6;
+
+  template <Half half>
+  static __m256i broadcast(const uint8_t* codes) {
+    const __m256i four = _mm256_set1_epi32(load_step(codes));
+    const __m256i mask = _mm256_set1_epi8(15);
+    if (half == Half::low) return _mm256_and_si256(four, mask);
+    if (half == Half::high) return _mm256_and_si256(_mm256_srli_epi16(four, 4), mask);
+    return four;
+  }
+
+  template <int rows, Half half>
+  static void quarter(const uint8_t* codes, int64_t stride, const int8_t* weights, int64_t steps,
+                      int32_t* sums) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    for (int64_t begin = 0; begin < steps; begin += kWiden) {
+      const int64_t end = begin + kWiden < steps ? begin + kWiden : steps;
+      __m256i sum[rows][2];
+#pragma GCC unroll 6
+      for (int row = 0; row < rows; ++row) sum[row][0] = sum[row][1] = _mm256_setzero_si256();
+      for (int64_t s = begin; s < end; ++s) {
+        const auto* from = reinterpret_cast<const __m256i*>(weights + s * kStep * kPanel);
+        const __m256i low = _mm256_load_si256(from), high = _mm256_load_si256(from + 1);
+#pragma GCC unroll 6
+        for (int row = 0; row < rows; ++row) {
+          const __m256i four = broadcast<half>(codes + row * stride + s * kStep);
+          sum[row][0] = _mm256_add_epi16(sum[row][0], _mm256_maddubs_epi16(four, low));
+          sum[row][1] = _mm256_add_epi16(sum[row][1], _mm256_maddubs_epi16(four, high));
+        }
+      }
+#pragma GCC unroll 6
+      for (int row = 0; row < rows; ++row) {
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+          auto* to = reinterpret_cast<__m256i*>(sums + row * kPanel + 8 * i);
+          __m256i wide = _mm256_madd_epi16(sum[row][i], ones);
+          if (half == Half::high) wide = _mm256_slli_epi32(wide, 4);
+          _mm256_store_si256(to, _mm256_add_epi32(_mm256_load_si256(to), wide));
+        }
+      }
+    }
+  }
+
+  template <int rows>
+  static void tile(const uint8_t* codes, int64_t stride, const int8_t* panel, int64_t steps,
+                   int32_t max_code, int32_t* sums) {
+    std::memset(sums, 0, sizeof(int32_t) * rows * kPanel);
+    for (int64_t i = 0; i < kPanel / kQuarter; ++i) {
+      const int8_t* weights = panel + i * kQuarter * kStep;
+      int32_t* to = sums + i * kQuarter;
+      if (max_code <= kNarrow) {
+        quarter<rows, Half::whole>(codes, stride, weights, steps, to);
+      } else {
+        quarter<rows, Half::low>(codes, stride, weights, steps, to);
+        quarter<rows, Half::high>(codes, stride, weights, steps, to);
+      }
+    }
+  }
+};
+
+}  // namespace
+
+const Kernels* avx2_kernels() { return kernel_table<Avx2>(); }
+
+}  // namespace gplq_mm
+
+#include "target_end.h"
+#else
+namespace gplq_mm {
+const Kernels* avx2_kernels() { return nullptr; }
+}  // namespace gplq_mm
+#endif

@@ -1,0 +1,126 @@
+// AVX-512 with VNNI: 64 products of u8 and s8 an instruction.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define GPLQ_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,prefer-vector-width=512"
+#include "target_begin.h"
+
+#include "kernels_impl.h"
+
+namespace gplq_mm {
+namespace {
+
+// A whole step: 4 columns of 64 rows, one vector per 16 rows.
+constexpr int kVectors = 4;
+
+struct Avx512 {
+  static constexpr int kRows = 6;
+
+  template <int rows>
+  static void tile(const uint8_t* codes, int64_t stride, const int8_t* panel, int64_t steps,
+                   int32_t /*max_code*/, int32_t* sums) {
+    __m512i sum[rows][kVectors];
+#pragma GCC unroll 6
+    for (int row = 0; row < rows; ++row) {
+#pragma GCC unroll 4
+      for (int t = 0; t < kVectors; ++t) sum[row][t] = _mm512_setzero_si512();
+    }
+    for (int64_t s = 0; s < steps; ++s) {
+      __m512i weight[kVectors];
+#pragma GCC unroll 4
+      for (int t = 0; t < kVectors; ++t) weight[t] = _mm512_load_si512(panel + 64 * t);
+#pragma GCC unroll 6
+      for (int row = 0; row < rows; ++row) {
+        const __m512i four = _mm512_set1_epi32(load_step(codes + row * stride));
+#pragma GCC unroll 4
+        for (int t = 0; t < kVectors; ++t) {
+          sum[row][t] = _mm512_dpbusd_epi32(sum[row][t], four, weight[t]);
+        }
+      }
+      panel += kStep * kPanel;
+      codes += kStep;
+    }
+#pragma GCC unroll 6
+    for (int row = 0; row < rows; ++row) {
+#pragma GCC unroll 4
+      for (int t = 0; t < kVectors; ++t) {
+        _mm512_store_si512(sums + row * kPanel + 16 * t, sum[row][t]);
+      }
+    }
+  }
+
+  // One stored column times its multipliers, bytes in panel order.
+  template <bool packed>
+  static __m512i column(const PackedPanel& panel, int64_t k) {
+    const int64_t stored = panel.position[k];
+    const __m512i multiplier =
+        _mm512_loadu_si512(panel.multiplier + static_cast<int64_t>(panel.group[k]) * kPanel);
+    __m512i code;
+    if (packed) {
+      const auto* bytes = static_cast<const uint8_t*>(panel.weight) + stored * kPackedColumn;
+      const __m512i both = _mm512_broadcast_i64x4(
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
+      const __m512i shift = _mm512_set_epi64(4, 4, 4, 4, 0, 0, 0, 0);
+      code = _mm512_and_si512(_mm512_srlv_epi64(both, shift), _mm512_set1_epi8(15));
+      code = _mm512_sub_epi8(code, _mm512_set1_epi8(kCodeBias));
+    } else {
+      code = _mm512_loadu_si512(static_cast<const int8_t*>(panel.weight) + stored * kPanel);
+    }
+    // There is no product of bytes. That of 16-bit lanes has the product of the low bytes in its
+    // low byte; and a lane with a zero low byte, times the high byte, has the other in its high
+    // one.
+    const __m512i low = _mm512_mullo_epi16(code, multiplier);
+    const __m512i high = _mm512_mullo_epi16(
+        _mm512_andnot_si512(_mm512_set1_epi16(0x00FF), code), _mm512_srli_epi16(multiplier, 8));
+    // (low & 0x00FF) | high
+    return _mm512_ternarylogic_epi32(low, _mm512_set1_epi16(0x00FF), high, 0xEA);
+  }
+
+  static void interleave(__m512i c0, __m512i c1, __m512i c2, __m512i c3, int8_t* out) {
+    const __m512i low01 = _mm512_unpacklo_epi8(c0, c1), high01 = _mm512_unpackhi_epi8(c0, c1);
+    const __m512i low23 = _mm512_unpacklo_epi8(c2, c3), high23 = _mm512_unpackhi_epi8(c2, c3);
+    _mm512_store_si512(out, _mm512_unpacklo_epi16(low01, low23));
+    _mm512_store_si512(out + 64, _mm512_unpackhi_epi16(low01, low23));
+    _mm512_store_si512(out + 128, _mm512_unpacklo_epi16(high01, high23));
+    _mm512_store_si512(out + 192, _mm512_unpackhi_epi16(high01, high23));
+  }
+
+  template <bool packed>
+  static void unpack_columns(const PackedPanel& panel, int8_t* out) {
+    int64_t k = 0;
+    for (; k + kStep <= panel.columns; k += kStep, out += kStep * kPanel) {
+      interleave(column<packed>(panel, k), column<packed>(panel, k + 1),
+                 column<packed>(panel, k + 2), column<packed>(panel, k + 3), out);
+    }
+    if (k < panel.columns) {
+      __m512i rest[kStep];
+      for (int64_t i = 0; i < kStep; ++i) {
+        rest[i] = k + i < panel.columns ? column<packed>(panel, k + i) : _mm512_setzero_si512();
+      }
+      interleave(rest[0], rest[1], rest[2], rest[3], out);
+    }
+  }
+
+  static void unpack(const PackedPanel& packed, int8_t* panel) {
+    packed.packed ? unpack_columns<true>(packed, panel) : unpack_columns<false>(packed, panel);
+  }
+};
+
+}  // namespace
+
+const Kernels* avx512_vnni_kernels() { return kernel_table<Avx512>(); }
+
+}  // namespace gplq_mm
+
+#include "target_end.h"
+#else
+namespace gplq_mm {
+const Kernels* avx512_vnni_kernels() { return nullptr; }
+}  // namespace gplq_mm
+#endif

@@ -1,0 +1,62 @@
+// AVX-VNNI: the dot product instruction on vectors of 32 bytes.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define GPLQ_TARGET "avx2,fma,avxvnni"
+#include "target_begin.h"
+
+#include "kernels_256.h"
+#include "kernels_impl.h"
+
+namespace gplq_mm {
+namespace {
+
+struct AvxVnni : Unpack256 {
+  static constexpr int kRows = 6;
+
+  template <int rows>
+  static void tile(const uint8_t* codes, int64_t stride, const int8_t* panel, int64_t steps,
+                   int32_t /*max_code*/, int32_t* sums) {
+    for (int64_t quarter = 0; quarter < kPanel / kQuarter; ++quarter) {
+      const int8_t* weights = panel + quarter * kQuarter * kStep;
+      __m256i sum[rows][2];
+#pragma GCC unroll 6
+      for (int row = 0; row < rows; ++row) sum[row][0] = sum[row][1] = _mm256_setzero_si256();
+      for (int64_t s = 0; s < steps; ++s) {
+        const auto* from = reinterpret_cast<const __m256i*>(weights + s * kStep * kPanel);
+        const __m256i low = _mm256_load_si256(from), high = _mm256_load_si256(from + 1);
+#pragma GCC unroll 6
+        for (int row = 0; row < rows; ++row) {
+          const __m256i four = _mm256_set1_epi32(load_step(codes + row * stride + s * kStep));
+          sum[row][0] = _mm256_dpbusd_avx_epi32(sum[row][0], four, low);
+          sum[row][1] = _mm256_dpbusd_avx_epi32(sum[row][1], four, high);
+        }
+      }
+#pragma GCC unroll 6
+      for (int row = 0; row < rows; ++row) {
+        auto* to = reinterpret_cast<__m256i*>(sums + row * kPanel + quarter * kQuarter);
+        _mm256_store_si256(to, sum[row][0]);
+        _mm256_store_si256(to + 1, sum[row][1]);
+      }
+    }
+  }
+};
+
+}  // namespace
+
+const Kernels* avx_vnni_kernels() { return kernel_table<AvxVnni>(); }
+
+}  // namespace gplq_mm
+
+#include "target_end.h"
+#else
+namespace gplq_mm {
+const Kernels* avx_vnni_kernels() { return nullptr; }
+}  // namespace gplq_mm
+#endif

@@ -1,0 +1,28 @@
+// Loops on torch's own threads.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <torch/csrc/stable/c/shim.h>
+
+#include <c10/util/Exception.h>
+#include <cstdint>
+
+namespace gplq_mm {
+
+// body(begin, end) over disjoint ranges of [begin, end). at::parallel_for is a template that
+// must be compiled with OpenMP and would bring its own OpenMP library; this calls the one
+// inside torch, so both use the same threads.
+template <typename Body>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
+  if (end - begin <= grain || at::get_num_threads() == 1) {
+    if (begin < end) body(begin, end);
+    return;
+  }
+  auto call = [](int64_t from, int64_t to, void* context) {
+    (*static_cast<const Body*>(context))(from, to);
+  };
+  const auto status = torch_parallel_for(begin, end, grain, call, const_cast<Body*>(&body));
+  TORCH_CHECK(status == 0, "gplq_mm: a parallel loop failed, see the message above.");
+}
+
+}  // namespace gplq_mm

@@ -1,0 +1,93 @@
+// The product of activation codes and a packed layer, on all threads.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <new>
+
+#include "checks.h"
+#include "parallel.h"
+
+namespace gplq_mm {
+
+// Memory of a thread that is kept for its next use; grows, never shrinks. A panel of 64 rows is
+// all that is ever unpacked, so it stays below a megabyte for the layers of vision models.
+template <typename Value>
+Value* thread_buffer(int64_t count) {
+  struct Buffer {
+    ~Buffer() { ::operator delete[](data, std::align_val_t{64}); }
+    void* data = nullptr;
+    int64_t bytes = 0;
+  };
+  thread_local Buffer buffer;
+  const int64_t bytes = count * static_cast<int64_t>(sizeof(Value));
+  if (bytes > buffer.bytes) {
+    ::operator delete[](buffer.data, std::align_val_t{64});
+    buffer.data = nullptr;
+    buffer.bytes = 0;
+    buffer.data = ::operator new[](static_cast<size_t>(bytes), std::align_val_t{64});
+    buffer.bytes = bytes;
+  }
+  return static_cast<Value*>(buffer.data);
+}
+
+// Bytes from one row of codes to the next.
+inline int64_t code_stride(int64_t columns) { return round_up(columns, 64); }
+
+// How rows are cut into chunks; a task is one chunk times one panel.
+struct Plan {
+  int64_t chunk_rows, chunks;
+};
+
+// Chooses the chunks so that the threads end at the same time. A chunk of codes stays in the
+// second-level cache while the panels pass by; unpacking a panel again for each chunk costs about
+// as much as ten more rows.
+inline Plan plan_product(int64_t rows, int64_t panels, int64_t stride, int64_t threads) {
+  constexpr int64_t kTile = 6, kCacheBytes = 1 << 20, kUnpackRows = 10;
+  const int64_t most_rows = std::max<int64_t>(kTile * 8, kCacheBytes / stride / kTile * kTile);
+  const int64_t fewest = (rows + most_rows - 1) / most_rows;
+  Plan best = {};
+  int64_t best_cost = 0;
+  for (int64_t chunks = fewest; chunks <= fewest + threads; ++chunks) {
+    const int64_t chunk_rows = round_up((rows + chunks - 1) / chunks, kTile);
+    const int64_t real = (rows + chunk_rows - 1) / chunk_rows;
+    const int64_t turns = (real * panels + threads - 1) / threads;
+    const int64_t cost = turns * (chunk_rows + kUnpackRows);
+    if (best.chunks == 0 || cost < best_cost) {
+      best = {chunk_rows, real};
+      best_cost = cost;
+    }
+  }
+  return best;
+}
+
+// codes (rows, code_stride(layer.columns())) times the layer. epilogue_of(panel) says what
+// becomes of the sums of a panel, its pointers those of row 0.
+template <typename EpilogueOf>
+void multiply(const uint8_t* codes, int64_t rows, const Layer& layer,
+              const EpilogueOf& epilogue_of) {
+  if (rows == 0) return;
+  constexpr int64_t kGrainProducts = 1 << 20;
+  const Kernels& kernel = kernels();
+  const int64_t columns = layer.columns(), panels = layer.panels();
+  const int64_t stride = code_stride(columns);
+  const Plan plan = plan_product(rows, panels, stride, at::get_num_threads());
+  const int64_t task = std::min(plan.chunk_rows, rows) * columns * kPanel;
+  const int64_t grain = (kGrainProducts + task - 1) / task;
+  parallel_for(0, plan.chunks * panels, grain, [&](int64_t begin, int64_t end) {
+    auto* panel = thread_buffer<int8_t>(round_up(columns, kStep) * kPanel);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t index = i % panels, first = i / panels * plan.chunk_rows;
+      const int64_t count = std::min(plan.chunk_rows, rows - first);
+      Epilogue epilogue = epilogue_of(index);
+      const int64_t size = epilogue.kind == Output::gelu_codes ? 1 : 4;
+      epilogue.out = static_cast<char*>(epilogue.out) + first * epilogue.out_stride * size;
+      if (epilogue.residual != nullptr) epilogue.residual += first * epilogue.residual_stride;
+      kernel.unpack(layer.panel(index), panel);
+      kernel.multiply(codes + first * stride, stride, count, panel, columns, layer.max_code(),
+                      epilogue);
+    }
+  });
+}
+
+}  // namespace gplq_mm

@@ -1,0 +1,87 @@
+"""The compiled kernels: loading them, and which instruction set they use."""
+
+import importlib.util
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+__all__ = ['announce_reference', 'available_isas', 'backend', 'is_loaded', 'use_isa']
+
+_logger = logging.getLogger(__name__)
+_loaded = False
+_announced: set[str] = set()
+
+
+def load() -> None:
+    """Loads ``gplq_mm._C`` if it was installed; the ops must be defined already.
+
+    Raises:
+        ImportError: If it was compiled against another torch.
+    """
+    global _loaded
+    spec = importlib.util.find_spec('gplq_mm._C')
+    if spec is None or _loaded:
+        return
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError as error:
+        raise ImportError(
+            f'the kernels {spec.origin} do not load with torch {torch.__version__}: install '
+            f'gplq_mm again, they are compiled against the torch that is present ({error}).'
+        ) from error
+    _loaded = True
+
+
+def is_loaded() -> bool:
+    """Whether the compiled kernels are installed."""
+    return _loaded
+
+
+def backend() -> str:
+    """What runs the ops on the CPU: 'avx512_vnni', 'avx_vnni', 'avx2', 'portable', or 'torch'
+    where the package was installed without kernels.
+
+    The best that the machine supports, or what the environment variable ``GPLQ_MM_ISA`` names.
+
+    Raises:
+        ValueError: If ``GPLQ_MM_ISA`` names an instruction set that is not supported.
+    """
+    return torch.ops.gplq_mm._cpu_isa() if _loaded else 'torch'
+
+
+def available_isas() -> list[str]:
+    """Instruction sets that this machine and build support, lowest first."""
+    return list(torch.ops.gplq_mm._cpu_isas()) if _loaded else []
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Runs the kernels with another instruction set inside a ``with`` block, in all threads.
+
+    Args:
+        name: One of :func:`available_isas`.
+
+    Raises:
+        ValueError: If this machine or build does not have it.
+    """
+    previous = backend()
+    torch.ops.gplq_mm._set_cpu_isa(name)
+    try:
+        yield
+    finally:
+        torch.ops.gplq_mm._set_cpu_isa(previous)
+
+
+def announce_reference(device: torch.device) -> None:
+    """Says, once per kind of device, that an op runs in plain torch."""
+    if device.type in _announced or device.type == 'meta':
+        return
+    _announced.add(device.type)
+    reason = (
+        'gplq_mm was installed without its compiled kernels'
+        if device.type == 'cpu' and not _loaded
+        else 'there is no kernel for it'
+    )
+    _logger.warning('int4 ops on %s run in plain torch, slowly: %s.', device.type, reason)
