@@ -13,6 +13,7 @@ from ..quant.packing import PANEL
 __all__ = [
     'LAYER_FIELDS',
     'check_conv',
+    'check_gamma',
     'check_input',
     'check_layer',
     'check_mlp',
@@ -61,7 +62,7 @@ def _check_tensor(
 def _check_codes(grid: Sequence[int]) -> None:
     low, high = grid[0], grid[1]
     _require(
-        0 <= high - low < MAX_CODES and -CODE_LIMIT <= low and high < CODE_LIMIT,
+        0 <= high - low < MAX_CODES and low >= -CODE_LIMIT and high < CODE_LIMIT,
         f'codes must fit a byte: at most {MAX_CODES} of them within {-CODE_LIMIT}..'
         f'{CODE_LIMIT - 1}, got {low}..{high}.',
     )
@@ -139,9 +140,7 @@ def check_layer(layer: Sequence[Tensor], grid: Sequence[int], device: torch.devi
     }
     for name, tensor in tensors.items():
         dtypes = (
-            (torch.uint8, torch.int8)
-            if name == 'weight'
-            else (_DTYPES.get(name, torch.float32),)
+            (torch.uint8, torch.int8) if name == 'weight' else (_DTYPES.get(name, torch.float32),)
         )
         _check_tensor(name, tensor, dtypes, shapes[name], device)
     widest = grid[1] - grid[0]
@@ -173,18 +172,23 @@ def check_norm(norm_weight: Tensor, norm_bias: Tensor, columns: int, device) -> 
     _check_tensor('norm_bias', norm_bias, (torch.float32,), (columns,), device)
 
 
-def check_residual(
-    x: Tensor, residual: Tensor | None, gamma: Tensor | None, rows: int
-) -> None:
+def check_residual(x: Tensor, residual: Tensor, rows: int) -> None:
     """Checks what is added to a layer's output of ``rows`` columns for the input ``x``.
 
     Raises:
         ValueError: What is wrong, in one sentence.
     """
-    if residual is not None:
-        _check_tensor('residual', residual, FLOATS, (*x.shape[:-1], rows), x.device)
+    _check_tensor('residual', residual, FLOATS, (*x.shape[:-1], rows), x.device)
+
+
+def check_gamma(gamma: Tensor | None, rows: int, device) -> None:
+    """Checks the factors of a layer's ``rows`` output columns.
+
+    Raises:
+        ValueError: What is wrong, in one sentence.
+    """
     if gamma is not None:
-        _check_tensor('gamma', gamma, FLOATS, (rows,), x.device)
+        _check_tensor('gamma', gamma, FLOATS, (rows,), device)
 
 
 def check_mlp(first_rows: int, second_columns: int, columns: int, second_rows: int) -> None:

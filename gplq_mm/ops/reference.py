@@ -21,20 +21,23 @@ from torch import Tensor
 
 from ..quant.functional import quantize
 from ..quant.packing import unpack_multiplier_panels, unpack_panels
+from . import checks
+from .checks import LAYER_FIELDS
 
 __all__ = ['LAYER_FIELDS']
 
-LAYER_FIELDS = (
-    'inverse', 'shift', 'weight', 'multiplier', 'position', 'row_scale', 'bias', 'correction'
-)  # fmt: skip
 # A sum of products that could exceed this is not exact in float32.
 EXACT_FLOAT32 = 2**24
 
 
 def _codes(x: Tensor, inverse: Tensor, shift: Tensor, code_min: int, code_max: int) -> Tensor:
-    """Codes from 0 as float32; the same operations as :func:`gplq_mm.quant.functional.quantize`."""
+    """Codes from 0 as float32; the same operations as :func:`gplq_mm.quant.functional.quantize`.
+
+    NaN, which no code can stand for, becomes 0 as in the kernels.
+    """
     steps = torch.addcmul(shift, x.float(), inverse)
-    return steps.round_().clamp_(code_min, code_max).sub_(code_min)
+    steps = steps.round_().clamp_(code_min, code_max).sub_(code_min)
+    return steps.nan_to_num_(nan=0.0)
 
 
 def _integers(layer: list[Tensor], group_size: int) -> Tensor:
@@ -57,10 +60,13 @@ def _accumulate(codes: Tensor, layer: list[Tensor], grid: list[int]) -> Tensor:
 
 
 def quantize_codes(x: Tensor, inverse: Tensor, shift: Tensor, grid: list[int]) -> Tensor:
+    checks.check_quantize(x, inverse, shift, grid)
     return _codes(x, inverse, shift, grid[0], grid[1]).to(torch.uint8)
 
 
 def int4_accumulate(x: Tensor, layer: list[Tensor], grid: list[int]) -> Tensor:
+    checks.check_layer(layer, grid, x.device)
+    checks.check_input(x, layer[0].numel())
     return _accumulate(_codes(x, layer[0], layer[1], grid[0], grid[1]), layer, grid)
 
 
@@ -75,6 +81,10 @@ def int4_linear(x: Tensor, layer: list[Tensor], grid: list[int]) -> Tensor:
 def int4_linear_add(
     x: Tensor, layer: list[Tensor], grid: list[int], residual: Tensor, gamma: Tensor | None
 ) -> Tensor:
+    checks.check_layer(layer, grid, x.device)
+    checks.check_input(x, layer[0].numel())
+    checks.check_residual(x, residual, layer[5].numel())
+    checks.check_gamma(gamma, layer[5].numel(), x.device)
     out = int4_linear(x.float(), layer, grid)
     if gamma is not None:
         out = out * gamma.float()
@@ -89,6 +99,9 @@ def int4_norm_linear(
     layer: list[Tensor],
     grid: list[int],
 ) -> Tensor:
+    checks.check_layer(layer, grid, x.device)
+    checks.check_input(x, layer[0].numel())
+    checks.check_norm(norm_weight, norm_bias, layer[0].numel(), x.device)
     normed = F.layer_norm(x.float(), norm_weight.shape, norm_weight, norm_bias, eps)
     return int4_linear(normed, layer, grid).to(x.dtype)
 
@@ -104,11 +117,19 @@ def int4_mlp(
     grid2: list[int],
     gamma: Tensor | None,
 ) -> Tensor:
+    checks.check_layer(layer1, grid1, x.device)
+    checks.check_layer(layer2, grid2, x.device)
+    checks.check_input(x, layer1[0].numel())
+    checks.check_norm(norm_weight, norm_bias, layer1[0].numel(), x.device)
+    checks.check_mlp(layer1[5].numel(), layer2[0].numel(), x.shape[-1], layer2[5].numel())
+    checks.check_gamma(gamma, x.shape[-1], x.device)
     hidden = F.gelu(int4_norm_linear(x.float(), norm_weight, norm_bias, eps, layer1, grid1))
     return int4_linear_add(hidden, layer2, grid2, x, gamma)
 
 
 def int4_conv2d(x: Tensor, layer: list[Tensor], grid: list[int], geometry: list[int]) -> Tensor:
+    checks.check_layer(layer, grid, x.device)
+    checks.check_conv(x, layer[0].numel(), geometry)
     kernel, stride, padding, dilation = (tuple(geometry[i : i + 2]) for i in (0, 2, 4, 6))
     size = tuple(
         (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
