@@ -55,12 +55,13 @@ class QuantReport:
 
 
 def set_module(root: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition('.')
-    owner = root.get_submodule(parent)
-    if isinstance(owner, nn.Sequential | nn.ModuleList):
-        owner[int(child) if child.isdigit() else list(owner._modules).index(child)] = module
-    else:
-        setattr(owner, child, module)
+    """Puts ``module`` where ``name`` is, and wherever else ``root`` uses the same module."""
+    old = root.get_submodule(name)
+    names = [key for key, value in root.named_modules(remove_duplicate=False) if value is old]
+    for alias in names:
+        parent, _, child = alias.rpartition('.')
+        # Containers keep their children under their names in `_modules` as every module does.
+        root.get_submodule(parent)._modules[child] = module
 
 
 def _kind_of(module: nn.Module) -> str | None:
@@ -129,11 +130,6 @@ def quantize_model(
     policy.check_matched(sites + attentions)
     for name, module in modules:
         _check_supported(name, module, policy)
-
-    # A module that a model uses in two places stays one module, quantized under its first name.
-    aliases: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        aliases.setdefault(id(module), []).append(name)
 
     done: dict[str, list[str]] = {'linear': [], 'conv': [], 'attention': [], 'excluded': []}
     for name, module in modules:
