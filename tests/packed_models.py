@@ -7,7 +7,8 @@ from builders import CONFIGS, build_float, calibrated, images, randomize
 from mmengine.registry import MODELS
 from torch import nn
 
-from gplq_mm.layers import QuantConv2d, QuantLinear, quantize_model
+from gplq_mm.deploy.records import channels_of
+from gplq_mm.layers import Compensation, QuantConv2d, QuantLinear, QwT, quantize_model
 from gplq_mm.ptq import RoundToNearest, quantize_weights
 from gplq_mm.quant import ActSpec, QuantPolicy, SiteSpec, WeightSpec
 
@@ -48,13 +49,32 @@ def finish(
     compensation: dict | None = None,
     batches: tuple[torch.Tensor, ...] | None = None,
 ) -> nn.Module:
-    """Quantizes a float model completely, Stage 2 included."""
+    """Quantizes a float model completely, Stage 2 included; observers are the fast ones."""
     batches = batches or (images(seed=1), images(seed=2))
-    quantize_model(model, QuantPolicy(**(policy or {})), compensation)
+    policy = dict(policy or {})
+    for part in ('activation', 'weight'):
+        policy[part] = {'observer': 'minmax', **policy.get(part, {})}
+    quantize_model(model, QuantPolicy(**policy), compensation)
     calibrated(model, torch.cat(batches))
     with torch.no_grad():
         quantize_weights(model, list(batches), model, RoundToNearest())
     return model
+
+
+def fill_compensations(model: nn.Module) -> int:
+    """Random maps for the compensations that explained nothing on this little data."""
+    modules = {
+        name: module for name, module in model.named_modules() if isinstance(module, Compensation)
+    }
+    for name, module in modules.items():
+        block = model.get_submodule(name.rpartition('.')[0])
+        # A block that changes the resolution gets none.
+        if not module.is_fitted and getattr(block, 'downsample', None) is None:
+            inputs, outputs = channels_of(block)
+            shape = (outputs, inputs) if isinstance(module, QwT) else (outputs,)
+            module.weight = (0.02 * torch.randn(shape)).half()
+            module.bias = (0.02 * torch.randn(outputs)).half()
+    return len(modules)
 
 
 def quantized_classifier(

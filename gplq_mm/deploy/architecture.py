@@ -6,12 +6,14 @@ network: a ``type`` that is no registered name is imported by path, a few option
 up in the registries and nowhere else, and its strings are plain words.
 """
 
+import copy
 import re
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any
 
 import torch
+from mmengine.config import ConfigDict
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import TASK_UTILS as ROOT_TASK_UTILS
 from mmengine.registry import TRANSFORMS as ROOT_TRANSFORMS
@@ -48,9 +50,19 @@ REACHING_OUT = (
     'mmdet.models.detectors.glip',
     'mmdet.models.detectors.grounding_dino',
 )
-# Entries that only training needs or that name a checkpoint.
-LEFT_OUT = ('init_cfg', 'pretrained', 'train_cfg')
-FORBIDDEN_KEYS = (*LEFT_OUT, 'checkpoint', 'checkpoint_path', 'load_from', 'ckpt', 'teacher_config')
+# Entries that name a checkpoint, and those that only training needs (some constructors ask for
+# them, so they stay as None).
+LEFT_OUT = ('init_cfg', 'pretrained')
+TRAINING_ONLY = ('train_cfg',)
+FORBIDDEN_KEYS = (
+    *LEFT_OUT,
+    *TRAINING_ONLY,
+    'checkpoint',
+    'checkpoint_path',
+    'load_from',
+    'ckpt',
+    'teacher_config',
+)
 TYPE = re.compile(r'[A-Za-z_]\w*([./][A-Za-z_]\w*)?', re.ASCII)
 WORD = re.compile(r'[\w\- ]{0,200}', re.ASCII)
 LARGEST_INTEGER = 2**20
@@ -96,7 +108,9 @@ def inference_architecture(config: Any) -> Any:
         if config.get('type') in ('gplq_mm.QuantBackbone', 'QuantBackbone'):
             config = config['backbone']
         return {
-            key: inference_architecture(item) for key, item in config.items() if key not in LEFT_OUT
+            key: None if key in TRAINING_ONLY else inference_architecture(item)
+            for key, item in config.items()
+            if key not in LEFT_OUT
         }
     if isinstance(config, (list, tuple)):
         return type(config)(inference_architecture(item) for item in config)
@@ -233,7 +247,8 @@ def build_architecture(config: dict, scope: str, elements: int) -> nn.Module:
     check_config(config, scope)
     try:
         with torch.random.fork_rng(devices=[]), _Budget(2 * elements + 2**24):
-            return MODELS.build({**config, '_scope_': scope})
+            # Detectors read their config by attribute, and write into it.
+            return MODELS.build(ConfigDict({**copy.deepcopy(config), '_scope_': scope}))
     except DeployError:
         raise
     except Exception as error:

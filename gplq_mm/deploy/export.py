@@ -18,7 +18,13 @@ import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from ..layers import Compensation, DeployError, QuantAttention, quant_layers
+from ..layers import (
+    Compensation,
+    DeployError,
+    QuantAttention,
+    QuantWeightLayer,
+    quant_layers,
+)
 from ..layers.attention import OPERANDS
 from ..layers.int4_weight import check_packable
 from ..models import GPLQ, QuantBackbone
@@ -28,7 +34,7 @@ from .convert import strip_wrappers
 from .format import write_file
 from .records import attention_record, compensation_record, layer_record
 
-__all__ = ['SizeReport', 'attentions', 'save']
+__all__ = ['SizeReport', 'attentions', 'other_entries', 'save']
 
 PACKAGES = ('torch', 'onedl-mmengine', 'onedl-mmcv', 'onedl-mmpretrain', 'onedl-mmdetection')
 
@@ -66,6 +72,19 @@ def attentions(model: nn.Module) -> dict[str, tuple[str, QuantAttention]]:
         for key, child in module.named_children()
         if isinstance(child, QuantAttention)
     }
+
+
+def other_entries(model: nn.Module) -> dict[str, Tensor]:
+    """Entries of the state that are not part of a quantized layer, a grid or a compensation."""
+    prefixes = []
+    # A module that is used in two places has its entries under both names.
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantWeightLayer | Compensation):
+            prefixes.append(f'{name}.')
+        elif isinstance(module, QuantAttention):
+            prefixes += [f'{name}.{operand}.' for operand in OPERANDS]
+    owned = tuple(prefixes)
+    return {key: value for key, value in model.state_dict().items() if not key.startswith(owned)}
 
 
 def _narrowed(tensor: Tensor) -> Tensor:
@@ -169,27 +188,22 @@ def save(
         'compensation': {},
     }
     tensors: dict[str, Tensor] = {}
-    state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
     model = model.cpu()
+    state = {key: value.clone() for key, value in other_entries(model).items()}
     elements = 0
     for name, layer in quant_layers(model).items():
         check_packable(layer)
         header['layers'][name], parts = layer_record(name, layer)
         tensors.update(parts)
         elements += layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel())
-        state = _without(state, f'{name}.')
-    for name, (key, attention) in attentions(model).items():
+    for name, (_, attention) in attentions(model).items():
         header['attention'][name], parts = attention_record(name, attention)
         tensors.update(parts)
-        for operand in OPERANDS:
-            state = _without(state, f'{name}.{key}.{operand}.')
     for name, module in model.named_modules():
-        if isinstance(module, Compensation):
+        if isinstance(module, Compensation) and module.is_fitted:
             block = name.removesuffix('.compensation')
-            if module.is_fitted:
-                header['compensation'][block], parts = compensation_record(block, module)
-                tensors.update(parts)
-            state = _without(state, f'{name}.')
+            header['compensation'][block], parts = compensation_record(block, module)
+            tensors.update(parts)
     float_bytes = 4 * elements + sum(value.nbytes for value in state.values())
     clash = set(tensors) & set(state)
     if clash:
@@ -197,10 +211,6 @@ def save(
     tensors.update({key: _narrowed(value) for key, value in state.items()})
     write_file(path, header, tensors)
     return SizeReport(_parts(tensors, state, header), Path(path).stat().st_size, float_bytes)
-
-
-def _without(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key: value for key, value in state.items() if not key.startswith(prefix)}
 
 
 def _parts(tensors: dict[str, Tensor], state: dict, header: dict) -> dict[str, int]:

@@ -21,7 +21,7 @@ from ..quant import PolicyError, SiteSpec
 from ..quant.spec import SITE_GRANULARITIES
 from .architecture import build_architecture, check_pipeline, decode
 from .convert import convert_in_place
-from .export import attentions
+from .export import attentions, other_entries
 from .format import read_file
 from .records import (
     TensorTable,
@@ -83,7 +83,7 @@ def _assemble(header: dict, table: TensorTable) -> nn.Module:
     model = build_architecture(config, scope, elements)
     _swap_layers(model, _section(header, 'layers', dict))
     _swap_attention(model, _section(header, 'attention', dict))
-    rest = _other_entries(model)
+    rest = other_entries(model)
     compensation = {
         name: fill_compensation(name, _submodule(model, name), entry, table)
         for name, entry in _section(header, 'compensation', dict).items()
@@ -148,15 +148,6 @@ def _swap_attention(model: nn.Module, entries: dict) -> None:
             adapter(module, specs, name)
         except (PolicyError, ValueError) as error:
             raise DeployError(f'{error} {AGAIN}') from error
-
-
-def _other_entries(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers that are not part of a quantizer or a quantized layer."""
-    prefixes = [f'{name}.' for name in quant_layers(model)]
-    for name, (key, _) in attentions(model).items():
-        prefixes += [f'{name}.{key}.{operand}.' for operand in OPERANDS]
-    owned = tuple(prefixes)
-    return {key: value for key, value in model.state_dict().items() if not key.startswith(owned)}
 
 
 def _fill(entries: dict[str, Tensor], table: TensorTable) -> None:

@@ -32,6 +32,7 @@ __all__ = [
     'TensorTable',
     'act_spec_of',
     'attention_record',
+    'channels_of',
     'compensation_record',
     'fill_attention',
     'fill_compensation',
@@ -233,7 +234,7 @@ def compensation_record(name: str, compensation: nn.Module) -> tuple[dict, dict[
     }
 
 
-def _channels(block: nn.Module) -> tuple[int, int]:
+def channels_of(block: nn.Module) -> tuple[int, int]:
     """Channels into and out of a block: of its first and of its last layer."""
     layers = [layer for layer in block.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     if not layers:
@@ -257,7 +258,7 @@ def fill_compensation(name: str, block: nn.Module, entry: Any, table: TensorTabl
     if entry.get('axis') not in (-1, 1):
         raise DeployError(f'{name}: the compensation has axis {entry.get("axis")}, not -1 or 1.')
     compensation = build_compensation({'type': entry['type']}, entry['axis'])
-    inputs, outputs = _channels(block)
+    inputs, outputs = channels_of(block)
     shapes = {'QwT': (outputs, inputs), 'QwTv2': (outputs,)}
     prefix = f'{name}.compensation'
     compensation.weight = table.take(f'{prefix}.weight', shapes[entry['type']], torch.float16)

@@ -1,0 +1,162 @@
+"""In memory: the deployed model computes what the simulated one computes."""
+
+import copy
+
+import pytest
+import torch
+from builders import VIT_BACKBONE, build_quantized, calibrated, images, randomize, vit_cfg
+from packed_models import MMDET_SWIN, fill_compensations, quantized_classifier
+from torch import nn
+
+from gplq_mm.deploy import DeployError, convert
+from gplq_mm.deploy.verify import compare
+from gplq_mm.layers import Int4WeightLayer, QuantAttention, quant_layers
+from gplq_mm.models import GPLQ, QuantBackbone, Stage
+from gplq_mm.ptq import RoundToNearest, quantize_weights
+
+FAST = dict(activation=dict(observer='minmax'), weight=dict(observer='minmax'))
+KINDS = ('vit', 'swin', 'resnet')
+
+
+@pytest.fixture(scope='module')
+def models():
+    torch.manual_seed(0)
+    made = {kind: quantized_classifier(kind, compensation=dict(type='QwT')) for kind in KINDS}
+    assert all(fill_compensations(model) for model in made.values())
+    return made
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_integers_are_equal_and_outputs_close(models, kind):
+    simulated = models[kind]
+    deployed = convert(simulated)
+    agreement = compare(simulated, deployed, lambda model: model(images(4, seed=7)))
+    assert agreement.layers == len(quant_layers(simulated))
+    assert agreement.unequal == []
+    assert agreement.relative_error < 1e-4
+    assert agreement.max_output > 0.1
+
+
+def test_a_changed_integer_is_noticed(models):
+    """The comparison can fail: one code of one layer."""
+    deployed = convert(models['vit'])
+    layer = deployed.backbone.layers[1].attn.proj
+    layer.weight[0, 3, 0] ^= 1
+    agreement = compare(models['vit'], deployed, lambda model: model(images(4, seed=7)))
+    assert agreement.unequal == ['backbone.layers.1.attn.proj']
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_what_is_left(models, kind):
+    simulated = models[kind]
+    before = {key: value.clone() for key, value in simulated.state_dict().items()}
+    deployed = convert(simulated)
+    assert not deployed.training
+    assert not any(parameter.requires_grad for parameter in deployed.parameters())
+    assert not quant_layers(deployed)
+    assert not any(isinstance(module, QuantAttention) for module in deployed.modules())
+    report = deployed.deploy_report
+    assert report.layers == list(quant_layers(simulated))
+    assert report.simulated == {}
+    assert f'{len(report.layers)} layers packed' in str(report)
+    # The simulated model stays what it was.
+    after = simulated.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_copies_and_states(models, kind):
+    deployed = convert(models[kind])
+    x = images(2)
+    expected = deployed(x)
+    clone = copy.deepcopy(deployed)
+    assert torch.equal(clone(x), expected)
+    for buffer in clone.buffers():
+        if buffer.is_floating_point():
+            buffer.zero_()
+    assert not torch.equal(clone(x), expected)
+    assert torch.equal(deployed(x), expected)
+    clone.load_state_dict(deployed.state_dict())
+    assert torch.equal(clone(x), expected)
+    assert torch.equal(deployed.to('cpu').to(torch.device('cpu'))(x), expected)
+
+
+def test_attention_that_stays_simulated_is_reported():
+    policy = dict(exclude=[r'layers\.1\.attn\.probs'])
+    simulated = quantized_classifier('vit', policy)
+    deployed = convert(simulated)
+    report = deployed.deploy_report
+    assert report.attention == ['backbone.layers.0.attn']
+    assert report.simulated == {'backbone.layers.1.attn': 'probs is not quantized'}
+    assert 'probs is not quantized' in str(report)
+    agreement = compare(simulated, deployed, lambda model: model(images(4, seed=7)))
+    assert agreement.unequal == []
+    assert agreement.relative_error < 1e-4
+
+
+def gplq_model(stage: Stage) -> GPLQ:
+    model = GPLQ(vit_cfg(), teacher=False, mimic=None, policy=FAST)
+    randomize(model.architecture)
+    if stage >= Stage.CALIBRATED:
+        calibrated(model.architecture, images(4, seed=1))
+        model.advance(Stage.CALIBRATED)
+    if stage >= Stage.WEIGHT_PTQ:
+        with torch.no_grad():
+            quantize_weights(model.architecture, [images()], model.architecture, RoundToNearest())
+        model.advance(Stage.WEIGHT_PTQ)
+    return model
+
+
+def test_gplq_wrapper_is_taken_off():
+    model = gplq_model(Stage.WEIGHT_PTQ)
+    deployed = convert(model)
+    assert type(deployed) is type(model.architecture)
+    x = images(3)
+    with torch.no_grad():
+        torch.testing.assert_close(deployed(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('stage', [Stage.FLOAT, Stage.CALIBRATED])
+def test_before_stage_2(stage):
+    with pytest.raises(DeployError, match=rf'{stage.name}.*Stage 2'):
+        convert(gplq_model(stage))
+
+
+def test_before_stage_2_without_the_wrapper():
+    with pytest.raises(DeployError, match='not quantized yet'):
+        convert(build_quantized('vit', FAST))
+
+
+def test_raw_layout():
+    with pytest.raises(DeployError, match='layout "raw"'):
+        convert(quantized_classifier('vit', dict(preset='paper')))
+
+
+def test_not_a_quantized_model(models):
+    with pytest.raises(DeployError, match='no quantized layers'):
+        convert(nn.Sequential(nn.Linear(3, 3)))
+    with pytest.raises(DeployError, match='deployed already'):
+        convert(convert(models['vit']))
+
+
+@pytest.mark.parametrize(
+    ('backbone', 'size'), [(MMDET_SWIN, (32, 32)), (MMDET_SWIN, (44, 37)), (VIT_BACKBONE, (32, 32))]
+)
+def test_quant_backbone_is_taken_off(backbone, size):
+    """mmdet's own copy of Swin, also where its maps need padding."""
+    torch.manual_seed(0)
+    backbone = copy.deepcopy(backbone)
+    wrapped = QuantBackbone(backbone, policy=FAST)
+    randomize(wrapped)
+    calibrated(wrapped, images(8, seed=1))
+    with torch.no_grad():
+        quantize_weights(wrapped, [images(8, seed=1)], wrapped, RoundToNearest())
+    holder = nn.ModuleDict({'backbone': wrapped})
+    deployed = convert(holder)['backbone']
+    assert type(deployed).__name__ == type(wrapped.backbone).__name__
+    assert any(isinstance(module, Int4WeightLayer) for module in deployed.modules())
+    x = nn.functional.interpolate(images(2, seed=3), size)
+    with torch.no_grad():
+        for found, expected in zip(deployed(x), wrapped(x), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
