@@ -93,7 +93,7 @@ def encode(value: Any, where: str = 'config') -> Any:
 def decode(value: Any) -> Any:
     """Inverse of :func:`encode`."""
     if isinstance(value, dict):
-        if set(value) == {TUPLE}:
+        if set(value) == {TUPLE} and isinstance(value[TUPLE], list):
             return tuple(decode(item) for item in value[TUPLE])
         return {key: decode(item) for key, item in value.items()}
     return [decode(item) for item in value] if isinstance(value, list) else value
@@ -203,6 +203,12 @@ def check_pipeline(pipeline: Any, scope: str) -> None:
     check_config(pipeline, scope, (ROOT_TRANSFORMS,), 'test_pipeline')
 
 
+def check_scope(scope: str) -> None:
+    """Raises DeployError unless a scope is one that a file may name."""
+    if scope not in SCOPES:
+        raise DeployError(f'scope {scope!r} is none of {", ".join(SCOPES)}.')
+
+
 class _Budget(TorchFunctionMode):
     """Stops a config that asks for far more memory than its file has weights for.
 
@@ -242,8 +248,7 @@ def build_architecture(config: dict, scope: str, elements: int) -> nn.Module:
     Raises:
         DeployError: If the config does not build, or needs far more than ``elements``.
     """
-    if scope not in SCOPES:
-        raise DeployError(f'scope {scope!r} is none of {", ".join(SCOPES)}.')
+    check_scope(scope)
     check_config(config, scope)
     try:
         with torch.random.fork_rng(devices=[]), _Budget(2 * elements + 2**24):

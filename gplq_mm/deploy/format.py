@@ -124,6 +124,10 @@ def read_file(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
         raise DeployError(
             f'{path} is damaged or names more data than it holds ({error}). {AGAIN}'
         ) from error
-    if _checksum(document['header'], tensors) != document['sha256']:
+    try:
+        checksum = _checksum(document['header'], tensors)
+    except (ValueError, RecursionError) as error:
+        raise DeployError(f'{path} has a damaged header. {AGAIN}') from error
+    if checksum != document['sha256']:
         raise DeployError(f'{path} was changed or damaged: its checksum does not match. {AGAIN}')
     return document['header'], tensors

@@ -19,7 +19,7 @@ from ..layers.attention import OPERANDS, attention_adapter_of
 from ..layers.replace import set_module
 from ..quant import PolicyError, SiteSpec
 from ..quant.spec import SITE_GRANULARITIES
-from .architecture import build_architecture, check_pipeline, decode
+from .architecture import build_architecture, check_pipeline, check_scope, decode
 from .convert import convert_in_place
 from .export import attentions, other_entries
 from .format import read_file
@@ -76,6 +76,7 @@ def _assemble(header: dict, table: TensorTable) -> nn.Module:
     except RecursionError:
         raise DeployError(f'the header is nested too deep. {AGAIN}') from None
     scope = _section(header, 'scope', str)
+    check_scope(scope)
     if pipeline is not None:
         check_pipeline(pipeline, scope)
     # Two codes share a byte.
@@ -115,7 +116,7 @@ def _swap_layers(model: nn.Module, entries: dict) -> None:
     for name, entry in entries.items():
         kind = entry.get('kind') if isinstance(entry, dict) else None
         module = _submodule(model, name)
-        if kind not in twins or not isinstance(module, twins[kind][0]):
+        if not isinstance(kind, str) or kind not in twins or not isinstance(module, twins[kind][0]):
             raise DeployError(f'{name} is no {kind} layer of the architecture. {AGAIN}')
         act = act_spec_of(entry.get('activation'), name)
         _check_site(act, kind, name)

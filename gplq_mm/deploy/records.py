@@ -9,8 +9,8 @@ uint8. A block's compensation is ``name.compensation.weight`` and ``.bias``, flo
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
-from typing import Any
+from dataclasses import asdict
+from typing import Any, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -75,9 +75,25 @@ class TensorTable:
         return tensor
 
 
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether JSON data is of a field's type."""
+    if get_origin(hint) is tuple:
+        return isinstance(value, list) and all(_is_of(item, float) for item in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, int | float if hint is float else hint)
+
+
 def _spec(cls: type, data: Any, where: str):
-    if not isinstance(data, Mapping) or set(data) != {field.name for field in fields(cls)}:
-        raise DeployError(f'{where}: the header does not describe the quantizer.')
+    hints = get_type_hints(cls)
+    if (
+        not isinstance(data, Mapping)
+        or set(data) != set(hints)
+        or not all(_is_of(data[key], hint) for key, hint in hints.items())
+    ):
+        raise DeployError(
+            f'{where}: the header does not describe the quantizer; deploy the checkpoint again.'
+        )
     try:
         return cls(**data)
     except (PolicyError, TypeError, ValueError) as error:
