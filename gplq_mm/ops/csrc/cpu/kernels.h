@@ -70,6 +70,17 @@ struct Epilogue {
   int64_t out_stride;
 };
 
+// Rows of codes times one panel.
+struct Product {
+  const uint8_t* codes;  // (rows, stride)
+  int64_t stride, rows, columns;
+  const int8_t* panel;
+  int32_t max_code;  // largest code that may occur
+  // What is read next, if anything: fetched into the cache meanwhile.
+  const void* upcoming;
+  int64_t upcoming_bytes;
+};
+
 struct Kernels {
   // x (rows, columns) to codes (rows, stride); bytes from `columns` to `stride` become 0.
   void (*quantize)(const float* x, int64_t rows, int64_t columns, const ActGrid& grid,
@@ -80,9 +91,7 @@ struct Kernels {
                         int64_t stride);
   // Panel of stored columns to the operand described above.
   void (*unpack)(const PackedPanel& packed, int8_t* panel);
-  // codes (rows, stride) times one panel. max_code: largest code that may occur.
-  void (*multiply)(const uint8_t* codes, int64_t stride, int64_t rows, const int8_t* panel,
-                   int64_t columns, int32_t max_code, const Epilogue& epilogue);
+  void (*multiply)(const Product& product, const Epilogue& epilogue);
 };
 
 // A table per instruction set; null where the compiler does not target the machine.

@@ -1,18 +1,70 @@
 // What AVX2 and AVX-VNNI share: vectors of 32 bytes, two for 16 output rows.
 #pragma once
 
+#include "kernels_impl.h"
+
 namespace gplq_mm {
 namespace {
 
 // Output rows in the registers at a time.
 constexpr int64_t kQuarter = 16;
 
-struct Unpack256 {
+struct Machine256 {
+  using Real = __m256;
+  static constexpr int64_t kWidth = 8;
+
+  static Real set(float x) { return _mm256_set1_ps(x); }
+  static Real load(const float* x) { return _mm256_loadu_ps(x); }
+  static void store(float* x, Real value) { _mm256_storeu_ps(x, value); }
+  static Real add(Real a, Real b) { return _mm256_add_ps(a, b); }
+  static Real sub(Real a, Real b) { return _mm256_sub_ps(a, b); }
+  static Real mul(Real a, Real b) { return _mm256_mul_ps(a, b); }
+  static Real fma(Real a, Real b, Real c) { return _mm256_fmadd_ps(a, b, c); }
+  static Real multiply_add(Real a, Real b, Real c) { return fma(a, b, c); }
+  static Real min(Real a, Real b) { return _mm256_min_ps(a, b); }
+  static Real max(Real a, Real b) { return _mm256_max_ps(a, b); }
+  static float sum(Real x) {
+    __m128 part = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    part = _mm_add_ps(part, _mm_movehl_ps(part, part));
+    return _mm_cvtss_f32(_mm_add_ss(part, _mm_shuffle_ps(part, part, 1)));
+  }
+  static Real difference(const int32_t* a, const int32_t* b) {
+    return _mm256_cvtepi32_ps(
+        _mm256_sub_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(a)),
+                         _mm256_load_si256(reinterpret_cast<const __m256i*>(b))));
+  }
+
+  // As in kernels_avx512.cpp: packing saturates.
+  static __m256i integers(Real steps, Real high) { return _mm256_cvtps_epi32(min(high, steps)); }
+
+  template <int count>
+  static void narrow(const Real* steps, const Limits& limits, uint8_t* codes) {
+    const Real high = set(limits.high);
+    const __m256i base = _mm256_set1_epi16(static_cast<int16_t>(limits.code_min));
+    const __m256i zero = _mm256_setzero_si256();
+    __m256i low = _mm256_packs_epi32(integers(steps[0], high),
+                                     count > 1 ? integers(steps[1 % count], high) : zero);
+    __m256i upper = count > 2 ? _mm256_packs_epi32(integers(steps[2 % count], high),
+                                                   integers(steps[3 % count], high))
+                              : zero;
+    low = _mm256_subs_epi16(low, base);
+    if (count > 2) upper = _mm256_subs_epi16(upper, base);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m256i bytes =
+        _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, upper), order);
+    if (count == 1) {
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(codes), _mm256_castsi256_si128(bytes));
+    } else {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), bytes);
+    }
+  }
+
+
   struct Column {
     __m256i half[2];
   };
 
-  static __m256i multiply(__m256i code, __m256i multiplier) {
+  static __m256i product(__m256i code, __m256i multiplier) {
     // As in kernels_avx512.cpp: products of bytes from those of 16-bit lanes.
     const __m256i mask = _mm256_set1_epi16(0x00FF);
     const __m256i low = _mm256_and_si256(_mm256_mullo_epi16(code, multiplier), mask);
@@ -21,7 +73,7 @@ struct Unpack256 {
     return _mm256_or_si256(low, high);
   }
 
-  static __m256i load(const void* bytes) {
+  static __m256i load_bytes(const void* bytes) {
     return _mm256_loadu_si256(static_cast<const __m256i*>(bytes));
   }
 
@@ -35,16 +87,16 @@ struct Unpack256 {
     __m256i code[2];
     if (packed) {
       const __m256i both =
-          load(static_cast<const uint8_t*>(panel.weight) + stored * kPackedColumn);
+          load_bytes(static_cast<const uint8_t*>(panel.weight) + stored * kPackedColumn);
       const __m256i mask = _mm256_set1_epi8(15), bias = _mm256_set1_epi8(kCodeBias);
       code[0] = _mm256_sub_epi8(_mm256_and_si256(both, mask), bias);
       code[1] = _mm256_sub_epi8(_mm256_and_si256(_mm256_srli_epi16(both, 4), mask), bias);
     } else {
       const auto* bytes = static_cast<const int8_t*>(panel.weight) + stored * kPanel;
-      code[0] = load(bytes);
-      code[1] = load(bytes + 32);
+      code[0] = load_bytes(bytes);
+      code[1] = load_bytes(bytes + 32);
     }
-    for (int i = 0; i < 2; ++i) result.half[i] = multiply(code[i], load(multiplier + 32 * i));
+    for (int i = 0; i < 2; ++i) result.half[i] = product(code[i], load_bytes(multiplier + 32 * i));
     return result;
   }
 

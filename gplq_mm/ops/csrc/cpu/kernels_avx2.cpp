@@ -12,7 +12,6 @@
 #include "target_begin.h"
 
 #include "kernels_256.h"
-#include "kernels_impl.h"
 
 namespace gplq_mm {
 namespace {
@@ -26,7 +25,7 @@ constexpr int64_t kWiden = 8;
 // 16 times one of their high halves, each exact.
 enum class Half { whole, low, high };
 
-struct Avx2 : Unpack256 {
+struct Avx2 : Machine256 {
   static constexpr int kRows = 6;
 
   template <Half half>

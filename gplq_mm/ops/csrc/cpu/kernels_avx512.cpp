@@ -18,9 +18,66 @@ namespace {
 
 // A whole step: 4 columns of 64 rows, one vector per 16 rows.
 constexpr int kVectors = 4;
+// Steps whose codes fill a cache line.
+constexpr int64_t kStepsOfLine = 64 / kStep;
 
 struct Avx512 {
+  using Real = __m512;
+  static constexpr int64_t kWidth = 16;
+
+  static Real set(float x) { return _mm512_set1_ps(x); }
+  static Real load(const float* x) { return _mm512_loadu_ps(x); }
+  static void store(float* x, Real value) { _mm512_storeu_ps(x, value); }
+  static Real add(Real a, Real b) { return _mm512_add_ps(a, b); }
+  static Real sub(Real a, Real b) { return _mm512_sub_ps(a, b); }
+  static Real mul(Real a, Real b) { return _mm512_mul_ps(a, b); }
+  static Real fma(Real a, Real b, Real c) { return _mm512_fmadd_ps(a, b, c); }
+  static Real multiply_add(Real a, Real b, Real c) { return fma(a, b, c); }
+  static Real min(Real a, Real b) { return _mm512_min_ps(a, b); }
+  static Real max(Real a, Real b) { return _mm512_max_ps(a, b); }
+  static float sum(Real x) { return _mm512_reduce_add_ps(x); }
+  static Real difference(const int32_t* a, const int32_t* b) {
+    return _mm512_cvtepi32_ps(
+        _mm512_sub_epi32(_mm512_load_si512(a), _mm512_load_si512(b)));
+  }
+
+  // Packing saturates, so only the upper end needs a comparison; NaN and what is below int32
+  // becomes the lowest integer.
+  static __m512i integers(Real steps, Real high) { return _mm512_cvtps_epi32(min(high, steps)); }
+
+  template <int count>
+  static void narrow(const Real* steps, const Limits& limits, uint8_t* codes) {
+    const Real high = set(limits.high);
+    const __m512i base = _mm512_set1_epi16(static_cast<int16_t>(limits.code_min));
+    const __m512i zero = _mm512_setzero_si512();
+    __m512i low = _mm512_packs_epi32(integers(steps[0], high),
+                                     count > 1 ? integers(steps[1 % count], high) : zero);
+    __m512i upper = count > 2 ? _mm512_packs_epi32(integers(steps[2 % count], high),
+                                                   integers(steps[3 % count], high))
+                              : zero;
+    low = _mm512_subs_epi16(low, base);
+    if (count > 2) upper = _mm512_subs_epi16(upper, base);
+    // Lane L of the packed bytes holds four codes of each vector, those from 4 L.
+    const __m512i order =
+        _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i bytes =
+        _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, upper));
+    if (count == 1) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_castsi512_si128(bytes));
+    } else {
+      _mm512_storeu_si512(codes, bytes);
+    }
+  }
+
   static constexpr int kRows = 6;
+
+  template <int rows>
+  static void prefetch_rows(const uint8_t* codes, int64_t stride) {
+#pragma GCC unroll 6
+    for (int row = 0; row < rows; ++row) {
+      _mm_prefetch(reinterpret_cast<const char*>(codes + row * stride), _MM_HINT_T0);
+    }
+  }
 
   template <int rows>
   static void tile(const uint8_t* codes, int64_t stride, const int8_t* panel, int64_t steps,
@@ -31,13 +88,18 @@ struct Avx512 {
 #pragma GCC unroll 4
       for (int t = 0; t < kVectors; ++t) sum[row][t] = _mm512_setzero_si512();
     }
+    // Two bases, so that every row is addressed as base + {0, 1, 2} * stride without more
+    // registers than there are.
+    const uint8_t* upper = codes + 3 * stride;
     for (int64_t s = 0; s < steps; ++s) {
+      if (s % kStepsOfLine == 0) prefetch_rows<rows>(codes + kRows * stride, stride);
       __m512i weight[kVectors];
 #pragma GCC unroll 4
       for (int t = 0; t < kVectors; ++t) weight[t] = _mm512_load_si512(panel + 64 * t);
 #pragma GCC unroll 6
       for (int row = 0; row < rows; ++row) {
-        const __m512i four = _mm512_set1_epi32(load_step(codes + row * stride));
+        const uint8_t* from = row < 3 ? codes + row * stride : upper + (row - 3) * stride;
+        const __m512i four = _mm512_set1_epi32(load_step(from));
 #pragma GCC unroll 4
         for (int t = 0; t < kVectors; ++t) {
           sum[row][t] = _mm512_dpbusd_epi32(sum[row][t], four, weight[t]);
@@ -45,6 +107,7 @@ struct Avx512 {
       }
       panel += kStep * kPanel;
       codes += kStep;
+      upper += kStep;
     }
 #pragma GCC unroll 6
     for (int row = 0; row < rows; ++row) {

@@ -12,12 +12,11 @@
 #include "target_begin.h"
 
 #include "kernels_256.h"
-#include "kernels_impl.h"
 
 namespace gplq_mm {
 namespace {
 
-struct AvxVnni : Unpack256 {
+struct AvxVnni : Machine256 {
   static constexpr int kRows = 6;
 
   template <int rows>

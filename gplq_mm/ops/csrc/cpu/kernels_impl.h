@@ -1,8 +1,8 @@
 // Everything that is the same source on every instruction set: quantization, LayerNorm, what
 // follows a product, and the loop over the tiles of a product.
 //
-// Each kernels_<isa>.cpp sets its target, defines `struct Machine` (see the end) and includes
-// this file, so the loops below are vectorized once per instruction set. All names are local to
+// Each kernels_<isa>.cpp sets its target, includes this file and gives `kernel_table` the vectors
+// and the product of its instruction set. All names are local to
 // the translation unit: nothing compiled for a higher instruction set may be linked into code
 // that runs on a lower one.
 #pragma once
@@ -12,127 +12,169 @@
 namespace gplq_mm {
 namespace {
 
-// 1.5 * 2^23: adding it rounds |value| < 2^22 to an integer, half to even, in the low bits.
-constexpr float kRounder = 12582912.0f;
-constexpr int32_t kRounderBits = 0x4B400000;
+// `Machine` has the vectors of an instruction set:
+//   Real                     kWidth floats
+//   set, load, add, sub, mul
+//   fma(a, b, c)             a * b + c rounded once
+//   multiply_add(a, b, c)    the same, rounded once or twice, whichever is cheap
+//   min, max                 give the second operand where one is NaN
+//   sum(Real)
+//   difference(const int32_t* a, const int32_t* b)   a - b, wrapping, as floats
+//   narrow<count>(const Real* steps, Limits, uint8_t* codes)   codes of 1 or 4 vectors of steps
+// and the product:
+//   constexpr int kRows: rows of a tile, at most 6
+//   template <int rows> static void tile(const uint8_t* codes, int64_t stride,
+//       const int8_t* panel, int64_t steps, int32_t max_code, int32_t* sums)
+//     writes the sums (rows, 64) of `steps` * 4 columns
+//   static void unpack(const PackedPanel& packed, int8_t* panel)
 
 struct Limits {
   explicit Limits(const ActGrid& grid)
       : low(static_cast<float>(grid.code_min)),
         high(static_cast<float>(grid.code_max)),
-        base(kRounderBits + grid.code_min) {}
+        code_min(grid.code_min) {}
   float low, high;
-  int32_t base;
+  int32_t code_min;
 };
 
+// Vectors that are worked on together: enough independent operations to fill the pipelines.
+constexpr int kBlock = 4;
+
 // x * factor + term, rounded once (fused) or twice.
+template <typename Machine, bool fused>
+inline typename Machine::Real affine(typename Machine::Real x, typename Machine::Real factor,
+                                     typename Machine::Real term) {
+  return fused ? Machine::fma(x, factor, term) : Machine::add(Machine::mul(x, factor), term);
+}
+
 template <bool fused>
-inline float affine(float x, float factor, float term) {
+inline float affine_one(float x, float factor, float term) {
   return fused ? __builtin_fmaf(x, factor, term) : x * factor + term;
 }
 
 // Code of a value in steps. Clamping to integers before rounding equals clamping after it. The
 // comparisons are ordered so that NaN becomes the lowest code.
 inline uint8_t code_of(float steps, const Limits& limits) {
+  // 1.5 * 2^23: adding it rounds |steps| < 2^22 to an integer, half to even, in the low bits.
+  constexpr float kRounder = 12582912.0f;
+  constexpr int32_t kRounderBits = 0x4B400000;
   steps = steps > limits.low ? steps : limits.low;
   steps = steps < limits.high ? steps : limits.high;
-  return static_cast<uint8_t>(__builtin_bit_cast(int32_t, steps + kRounder) - limits.base);
+  const int32_t code = __builtin_bit_cast(int32_t, steps + kRounder) - kRounderBits;
+  return static_cast<uint8_t>(code - limits.code_min);
 }
 
-template <bool fused>
-void quantize_rows(const float* x, int64_t rows, int64_t columns, const ActGrid& grid,
-                   uint8_t* codes, int64_t stride) {
+// Turns source(k) into codes for k in 0..columns: `vector` gives kWidth values, `scalar` one.
+template <typename Machine, bool fused, typename Vector, typename Scalar>
+inline void write_codes(int64_t columns, const ActGrid& grid, uint8_t* codes, const Vector& vector,
+                        const Scalar& scalar) {
   const Limits limits(grid);
-  const float* __restrict inverse = grid.inverse;
-  const float* __restrict shift = grid.shift;
-  for (int64_t row = 0; row < rows; ++row) {
-    const float* __restrict from = x + row * columns;
-    uint8_t* __restrict to = codes + row * stride;
-    for (int64_t k = 0; k < columns; ++k) {
-      to[k] = code_of(affine<fused>(from[k], inverse[k], shift[k]), limits);
+  const float* inverse = grid.inverse;
+  const float* shift = grid.shift;
+  constexpr int64_t kWidth = Machine::kWidth;
+  int64_t k = 0;
+  for (; k + kBlock * kWidth <= columns; k += kBlock * kWidth) {
+    typename Machine::Real steps[kBlock];
+#pragma GCC unroll 4
+    for (int i = 0; i < kBlock; ++i) {
+      const int64_t at = k + i * kWidth;
+      steps[i] = affine<Machine, fused>(vector(at), Machine::load(inverse + at),
+                                        Machine::load(shift + at));
     }
-    for (int64_t k = columns; k < stride; ++k) to[k] = 0;
+    Machine::template narrow<kBlock>(steps, limits, codes + k);
+  }
+  for (; k + kWidth <= columns; k += kWidth) {
+    const typename Machine::Real steps = affine<Machine, fused>(
+        vector(k), Machine::load(inverse + k), Machine::load(shift + k));
+    Machine::template narrow<1>(&steps, limits, codes + k);
+  }
+  for (; k < columns; ++k) {
+    codes[k] = code_of(affine_one<fused>(scalar(k), inverse[k], shift[k]), limits);
   }
 }
 
+template <typename Machine, bool fused>
+void quantize_rows(const float* x, int64_t rows, int64_t columns, const ActGrid& grid,
+                   uint8_t* codes, int64_t stride) {
+  for (int64_t row = 0; row < rows; ++row, x += columns, codes += stride) {
+    write_codes<Machine, fused>(
+        columns, grid, codes, [x](int64_t k) { return Machine::load(x + k); },
+        [x](int64_t k) { return x[k]; });
+    for (int64_t k = columns; k < stride; ++k) codes[k] = 0;
+  }
+}
+
+template <typename Machine>
 void quantize(const float* x, int64_t rows, int64_t columns, const ActGrid& grid, uint8_t* codes,
               int64_t stride) {
-  const auto rows_of = grid.fused ? quantize_rows<true> : quantize_rows<false>;
+  const auto rows_of = grid.fused ? quantize_rows<Machine, true> : quantize_rows<Machine, false>;
   rows_of(x, rows, columns, grid, codes, stride);
 }
 
-// Sixteen partial sums: near the accuracy of pairwise summation for the rows of a LayerNorm.
-typedef float Lanes __attribute__((vector_size(64)));
-constexpr int64_t kLanes = 16;
-
-inline float sum_of(const Lanes& lanes) {
-  double total = 0;
-  for (int64_t i = 0; i < kLanes; ++i) total += lanes[i];
-  return static_cast<float>(total);
-}
-
-// Mean of x - center, or of its square.
-template <bool squared>
+// Mean of x - center, or of its square. As many partial sums as four vectors have lanes: near
+// the accuracy of pairwise summation for the rows of a LayerNorm.
+template <typename Machine, bool squared>
 inline float mean_of(const float* x, int64_t columns, float center) {
-  Lanes sums[4] = {};
+  using Real = typename Machine::Real;
+  constexpr int64_t kWidth = Machine::kWidth;
+  const Real centers = Machine::set(center);
+  Real sums[kBlock];
+#pragma GCC unroll 4
+  for (int i = 0; i < kBlock; ++i) sums[i] = Machine::set(0.0f);
+  const auto add = [&](Real& sum, int64_t k) {
+    const Real part = Machine::sub(Machine::load(x + k), centers);
+    sum = squared ? Machine::multiply_add(part, part, sum) : Machine::add(sum, part);
+  };
   int64_t k = 0;
-  for (; k + 4 * kLanes <= columns; k += 4 * kLanes) {
-    for (int i = 0; i < 4; ++i) {
-      Lanes part;
-      std::memcpy(&part, x + k + i * kLanes, sizeof(part));
-      part = part - center;
-      sums[i] += squared ? part * part : part;
-    }
+  for (; k + kBlock * kWidth <= columns; k += kBlock * kWidth) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kBlock; ++i) add(sums[i], k + i * kWidth);
   }
-  double total = sum_of(sums[0]) + static_cast<double>(sum_of(sums[1])) + sum_of(sums[2]) +
-                 static_cast<double>(sum_of(sums[3]));
+  for (; k + kWidth <= columns; k += kWidth) add(sums[0], k);
+  float total = Machine::sum(
+      Machine::add(Machine::add(sums[0], sums[1]), Machine::add(sums[2], sums[3])));
   for (; k < columns; ++k) {
-    const double part = static_cast<double>(x[k]) - center;
+    const float part = x[k] - center;
     total += squared ? part * part : part;
   }
-  return static_cast<float>(total / static_cast<double>(columns));
+  return total / static_cast<float>(columns);
 }
 
-template <bool fused>
-void norm_quantize_rows(const float* x, int64_t rows, int64_t columns,
-                        const float* __restrict weight, const float* __restrict bias, float eps,
-                        const ActGrid& grid, uint8_t* codes, int64_t stride) {
-  const Limits limits(grid);
-  const float* __restrict inverse = grid.inverse;
-  const float* __restrict shift = grid.shift;
-  for (int64_t row = 0; row < rows; ++row) {
-    const float* __restrict from = x + row * columns;
-    uint8_t* __restrict to = codes + row * stride;
-    const float mean = mean_of<false>(from, columns, 0.0f);
-    const float inverse_deviation = 1.0f / __builtin_sqrtf(mean_of<true>(from, columns, mean) + eps);
-    for (int64_t k = 0; k < columns; ++k) {
-      const float normed = affine<fused>((from[k] - mean) * inverse_deviation, weight[k], bias[k]);
-      to[k] = code_of(affine<fused>(normed, inverse[k], shift[k]), limits);
-    }
-    for (int64_t k = columns; k < stride; ++k) to[k] = 0;
+template <typename Machine, bool fused>
+void norm_quantize_rows(const float* x, int64_t rows, int64_t columns, const float* weight,
+                        const float* bias, float eps, const ActGrid& grid, uint8_t* codes,
+                        int64_t stride) {
+  for (int64_t row = 0; row < rows; ++row, x += columns, codes += stride) {
+    const float mean = mean_of<Machine, false>(x, columns, 0.0f);
+    const float factor = 1.0f / __builtin_sqrtf(mean_of<Machine, true>(x, columns, mean) + eps);
+    const auto means = Machine::set(mean), factors = Machine::set(factor);
+    // The order of operations is that of torch.
+    write_codes<Machine, fused>(
+        columns, grid, codes,
+        [&](int64_t k) {
+          const auto normed = Machine::mul(Machine::sub(Machine::load(x + k), means), factors);
+          return affine<Machine, fused>(normed, Machine::load(weight + k),
+                                        Machine::load(bias + k));
+        },
+        [&](int64_t k) { return affine_one<fused>((x[k] - mean) * factor, weight[k], bias[k]); });
+    for (int64_t k = columns; k < stride; ++k) codes[k] = 0;
   }
 }
 
+template <typename Machine>
 void norm_quantize(const float* x, int64_t rows, int64_t columns, const float* weight,
                    const float* bias, float eps, const ActGrid& grid, uint8_t* codes,
                    int64_t stride) {
-  const auto rows_of = grid.fused ? norm_quantize_rows<true> : norm_quantize_rows<false>;
+  const auto rows_of =
+      grid.fused ? norm_quantize_rows<Machine, true> : norm_quantize_rows<Machine, false>;
   rows_of(x, rows, columns, weight, bias, eps, grid, codes, stride);
-}
-
-// a * b + c where the machine has it in one instruction, for values that need no fixed rounding.
-inline float multiply_add(float a, float b, float c) {
-#if defined(__FMA__) || defined(__aarch64__)
-  return __builtin_fmaf(a, b, c);
-#else
-  return a * b + c;
-#endif
 }
 
 // x * Phi(x), Phi the normal distribution function, as nn.GELU has it. Phi(x) - 1/2 is x times a
 // polynomial of degree 14 in x^2 (mapped to -1..1; fitted by weighted least squares so that the
 // error of x * Phi(x) is level), and beyond 5.2 it is +-1/2. Error at most 1.5e-7 * max(1, |x|).
-inline float gelu(float x) {
+template <typename Machine>
+inline void gelu(typename Machine::Real (&x)[kBlock]) {
   constexpr float kEnd = 5.2f;
   constexpr float kPolynomial[] = {
       1.359499842e-01f, -6.774380058e-02f, 5.002609640e-02f, -3.992566466e-02f,
@@ -141,13 +183,26 @@ inline float gelu(float x) {
       6.242647069e-04f, -5.545432796e-04f, 1.940482471e-04f,
   };
   constexpr int kDegree = sizeof(kPolynomial) / sizeof(float) - 1;
-  float z = x > -kEnd ? x : -kEnd;
-  z = z < kEnd ? z : kEnd;
-  const float t = multiply_add(z * z, 2.0f / (kEnd * kEnd), -1.0f);
-  float value = kPolynomial[kDegree];
+  typename Machine::Real z[kBlock], t[kBlock], value[kBlock];
+#pragma GCC unroll 4
+  for (int i = 0; i < kBlock; ++i) {
+    z[i] = Machine::min(Machine::max(x[i], Machine::set(-kEnd)), Machine::set(kEnd));
+    t[i] = Machine::multiply_add(Machine::mul(z[i], z[i]), Machine::set(2.0f / (kEnd * kEnd)),
+                                 Machine::set(-1.0f));
+    value[i] = Machine::set(kPolynomial[kDegree]);
+  }
 #pragma GCC unroll 16
-  for (int i = kDegree - 1; i >= 0; --i) value = multiply_add(value, t, kPolynomial[i]);
-  return x * multiply_add(z, value, 0.5f);
+  for (int degree = kDegree - 1; degree >= 0; --degree) {
+    const typename Machine::Real coefficient = Machine::set(kPolynomial[degree]);
+#pragma GCC unroll 4
+    for (int i = 0; i < kBlock; ++i) {
+      value[i] = Machine::multiply_add(value[i], t[i], coefficient);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kBlock; ++i) {
+    x[i] = Machine::mul(x[i], Machine::multiply_add(z[i], value[i], Machine::set(0.5f)));
+  }
 }
 
 // The epilogue's per-column numbers, padded to a whole panel.
@@ -174,48 +229,61 @@ struct Columns {
   }
 };
 
-template <bool fused>
-inline float real_of(int32_t sum, const Columns& columns, int64_t j) {
-  // Unsigned: wraps as the int32 tensors of the reference do.
-  const auto difference = static_cast<int32_t>(static_cast<uint32_t>(sum) -
-                                               static_cast<uint32_t>(columns.correction[j]));
-  return affine<fused>(static_cast<float>(difference), columns.row_scale[j], columns.bias[j]);
+template <typename Machine, bool fused>
+inline typename Machine::Real real_of(const int32_t* sums, const Columns& columns, int64_t j) {
+  return affine<Machine, fused>(Machine::difference(sums + j, columns.correction + j),
+                                Machine::load(columns.row_scale + j),
+                                Machine::load(columns.bias + j));
 }
 
 inline void finish_accumulator(const int32_t* __restrict sums, const Columns& columns,
                                int32_t* __restrict out) {
+  // Unsigned: wraps as the int32 tensors of the reference do.
   for (int64_t j = 0; j < kPanel; ++j) {
     out[j] = static_cast<int32_t>(static_cast<uint32_t>(sums[j]) -
                                   static_cast<uint32_t>(columns.correction[j]));
   }
 }
 
-template <bool fused>
-inline void finish_real(const int32_t* __restrict sums, const Columns& columns,
-                        float* __restrict out) {
-  for (int64_t j = 0; j < kPanel; ++j) out[j] = real_of<fused>(sums[j], columns, j);
-}
-
-template <bool fused, bool scaled>
-inline void finish_residual(const int32_t* __restrict sums, const Columns& columns,
-                            const float* __restrict residual, float* __restrict out) {
-  for (int64_t j = 0; j < kPanel; ++j) {
-    const float real = real_of<fused>(sums[j], columns, j);
-    out[j] = residual[j] + (scaled ? real * columns.gamma[j] : real);
+template <typename Machine, bool fused>
+inline void finish_real(const int32_t* sums, const Columns& columns, float* out) {
+#pragma GCC unroll 4
+  for (int64_t j = 0; j < kPanel; j += Machine::kWidth) {
+    Machine::store(out + j, real_of<Machine, fused>(sums, columns, j));
   }
 }
 
-template <bool fused>
-inline void finish_gelu(const int32_t* __restrict sums, const Columns& columns,
-                        const Limits& limits, uint8_t* __restrict out) {
-  for (int64_t j = 0; j < kPanel; ++j) {
-    const float value = gelu(real_of<fused>(sums[j], columns, j));
-    out[j] = code_of(affine<fused>(value, columns.inverse[j], columns.shift[j]), limits);
+template <typename Machine, bool fused, bool scaled>
+inline void finish_residual(const int32_t* sums, const Columns& columns, const float* residual,
+                            float* out) {
+#pragma GCC unroll 4
+  for (int64_t j = 0; j < kPanel; j += Machine::kWidth) {
+    auto real = real_of<Machine, fused>(sums, columns, j);
+    if (scaled) real = Machine::mul(real, Machine::load(columns.gamma + j));
+    Machine::store(out + j, Machine::add(Machine::load(residual + j), real));
+  }
+}
+
+template <typename Machine, bool fused>
+inline void finish_gelu(const int32_t* sums, const Columns& columns, const Limits& limits,
+                        uint8_t* out) {
+  constexpr int64_t kWidth = Machine::kWidth;
+  for (int64_t j = 0; j < kPanel; j += kBlock * kWidth) {
+    typename Machine::Real value[kBlock];
+#pragma GCC unroll 4
+    for (int i = 0; i < kBlock; ++i) value[i] = real_of<Machine, fused>(sums, columns, j + i * kWidth);
+    gelu<Machine>(value);
+#pragma GCC unroll 4
+    for (int i = 0; i < kBlock; ++i) {
+      value[i] = affine<Machine, fused>(value[i], Machine::load(columns.inverse + j + i * kWidth),
+                                        Machine::load(columns.shift + j + i * kWidth));
+    }
+    Machine::template narrow<kBlock>(value, limits, out + j);
   }
 }
 
 // The sums of some rows to where they go. A panel that lacks rows is finished in a buffer.
-template <bool fused>
+template <typename Machine, bool fused>
 void finish(const int32_t* sums, int64_t first, int64_t rows, const Columns& columns,
             const Epilogue& epilogue) {
   const Limits limits(epilogue.next);
@@ -234,7 +302,7 @@ void finish(const int32_t* sums, int64_t first, int64_t rows, const Columns& col
         finish_accumulator(sums, columns, reinterpret_cast<int32_t*>(target));
         break;
       case Output::real:
-        finish_real<fused>(sums, columns, reinterpret_cast<float*>(target));
+        finish_real<Machine, fused>(sums, columns, reinterpret_cast<float*>(target));
         break;
       case Output::residual: {
         const float* residual = epilogue.residual + row * epilogue.residual_stride;
@@ -243,14 +311,14 @@ void finish(const int32_t* sums, int64_t first, int64_t rows, const Columns& col
           residual = spare_residual;
         }
         if (epilogue.gamma != nullptr) {
-          finish_residual<fused, true>(sums, columns, residual, reinterpret_cast<float*>(target));
+          finish_residual<Machine, fused, true>(sums, columns, residual, reinterpret_cast<float*>(target));
         } else {
-          finish_residual<fused, false>(sums, columns, residual, reinterpret_cast<float*>(target));
+          finish_residual<Machine, fused, false>(sums, columns, residual, reinterpret_cast<float*>(target));
         }
         break;
       }
       case Output::gelu_codes:
-        finish_gelu<fused>(sums, columns, limits, reinterpret_cast<uint8_t*>(target));
+        finish_gelu<Machine, fused>(sums, columns, limits, reinterpret_cast<uint8_t*>(target));
         break;
     }
     if (!whole) std::memcpy(out, spare, count * size);
@@ -263,52 +331,50 @@ inline int32_t load_step(const uint8_t* codes) {
   return four;
 }
 
-// `Machine` has:
-//   constexpr int kRows: rows of a tile, 1..6.
-//   template <int rows> static void tile(const uint8_t* codes, int64_t stride,
-//       const int8_t* panel, int64_t steps, int32_t max_code, int32_t* sums);
-//     writes the sums (rows, 64) of `steps` * 4 columns.
-//   static void unpack(const PackedPanel& packed, int8_t* panel);
 template <typename Machine>
-void multiply(const uint8_t* codes, int64_t stride, int64_t rows, const int8_t* panel,
-              int64_t columns, int32_t max_code, const Epilogue& epilogue) {
+void multiply(const Product& product, const Epilogue& epilogue) {
+  constexpr int64_t kRows = Machine::kRows, kLine = 64;
   const Columns padded(epilogue);
-  const int64_t steps = (columns + kStep - 1) / kStep;
-  alignas(64) int32_t sums[Machine::kRows * kPanel];
-  for (int64_t row = 0; row < rows; row += Machine::kRows) {
-    const int64_t count = rows - row < Machine::kRows ? rows - row : Machine::kRows;
-    const uint8_t* from = codes + row * stride;
+  const int64_t steps = (product.columns + kStep - 1) / kStep, stride = product.stride;
+  const int64_t tiles = (product.rows + kRows - 1) / kRows;
+  const int64_t lines = (product.upcoming_bytes + kLine - 1) / kLine;
+  const auto finish_rows = epilogue.fused ? finish<Machine, true> : finish<Machine, false>;
+  alignas(64) int32_t sums[kRows * kPanel];
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t row = tile * kRows;
+    const int64_t count = product.rows - row < kRows ? product.rows - row : kRows;
+    const uint8_t* codes = product.codes + row * stride;
+    for (int64_t line = tile * lines / tiles; line < (tile + 1) * lines / tiles; ++line) {
+      __builtin_prefetch(static_cast<const char*>(product.upcoming) + line * kLine, 0, 2);
+    }
     switch (count) {
       case 1:
-        Machine::template tile<1>(from, stride, panel, steps, max_code, sums);
+        Machine::template tile<1>(codes, stride, product.panel, steps, product.max_code, sums);
         break;
       case 2:
-        Machine::template tile<2>(from, stride, panel, steps, max_code, sums);
+        Machine::template tile<2>(codes, stride, product.panel, steps, product.max_code, sums);
         break;
       case 3:
-        Machine::template tile<3>(from, stride, panel, steps, max_code, sums);
+        Machine::template tile<3>(codes, stride, product.panel, steps, product.max_code, sums);
         break;
       case 4:
-        Machine::template tile<4>(from, stride, panel, steps, max_code, sums);
+        Machine::template tile<4>(codes, stride, product.panel, steps, product.max_code, sums);
         break;
       case 5:
-        Machine::template tile<5>(from, stride, panel, steps, max_code, sums);
+        Machine::template tile<5>(codes, stride, product.panel, steps, product.max_code, sums);
         break;
       default:
-        Machine::template tile<6>(from, stride, panel, steps, max_code, sums);
+        Machine::template tile<6>(codes, stride, product.panel, steps, product.max_code, sums);
         break;
     }
-    if (epilogue.fused) {
-      finish<true>(sums, row, count, padded, epilogue);
-    } else {
-      finish<false>(sums, row, count, padded, epilogue);
-    }
+    finish_rows(sums, row, count, padded, epilogue);
   }
 }
 
 template <typename Machine>
 const Kernels* kernel_table() {
-  static const Kernels table = {quantize, norm_quantize, Machine::unpack, multiply<Machine>};
+  static const Kernels table = {quantize<Machine>, norm_quantize<Machine>, Machine::unpack,
+                                multiply<Machine>};
   return &table;
 }
 

@@ -9,6 +9,65 @@ namespace gplq_mm {
 namespace {
 
 struct Portable {
+  static constexpr int64_t kWidth = 16;
+  struct Real {
+    float lane[kWidth];
+  };
+
+  template <typename Function>
+  static Real each(const Function& function) {
+    Real result;
+    for (int64_t i = 0; i < kWidth; ++i) result.lane[i] = function(i);
+    return result;
+  }
+
+  static Real set(float x) {
+    return each([x](int64_t) { return x; });
+  }
+  static Real load(const float* x) {
+    return each([x](int64_t i) { return x[i]; });
+  }
+  static void store(float* x, const Real& value) { std::memcpy(x, value.lane, sizeof(value)); }
+  static Real add(const Real& a, const Real& b) {
+    return each([&](int64_t i) { return a.lane[i] + b.lane[i]; });
+  }
+  static Real sub(const Real& a, const Real& b) {
+    return each([&](int64_t i) { return a.lane[i] - b.lane[i]; });
+  }
+  static Real mul(const Real& a, const Real& b) {
+    return each([&](int64_t i) { return a.lane[i] * b.lane[i]; });
+  }
+  static Real fma(const Real& a, const Real& b, const Real& c) {
+    return each([&](int64_t i) { return __builtin_fmaf(a.lane[i], b.lane[i], c.lane[i]); });
+  }
+  static Real multiply_add(const Real& a, const Real& b, const Real& c) {
+    return add(mul(a, b), c);
+  }
+  static Real min(const Real& a, const Real& b) {
+    return each([&](int64_t i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+  }
+  static Real max(const Real& a, const Real& b) {
+    return each([&](int64_t i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+  }
+  static float sum(Real x) {
+    for (int64_t half = kWidth / 2; half > 0; half /= 2) {
+      for (int64_t i = 0; i < half; ++i) x.lane[i] += x.lane[i + half];
+    }
+    return x.lane[0];
+  }
+  static Real difference(const int32_t* a, const int32_t* b) {
+    return each([&](int64_t i) {
+      return static_cast<float>(
+          static_cast<int32_t>(static_cast<uint32_t>(a[i]) - static_cast<uint32_t>(b[i])));
+    });
+  }
+  template <int count>
+  static void narrow(const Real* steps, const Limits& limits, uint8_t* codes) {
+    for (int64_t i = 0; i < count * kWidth; ++i) {
+      codes[i] = code_of(steps[i / kWidth].lane[i % kWidth], limits);
+    }
+  }
+
   static constexpr int kRows = 4;
 
   template <int rows>

@@ -84,8 +84,18 @@ void multiply(const uint8_t* codes, int64_t rows, const Layer& layer,
       epilogue.out = static_cast<char*>(epilogue.out) + first * epilogue.out_stride * size;
       if (epilogue.residual != nullptr) epilogue.residual += first * epilogue.residual_stride;
       kernel.unpack(layer.panel(index), panel);
-      kernel.multiply(codes + first * stride, stride, count, panel, columns, layer.max_code(),
-                      epilogue);
+      Product product = {};
+      product.codes = codes + first * stride;
+      product.stride = stride;
+      product.rows = count;
+      product.columns = columns;
+      product.panel = panel;
+      product.max_code = layer.max_code();
+      if (i + 1 < end) {
+        product.upcoming = layer.panel((i + 1) % panels).weight;
+        product.upcoming_bytes = layer.panel_bytes();
+      }
+      kernel.multiply(product, epilogue);
     }
   });
 }
