@@ -15,8 +15,9 @@ namespace {
 
 constexpr std::array<const char*, kFields> kNames = {
     "inverse", "shift", "weight", "multiplier", "position", "row_scale", "bias", "correction"};
-constexpr std::array<c10::ScalarType, 3> kFloats = {c10::ScalarType::Float, c10::ScalarType::Half,
-                                                    c10::ScalarType::BFloat16};
+constexpr Types kFloats = {c10::ScalarType::Float, c10::ScalarType::Half,
+                           c10::ScalarType::BFloat16};
+constexpr Types kFloat32 = {c10::ScalarType::Float};
 constexpr int64_t kMaxCodes = 256;
 constexpr int64_t kCodeLimit = 1 << 15;
 
@@ -36,8 +37,7 @@ std::string name_of(c10::ScalarType type) {
   return c10::toString(type);
 }
 
-template <typename Types>
-std::string names_of(const Types& types, const char* between) {
+std::string names_of(Types types, const char* between) {
   std::string names;
   for (const auto type : types) names += (names.empty() ? "" : between) + name_of(type);
   return names;
@@ -45,30 +45,6 @@ std::string names_of(const Types& types, const char* between) {
 
 bool is_float(const at::Tensor& tensor) {
   return std::find(kFloats.begin(), kFloats.end(), tensor.scalar_type()) != kFloats.end();
-}
-
-template <typename Types>
-void check_tensor(const char* name, const at::Tensor& tensor, const Types& types,
-                  at::IntArrayRef shape) {
-  TORCH_CHECK_VALUE(std::find(types.begin(), types.end(), tensor.scalar_type()) != types.end(),
-                    name, " must be ", names_of(types, " or "), ", got ",
-                    name_of(tensor.scalar_type()), ".");
-  TORCH_CHECK_VALUE(tensor.device().is_cpu(), name, " must be on cpu, got ",
-                    tensor.device().str(), ".");
-  TORCH_CHECK_VALUE(tensor.sizes() == shape, name, " must have shape ", shape, ", got ",
-                    tensor.sizes(), ".");
-}
-
-using Types = std::initializer_list<c10::ScalarType>;
-constexpr Types kFloat32 = {c10::ScalarType::Float};
-
-void check_codes(at::IntArrayRef grid) {
-  const int64_t low = grid[0], high = grid[1];
-  // Compared one by one: a difference of arbitrary integers could overflow.
-  TORCH_CHECK_VALUE(-kCodeLimit <= low && low <= high && high < kCodeLimit &&
-                        high - low < kMaxCodes,
-                    "codes must fit a byte: at most ", kMaxCodes, " of them within ", -kCodeLimit,
-                    "..", kCodeLimit - 1, ", got ", low, "..", high, ".");
 }
 
 template <typename Value>
@@ -83,12 +59,32 @@ void check_range(const char* name, const at::Tensor& tensor, int64_t low, int64_
                     static_cast<int64_t>(least), "..", static_cast<int64_t>(most), ".");
 }
 
-void check_float_input(const at::Tensor& x) {
+}  // namespace
+
+void check_tensor(const char* name, const at::Tensor& tensor, Types types,
+                  at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(std::find(types.begin(), types.end(), tensor.scalar_type()) != types.end(),
+                    name, " must be ", names_of(types, " or "), ", got ",
+                    name_of(tensor.scalar_type()), ".");
+  TORCH_CHECK_VALUE(tensor.device().is_cpu(), name, " must be on cpu, got ",
+                    tensor.device().str(), ".");
+  TORCH_CHECK_VALUE(tensor.sizes() == shape, name, " must have shape ", shape, ", got ",
+                    tensor.sizes(), ".");
+}
+
+void check_codes(at::IntArrayRef grid) {
+  const int64_t low = grid[0], high = grid[1];
+  // Compared one by one: a difference of arbitrary integers could overflow.
+  TORCH_CHECK_VALUE(-kCodeLimit <= low && low <= high && high < kCodeLimit &&
+                        high - low < kMaxCodes,
+                    "codes must fit a byte: at most ", kMaxCodes, " of them within ", -kCodeLimit,
+                    "..", kCodeLimit - 1, ", got ", low, "..", high, ".");
+}
+
+void check_float(const at::Tensor& x) {
   TORCH_CHECK_VALUE(is_float(x), "the input must be one of ", names_of(kFloats, ", "), ", got ",
                     name_of(x.scalar_type()), ".");
 }
-
-}  // namespace
 
 bool torch_fuses() {
   // (1 + 2^-12)^2 - 1 is 2^-11 + 2^-24; a product that is rounded by itself loses the 2^-24.
@@ -150,8 +146,8 @@ Layer::Layer(at::TensorList tensors, at::IntArrayRef grid) {
 }
 
 PackedPanel Layer::panel(int64_t index) const {
-  const int64_t bytes = columns_ * (packed_ ? kPackedColumn : kPanel);
-  return {static_cast<const char*>(tensors_[Field::weight].const_data_ptr()) + index * bytes,
+  return {static_cast<const char*>(tensors_[Field::weight].const_data_ptr()) +
+              index * panel_bytes(),
           tensors_[Field::multiplier].const_data_ptr<uint8_t>() + index * groups_ * kPanel,
           tensors_[Field::position].const_data_ptr<int32_t>(),
           group_.const_data_ptr<int32_t>(),
@@ -186,7 +182,7 @@ ActGrid check_quantize(const at::Tensor& x, const at::Tensor& inverse, const at:
 }
 
 void check_input(const at::Tensor& x, int64_t columns) {
-  check_float_input(x);
+  check_float(x);
   TORCH_CHECK_VALUE(x.dim() > 0, "the input must have at least one axis.");
   TORCH_CHECK_VALUE(x.size(-1) == columns, "the input has ", x.size(-1),
                     " columns, the layer takes ", columns, ".");
@@ -227,7 +223,7 @@ void check_conv(const at::Tensor& x, int64_t columns, at::IntArrayRef geometry) 
                         padding[0] >= 0 && padding[1] >= 0,
                     "kernel, stride and dilation must be at least 1 and padding at least 0, got ",
                     geometry, ".");
-  check_float_input(x);
+  check_float(x);
   TORCH_CHECK_VALUE(x.dim() == 4, "the input must be (N, C, H, W), got shape ", x.sizes(), ".");
   const int64_t taken = x.size(1) * kernel[0] * kernel[1];
   TORCH_CHECK_VALUE(taken == columns, x.size(1), " channels under a kernel of ", kernel[0], " x ",

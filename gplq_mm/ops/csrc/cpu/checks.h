@@ -5,10 +5,13 @@
 #include <ATen/core/Tensor.h>
 
 #include <array>
+#include <initializer_list>
 
 #include "kernels.h"
 
 namespace gplq_mm {
+
+using Types = std::initializer_list<c10::ScalarType>;
 
 // The order of the tensors of a layer.
 struct Field {
@@ -30,6 +33,8 @@ class Layer {
   const ActGrid& grid() const { return grid_; }
   int32_t max_code() const { return grid_.code_max - grid_.code_min; }
   PackedPanel panel(int64_t index) const;
+  // Bytes of a panel's codes.
+  int64_t panel_bytes() const { return columns_ * (packed_ ? kPackedColumn : kPanel); }
   // Epilogue of a panel without what depends on the op.
   Epilogue epilogue(int64_t index, Output kind) const;
 
@@ -41,6 +46,12 @@ class Layer {
   ActGrid grid_;
 };
 
+// Dtype, device and shape of a tensor.
+void check_tensor(const char* name, const at::Tensor& tensor, Types types, at::IntArrayRef shape);
+// That grid begins with code_min, code_max, which fit a byte.
+void check_codes(at::IntArrayRef grid);
+// That an op's input is of a dtype that is computed in float32.
+void check_float(const at::Tensor& x);
 ActGrid check_quantize(const at::Tensor& x, const at::Tensor& inverse, const at::Tensor& shift,
                        at::IntArrayRef grid);
 void check_input(const at::Tensor& x, int64_t columns);
