@@ -1,5 +1,5 @@
 """Operators ``torch.ops.gplq_mm.*``: schemas, reference, compiled kernels."""
 
-from . import library
+from . import cuda, library
 
-__all__ = ['library']
+__all__ = ['cuda', 'library']
