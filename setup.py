@@ -39,7 +39,17 @@ NO_COMPILER = (
     '`apt-get install build-essential`) or name it in CXX; or set GPLQ_MM_NO_EXT=1 to install '
     'without kernels (the int4 ops then run in plain torch, slowly).'
 )
-DEV_REQUIREMENTS = ['hypothesis', 'pytest', 'pytest-timeout', 'ruff']
+ONNX_REQUIREMENTS = ['onnx>=1.18', 'onnxscript>=0.5']
+# What tools/benchmark.py measures beside our own kernels.
+BENCH_REQUIREMENTS = [*ONNX_REQUIREMENTS, 'nncf>=3.0', 'onnxruntime>=1.20', 'openvino>=2026.0']
+DEV_REQUIREMENTS = [
+    *ONNX_REQUIREMENTS,
+    'hypothesis',
+    'onnxruntime>=1.20',
+    'pytest',
+    'pytest-timeout',
+    'ruff',
+]
 
 
 class BuildPyWithMim(build_py):
@@ -153,7 +163,11 @@ setup(
     include_package_data=True,
     python_requires='>=3.10,<3.13',
     install_requires=read_requirements(),
-    extras_require={'dev': DEV_REQUIREMENTS},
+    extras_require={
+        'bench': BENCH_REQUIREMENTS,
+        'dev': DEV_REQUIREMENTS,
+        'onnx': ONNX_REQUIREMENTS,
+    },
     ext_modules=KERNELS.get('ext_modules', []),
     options=KERNELS.get('options', {}),
     cmdclass={'build_py': BuildPyWithMim, **KERNELS.get('cmdclass', {})},
