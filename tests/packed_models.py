@@ -1,10 +1,13 @@
 """Tiny models after Stage 2, and the single layers and configs that packing tests need."""
 
 import copy
+from pathlib import Path
 
+import mmdet
 import torch
 from builders import CONFIGS, build_float, calibrated, images, randomize
-from mmengine.registry import MODELS
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from gplq_mm.deploy.records import channels_of
@@ -104,3 +107,36 @@ def round_layer(layer: QuantLinear | QuantConv2d) -> QuantLinear | QuantConv2d:
     value = RoundToNearest()(matrix, layer.weight_quantizer.spec, order, None)
     layer.set_quantized_weight(value, None)
     return layer
+
+
+def detector_config() -> Config:
+    """Mask R-CNN on a tiny quantized Swin of mmdet; everything behind it stays float."""
+    cfg = Config.fromfile(
+        Path(mmdet.__file__).parent / '.mim/configs/swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py'
+    )
+    swin = {**MMDET_SWIN, 'type': 'SwinTransformer'}
+    cfg.model.backbone = dict(
+        type='gplq_mm.QuantBackbone', backbone={**swin, 'type': 'mmdet.SwinTransformer'},
+        policy=dict(activation=dict(observer='minmax'), weight=dict(observer='minmax')),
+    )  # fmt: skip
+    cfg.model.neck.update(in_channels=[16, 32], out_channels=16, num_outs=3)
+    cfg.model.rpn_head.update(in_channels=16, feat_channels=16)
+    cfg.model.rpn_head.anchor_generator.strides = [4, 8, 16]
+    head = cfg.model.roi_head
+    for extractor in (head.bbox_roi_extractor, head.mask_roi_extractor):
+        extractor.update(out_channels=16, featmap_strides=[4, 8])
+    head.bbox_head.update(in_channels=16, fc_out_channels=16, num_classes=3)
+    head.mask_head.update(in_channels=16, conv_out_channels=16, num_convs=1, num_classes=3)
+    cfg.test_dataloader.dataset.pipeline[1].scale = (64, 48)
+    return cfg
+
+
+def quantized_detector(cfg: Config) -> nn.Module:
+    """The detector of :func:`detector_config`, its backbone after Stage 2."""
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        model = MODELS.build(cfg.model.copy())
+    backbone = randomize(model.backbone)
+    calibrated(backbone, images(4))
+    with torch.no_grad():
+        quantize_weights(backbone, [images(4)], backbone, RoundToNearest())
+    return model.eval()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config, DictAction
-from mmengine.registry import init_default_scope
+from mmengine.registry import DefaultScope
 from mmpretrain.models import BaseClassifier
 from rich.console import Console
 from rich.table import Table
@@ -35,12 +35,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         '--size', type=int, nargs=2, metavar=('H', 'W'), help='image size of the final check'
     )
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if Path(args.out).suffix != '.safetensors':
+        parser.error(f'--out {args.out} must end in .safetensors')
+    return args
 
 
 def build(cfg: Config, checkpoint: dict, source: str) -> nn.Module:
     """The simulated model with its weights; no data set is touched."""
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
     model = cfg.model.copy()
     if model.get('type') == 'gplq_mm.GPLQ':
         model.teacher = False
@@ -48,7 +50,8 @@ def build(cfg: Config, checkpoint: dict, source: str) -> nn.Module:
         model.backbone.checkpoint = None
     if cfg.get('data_preprocessor') is not None:
         model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    model = MODELS.build(model)
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmengine'):
+        model = MODELS.build(model)
     load_run_weights(model, checkpoint, source)
     return model.eval()
 
@@ -63,9 +66,8 @@ def image_size(cfg: Config) -> tuple[int, int]:
 
 def random_images(model: nn.Module, size: tuple[int, int]) -> Tensor:
     """Two smooth random images as the preprocessor leaves them, about normal."""
-    first = next(m for m in model.modules() if getattr(m, 'weight', None) is not None)
-    conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), first)
-    channels = getattr(conv, 'in_channels', 3)
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = 3 if first is None else first.in_channels
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(2, channels, 16, 16, generator=generator)
     return F.interpolate(coarse, size=size, mode='bilinear')
@@ -104,13 +106,9 @@ def write_checked(model: nn.Module, cfg: Config, args, meta: dict, accuracy: dic
     try:
         sizes = deploy.save(model, cfg, temporary, meta, accuracy)
         deployed = deploy.load(temporary)
-        images = random_images(deployed, tuple(args.size or image_size(cfg)))
+        images = random_images(model, tuple(args.size or image_size(cfg)))
         agreement = compare(model, deployed, lambda model: outputs(model, images))
-        if agreement.unequal or not agreement.relative_error <= TOLERANCE:
-            raise deploy.DeployError(
-                f'the packed model does not compute what the simulation computes ({agreement}); '
-                'no file was written. Please report this.'
-            )
+        agreement.require(TOLERANCE)
         os.replace(temporary, out)
     finally:
         with suppress(FileNotFoundError):
@@ -125,8 +123,6 @@ def main(argv: list[str] | None = None) -> None:
         cfg = Config.fromfile(args.config)
         if args.cfg_options is not None:
             cfg.merge_from_dict(args.cfg_options)
-        if Path(args.out).suffix != '.safetensors':
-            raise deploy.DeployError(f'--out {args.out} must end in .safetensors.')
         checkpoint = read_checkpoint(args.checkpoint)
         model = build(cfg, checkpoint, args.checkpoint)
         record = checkpoint.get('gplq', {}).get('record', {})

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..layers import Int4WeightLayer, quant_layers
+from ..layers import DeployError, Int4WeightLayer, quant_layers
 from .convert import strip_wrappers
 
 __all__ = ['Agreement', 'compare']
@@ -29,6 +29,18 @@ class Agreement:
     relative_error: float
     max_difference: float
     max_output: float
+
+    def require(self, tolerance: float) -> None:
+        """Raises DeployError unless all integers are equal and outputs within ``tolerance``.
+
+        Args:
+            tolerance: Largest relative error of the outputs.
+        """
+        if self.unequal or not self.relative_error <= tolerance:
+            raise DeployError(
+                f'the packed model does not compute what its simulation computes ({self}). '
+                'Nothing was written; please report this.'
+            )
 
     def __str__(self) -> str:
         return (
