@@ -8,7 +8,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#define GPLQ_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,prefer-vector-width=512"
+#define GPLQ_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,prfchw"
 #include "target_begin.h"
 
 #include "kernels_impl.h"

@@ -331,6 +331,19 @@ inline int32_t load_step(const uint8_t* codes) {
   return four;
 }
 
+// Fetches the lines that some rows will be written to: they are far apart, one row of output
+// from the next. Codes and small outputs stay in the cache anyway.
+inline void prefetch_output(const Product& product, const Epilogue& epilogue, int64_t row,
+                            int64_t count) {
+  constexpr int64_t kLarge = 1 << 18;
+  if (epilogue.kind == Output::gelu_codes || product.rows * epilogue.out_stride < kLarge) return;
+  constexpr int64_t kLine = 64 / sizeof(float);
+  const float* out = static_cast<const float*>(epilogue.out) + row * epilogue.out_stride;
+  for (int64_t i = 0; i < count; ++i, out += epilogue.out_stride) {
+    for (int64_t at = 0; at < epilogue.columns; at += kLine) __builtin_prefetch(out + at, 1);
+  }
+}
+
 template <typename Machine>
 void multiply(const Product& product, const Epilogue& epilogue) {
   constexpr int64_t kRows = Machine::kRows, kLine = 64;
@@ -347,6 +360,7 @@ void multiply(const Product& product, const Epilogue& epilogue) {
     for (int64_t line = tile * lines / tiles; line < (tile + 1) * lines / tiles; ++line) {
       __builtin_prefetch(static_cast<const char*>(product.upcoming) + line * kLine, 0, 2);
     }
+    prefetch_output(product, epilogue, row, count);
     switch (count) {
       case 1:
         Machine::template tile<1>(codes, stride, product.panel, steps, product.max_code, sums);

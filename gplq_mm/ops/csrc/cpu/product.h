@@ -43,8 +43,9 @@ struct Plan {
 // second-level cache while the panels pass by; unpacking a panel again for each chunk costs about
 // as much as ten more rows.
 inline Plan plan_product(int64_t rows, int64_t panels, int64_t stride, int64_t threads) {
-  constexpr int64_t kTile = 6, kCacheBytes = 1 << 20, kUnpackRows = 10;
-  const int64_t most_rows = std::max<int64_t>(kTile * 8, kCacheBytes / stride / kTile * kTile);
+  constexpr int64_t kTile = 6, kCacheBytes = 1 << 20, kUnpackRows = 10, kMostRows = 528;
+  const int64_t most_rows =
+      std::clamp<int64_t>(kCacheBytes / stride / kTile * kTile, kTile * 8, kMostRows);
   const int64_t fewest = (rows + most_rows - 1) / most_rows;
   Plan best = {};
   int64_t best_cost = 0;
