@@ -29,7 +29,7 @@ def every_isa(check: Callable[[], None]) -> None:
 
 def error_of(function: Callable, *args) -> str:
     """Message of the ValueError that a call raises."""
-    with pytest.raises(ValueError, match='.') as error:
+    with pytest.raises(ValueError, match=r'.') as error:
         function(*args)
     return str(error.value)
 
