@@ -139,15 +139,11 @@ def _split_signed(byte):
 
 
 @triton.jit
-def _load_columns(
-    x, row, stored, source, columns, row_stride, ok_row,
-    stride_c, stride_h, stride_w, height, width, out_h, out_w,
-    GATHER: tl.constexpr, GEOMETRY: tl.constexpr,
+def _load_values(
+    x, row, column, mask, row_stride, stride_c, stride_h, stride_w, height, width, out_h, out_w,
+    GEOMETRY: tl.constexpr,
 ):  # fmt: skip
-    """Values (ROWS, BLOCK) float32 of stored columns, and the input columns they come from."""
-    ok = stored < columns
-    column = tl.load(source + stored, mask=ok, other=0) if GATHER else stored
-    mask = ok_row[:, None] & ok[None, :]
+    """Values (ROWS, BLOCK) float32 of input columns; zero where masked."""
     if GEOMETRY is None:
         address = row.to(tl.int64)[:, None] * row_stride + column[None, :]
     else:
@@ -155,17 +151,15 @@ def _load_columns(
         kernel_w: tl.constexpr = GEOMETRY[1]
         taps: tl.constexpr = GEOMETRY[0] * GEOMETRY[1]
         channel = column // taps
-        ky = (column % taps) // kernel_w
-        kx = column % kernel_w
-        out_x = row % out_w
-        out_y = (row // out_w) % out_h
+        tap_y = (column % taps) // kernel_w * GEOMETRY[6] - GEOMETRY[4]
+        tap_x = column % kernel_w * GEOMETRY[7] - GEOMETRY[5]
         image = row // (out_w * out_h)
-        y = (out_y * GEOMETRY[2] - GEOMETRY[4])[:, None] + (ky * GEOMETRY[6])[None, :]
-        x_ = (out_x * GEOMETRY[3] - GEOMETRY[5])[:, None] + (kx * GEOMETRY[7])[None, :]
-        mask = mask & (y >= 0) & (y < height) & (x_ >= 0) & (x_ < width)
+        in_y = (row // out_w % out_h * GEOMETRY[2])[:, None] + tap_y[None, :]
+        in_x = (row % out_w * GEOMETRY[3])[:, None] + tap_x[None, :]
+        mask = mask & (in_y >= 0) & (in_y < height) & (in_x >= 0) & (in_x < width)
         address = image.to(tl.int64)[:, None] * row_stride + (channel * stride_c)[None, :]
-        address += y * stride_h + x_ * stride_w
-    return tl.load(x + address, mask=mask, other=0.0).to(tl.float32), column, ok
+        address += in_y * stride_h + in_x * stride_w
+    return tl.load(x + address, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -176,6 +170,7 @@ def quantize_kernel(
     inverse, shift,  # float32, stored order
     norm_weight, norm_bias, eps,  # LayerNorm over the input columns; read with NORM
     rows, columns, half, out_columns,
+    steps,  # tiles of ROWS that a program works through
     row_stride, stride_c, stride_h, stride_w, height, width, out_h, out_w,
     CODE_MIN: tl.constexpr, CODE_MAX: tl.constexpr,
     OFFSET: tl.constexpr,  # taken off a code that is stored as a byte
@@ -188,51 +183,54 @@ def quantize_kernel(
     Columns are gathered where they are read: a row lies in the L1 cache after the first touch,
     and what is written is contiguous. A program with NORM holds whole rows in registers.
     """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    ok_row = row < rows
     low = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    high = half + low
     inside = low < half
-    # Past the half nothing may be read as the low columns of the other half.
-    low_stored = tl.where(inside, low, columns)
-    high_stored = tl.where(inside, half + low, columns)
-    x_low, low_column, ok_low = _load_columns(
-        x, row, low_stored, source, columns, row_stride, ok_row,
-        stride_c, stride_h, stride_w, height, width, out_h, out_w, GATHER, GEOMETRY,
-    )  # fmt: skip
-    x_high, high_column, ok_high = _load_columns(
-        x, row, high_stored, source, columns, row_stride, ok_row,
-        stride_c, stride_h, stride_w, height, width, out_h, out_w, GATHER, GEOMETRY,
-    )  # fmt: skip
-    if NORM:
-        mean = tl.div_rn(tl.sum(x_low, 1) + tl.sum(x_high, 1), columns.to(tl.float32))
-        x_low = tl.where(ok_low[None, :], x_low - mean[:, None], 0.0)
-        x_high = tl.where(ok_high[None, :], x_high - mean[:, None], 0.0)
-        squares = tl.sum(x_low * x_low, 1) + tl.sum(x_high * x_high, 1)
-        deviation = tl.sqrt_rn(tl.div_rn(squares, columns.to(tl.float32)) + eps)
-        rstd = tl.div_rn(1.0, deviation)[:, None]
-        scale = tl.load(norm_weight + low_column, mask=ok_low, other=0.0).to(tl.float32)
-        offset = tl.load(norm_bias + low_column, mask=ok_low, other=0.0).to(tl.float32)
-        x_low = x_low * rstd * scale[None, :] + offset[None, :]
-        scale = tl.load(norm_weight + high_column, mask=ok_high, other=0.0).to(tl.float32)
-        offset = tl.load(norm_bias + high_column, mask=ok_high, other=0.0).to(tl.float32)
-        x_high = x_high * rstd * scale[None, :] + offset[None, :]
+    ok_low = inside & (low < columns)
+    ok_high = inside & (high < columns)
+    low_column = tl.load(source + low, mask=ok_low, other=0) if GATHER else low
+    high_column = tl.load(source + high, mask=ok_high, other=0) if GATHER else high
     # A column that pads K meets zero weights; its code only has to lie in the range.
-    factor = tl.load(inverse + low_stored, mask=ok_low, other=0.0)
-    offset = tl.load(shift + low_stored, mask=ok_low, other=CODE_MIN)
-    low_code = _codes(x_low, factor[None, :], offset[None, :], CODE_MIN, CODE_MAX)
-    factor = tl.load(inverse + high_stored, mask=ok_high, other=0.0)
-    offset = tl.load(shift + high_stored, mask=ok_high, other=CODE_MIN)
-    high_code = _codes(x_high, factor[None, :], offset[None, :], CODE_MIN, CODE_MAX)
-
-    to = out + row.to(tl.int64)[:, None] * out_columns + low[None, :]
-    mask = ok_row[:, None] & inside[None, :]
-    if PACKED:
-        tl.store(to, (low_code | (high_code << 4)).to(tl.uint8), mask=mask)
-    else:
-        # Truncating keeps the low byte: right for uint8 and int8 alike.
-        tl.store(to, (low_code - OFFSET).to(tl.int8), mask=mask)
-        mask = mask & ((half + low) < out_columns)[None, :]
-        tl.store(to + half, (high_code - OFFSET).to(tl.int8), mask=mask)
+    low_inverse = tl.load(inverse + low, mask=ok_low, other=0.0)[None, :]
+    low_shift = tl.load(shift + low, mask=ok_low, other=CODE_MIN)[None, :]
+    high_inverse = tl.load(inverse + high, mask=ok_high, other=0.0)[None, :]
+    high_shift = tl.load(shift + high, mask=ok_high, other=CODE_MIN)[None, :]
+    if NORM:
+        low_weight = tl.load(norm_weight + low_column, mask=ok_low, other=0.0)[None, :]
+        low_bias = tl.load(norm_bias + low_column, mask=ok_low, other=0.0)[None, :]
+        high_weight = tl.load(norm_weight + high_column, mask=ok_high, other=0.0)[None, :]
+        high_bias = tl.load(norm_bias + high_column, mask=ok_high, other=0.0)[None, :]
+        count = columns.to(tl.float32)
+    for step in range(steps):
+        row = (tl.program_id(0) * steps + step) * ROWS + tl.arange(0, ROWS)
+        ok_row = (row < rows)[:, None]
+        x_low = _load_values(
+            x, row, low_column, ok_row & ok_low[None, :], row_stride,
+            stride_c, stride_h, stride_w, height, width, out_h, out_w, GEOMETRY,
+        )  # fmt: skip
+        x_high = _load_values(
+            x, row, high_column, ok_row & ok_high[None, :], row_stride,
+            stride_c, stride_h, stride_w, height, width, out_h, out_w, GEOMETRY,
+        )  # fmt: skip
+        if NORM:
+            mean = tl.div_rn(tl.sum(x_low, 1) + tl.sum(x_high, 1), count)[:, None]
+            x_low = tl.where(ok_low[None, :], x_low - mean, 0.0)
+            x_high = tl.where(ok_high[None, :], x_high - mean, 0.0)
+            squares = tl.sum(x_low * x_low, 1) + tl.sum(x_high * x_high, 1)
+            rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares, count) + eps))[:, None]
+            x_low = x_low * rstd * low_weight + low_bias
+            x_high = x_high * rstd * high_weight + high_bias
+        low_code = _codes(x_low, low_inverse, low_shift, CODE_MIN, CODE_MAX)
+        high_code = _codes(x_high, high_inverse, high_shift, CODE_MIN, CODE_MAX)
+        to = out + row.to(tl.int64)[:, None] * out_columns + low[None, :]
+        mask = ok_row & inside[None, :]
+        if PACKED:
+            tl.store(to, (low_code | (high_code << 4)).to(tl.uint8), mask=mask)
+        else:
+            # Truncating keeps the low byte: right for uint8 and int8 alike.
+            tl.store(to, (low_code - OFFSET).to(tl.int8), mask=mask)
+            mask = mask & (high < out_columns)[None, :]
+            tl.store(to + half, (high_code - OFFSET).to(tl.int8), mask=mask)
 
 
 @triton.jit
@@ -374,93 +372,96 @@ def _on_grid(x, grid, operand, head, heads, ok, MIN: tl.constexpr, MAX: tl.const
 
 @triton.jit
 def attention_kernel(
-    qkv,  # (R, 3 * heads * D)
+    qkv,  # (in_rows, 3 * heads * D)
     out,  # (rows of the result, heads * D)
     grids,  # float32 (4, 2, heads): scale and offset of q, k, v, probabilities
     bias,  # float32 (heads, N, N)
     mask,  # float32 (mask_count, N, N)
     index,  # int32 (windows, N): row of qkv and out of each token
     tokens, heads, mask_count, in_rows, out_rows, scale,
+    steps,  # blocks of BLOCK_Q queries that a program works through
     LIMITS: tl.constexpr,  # smallest and largest code of q, k, v, probabilities
     ROW_RELATIVE: tl.constexpr,
     BIAS: tl.constexpr, MASK: tl.constexpr, INDEXED: tl.constexpr,
+    WIDE: tl.constexpr,  # whether an offset into qkv needs 64 bits, which take registers
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Softmax attention on codes; a program owns BLOCK_Q queries of a head and all its keys.
+    """Softmax attention on codes; a program holds all keys and values of a head.
 
     All keys at once, since a code of a probability depends on the maximum (or the sum) of its
     whole row. With x_hat = s * c + o a product of two operands is ``s s' cc' + s o' sum c +
     s' o sum c' + n o o'``, and the sums of codes are exact.
     """
-    blocks = tl.cdiv(tokens, BLOCK_Q)
+    parts = tl.cdiv(tokens, BLOCK_Q * steps)
     program = tl.program_id(0)
-    window = program // (blocks * heads)
-    head = program // blocks % heads
-    query = program % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    window = program // (parts * heads)
+    head = program // parts % heads
     key = tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_D)
-    ok_q = query < tokens
     ok_k = key < tokens
-    ok_d = depth < D
-
-    first = window.to(tl.int64) * tokens
-    if INDEXED:
-        q_row = tl.load(index + first + query, mask=ok_q, other=0).to(tl.int64)
-        k_row = tl.load(index + first + key, mask=ok_k, other=0).to(tl.int64)
-    else:
-        q_row = first + query
-        k_row = first + key
+    ok_d = (depth < D)[None, :]
+    if WIDE:
+        window = window.to(tl.int64)
+    first = window * tokens
     channels = heads * D
+    read = qkv + head * D + depth[None, :]
+
+    k_row = first + key
+    ok_kv = ok_k
     if INDEXED:
+        k_row = tl.load(index + k_row, mask=ok_k, other=0).to(first.dtype)
         # A wrong index must not reach foreign memory.
-        ok_q = ok_q & (q_row >= 0) & (q_row < in_rows)
-        ok_in = ok_k & (k_row >= 0) & (k_row < in_rows)
-    else:
-        ok_in = ok_k
-    at = qkv + head * D + depth[None, :]
-    q_ok = ok_q[:, None] & ok_d[None, :]
-    k_ok = ok_in[:, None] & ok_d[None, :]
-    q = tl.load(at + q_row[:, None] * (3 * channels), mask=q_ok, other=0.0).to(tl.float32)
-    k_at = at + k_row[:, None] * (3 * channels)
-    k = tl.load(k_at + channels, mask=k_ok, other=0.0).to(tl.float32)
-    q, q_scale, q_offset = _on_grid(q, grids, 0, head, heads, q_ok, LIMITS[0], LIMITS[1])
-    k, k_scale, k_offset = _on_grid(k, grids, 1, head, heads, k_ok, LIMITS[2], LIMITS[3])
-
-    dots = tl.dot(q.to(tl.int8), tl.trans(k.to(tl.int8))).to(tl.float32)
-    scores = dots * (q_scale * k_scale)
-    scores += (tl.sum(q, 1).to(tl.float32) * (q_scale * k_offset))[:, None]
-    scores += (tl.sum(k, 1).to(tl.float32) * (k_scale * q_offset) + D * q_offset * k_offset)[None]
-    scores *= scale
-    pair = query[:, None] * tokens + key[None, :]
-    ok = ok_q[:, None] & ok_k[None, :]
-    if BIAS:
-        scores += tl.load(bias + head * tokens * tokens + pair, mask=ok, other=0.0)
-    if MASK:
-        at = mask + (window % mask_count) * tokens * tokens
-        scores += tl.load(at + pair, mask=ok, other=0.0)
-    scores = tl.where(ok_k[None, :], scores, float('-inf'))
-    probs = tl.exp(scores - tl.max(scores, 1)[:, None])
-    total = tl.sum(probs, 1)
-    if not ROW_RELATIVE:
-        probs = tl.div_rn(probs, tl.broadcast_to(total[:, None], probs.shape))
-    p, p_scale, p_offset = _on_grid(
-        probs, grids, 3, head, heads, ok_k[None, :], LIMITS[6], LIMITS[7]
-    )
-
-    v = tl.load(k_at + 2 * channels, mask=k_ok, other=0.0).to(tl.float32)
-    v, v_scale, v_offset = _on_grid(v, grids, 2, head, heads, k_ok, LIMITS[4], LIMITS[5])
+        ok_kv = ok_k & (k_row >= 0) & (k_row < in_rows)
+    ok_kv = ok_kv[:, None] & ok_d
+    kv = read + k_row[:, None] * (3 * channels)
+    k = tl.load(kv + channels, mask=ok_kv, other=0.0).to(tl.float32)
+    k, k_scale, k_offset = _on_grid(k, grids, 1, head, heads, ok_kv, LIMITS[2], LIMITS[3])
+    v = tl.load(kv + 2 * channels, mask=ok_kv, other=0.0).to(tl.float32)
+    v, v_scale, v_offset = _on_grid(v, grids, 2, head, heads, ok_kv, LIMITS[4], LIMITS[5])
+    k_sum = tl.sum(k, 1).to(tl.float32)[None, :]
+    v_sum = tl.sum(v, 0).to(tl.float32)[None, :]
+    k_codes = tl.trans(k.to(tl.int8))
     # float16 holds these codes and float32 their sums over 1024 keys exactly; an int8 product
     # would want v with its keys side by side.
-    mixed = tl.dot(p.to(tl.float16), v.to(tl.float16))
-    value = mixed * (p_scale * v_scale)
-    value += (tl.sum(p, 1).to(tl.float32) * (p_scale * v_offset))[:, None]
-    value += (tl.sum(v, 0).to(tl.float32) * (v_scale * p_offset) + tokens * p_offset * v_offset)[
-        None, :
-    ]
-    if ROW_RELATIVE:
-        value = tl.div_rn(value, tl.broadcast_to(total[:, None], value.shape))
-    if INDEXED:
-        # A row past the end is padding: its tokens were read as keys, nothing is kept of them.
-        q_ok = q_ok & (q_row < out_rows)[:, None]
-    to = out + q_row[:, None] * channels + head * D + depth[None, :]
-    tl.store(to, value.to(out.dtype.element_ty), mask=q_ok)
+    v_codes = v.to(tl.float16)
+
+    for step in range(steps):
+        query = (program % parts * steps + step) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        row = first + query
+        ok_q = query < tokens
+        if INDEXED:
+            row = tl.load(index + row, mask=ok_q, other=0).to(first.dtype)
+            ok_q = ok_q & (row >= 0) & (row < in_rows)
+        ok = ok_q[:, None] & ok_d
+        q = tl.load(read + row[:, None] * (3 * channels), mask=ok, other=0.0).to(tl.float32)
+        q, q_scale, q_offset = _on_grid(q, grids, 0, head, heads, ok, LIMITS[0], LIMITS[1])
+        scores = tl.dot(q.to(tl.int8), k_codes).to(tl.float32) * (q_scale * k_scale)
+        scores += (tl.sum(q, 1).to(tl.float32) * (q_scale * k_offset))[:, None]
+        scores += k_sum * (k_scale * q_offset) + D * q_offset * k_offset
+        scores *= scale
+        pair = query[:, None] * tokens + key[None, :]
+        ok_pair = (query < tokens)[:, None] & ok_k[None, :]
+        if BIAS:
+            at = bias + head * tokens * tokens
+            scores += tl.load(at + pair, mask=ok_pair, other=0.0)
+        if MASK:
+            at = mask + window % mask_count * tokens * tokens
+            scores += tl.load(at + pair, mask=ok_pair, other=0.0)
+        scores = tl.where(ok_k[None, :], scores, float('-inf'))
+        probs = tl.exp(scores - tl.max(scores, 1)[:, None])
+        total = tl.sum(probs, 1)[:, None]
+        if not ROW_RELATIVE:
+            probs = tl.div_rn(probs, tl.broadcast_to(total, probs.shape))
+        p, p_scale, p_offset = _on_grid(
+            probs, grids, 3, head, heads, ok_k[None, :], LIMITS[6], LIMITS[7]
+        )
+        value = tl.dot(p.to(tl.float16), v_codes) * (p_scale * v_scale)
+        value += (tl.sum(p, 1).to(tl.float32) * (p_scale * v_offset))[:, None]
+        value += v_sum * (v_scale * p_offset) + tokens * p_offset * v_offset
+        if ROW_RELATIVE:
+            value = tl.div_rn(value, tl.broadcast_to(total, value.shape))
+        if INDEXED:
+            # A row past the end is padding: its token was a key, nothing is kept of it.
+            ok = ok & (row < out_rows)[:, None]
+        to = out + row[:, None] * channels + head * D + depth[None, :]
+        tl.store(to, value.to(out.dtype.element_ty), mask=ok)

@@ -43,9 +43,13 @@ UNPACK_IN_LOOP_ROWS = 256
 INTERPRETER_BLOCKS = dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=32)
 # Values of a tile that a program of quantize_kernel keeps in registers, in each half of a row.
 QUANTIZE_TILE = 2048
-# Keys of attention that fit one row of registers; above it the plain-torch form runs.
-MAX_KEYS = 1024
-MAX_HEAD = 128
+# A program keeps what it read of the columns for several tiles of rows, as long as there are
+# programs enough for every multiprocessor.
+MAX_STEPS = 8
+MANY_PROGRAMS = 512
+# Keys times head size of attention that fit the shared memory of every device; above it the
+# plain-torch form runs.
+MAX_KEY_VALUES = 256 * 64
 
 
 def eligible_configs(
@@ -137,7 +141,9 @@ def _launch_quantize(
     if image is not None:
         geometry, out_size = image
         strides, size = x.stride(), (*x.shape[2:], *out_size)
-    grid = (triton.cdiv(rows, tile_rows), triton.cdiv(half, block))
+    tiles = triton.cdiv(rows, tile_rows)
+    steps = max(1, min(MAX_STEPS, tiles // MANY_PROGRAMS))
+    grid = (triton.cdiv(tiles, steps), triton.cdiv(half, block))
     quantize_kernel[grid](
         x,
         out,
@@ -149,6 +155,7 @@ def _launch_quantize(
         columns,
         half,
         out.shape[-1],
+        steps,
         *strides,
         *size,
         CODE_MIN=limits[0],
@@ -160,7 +167,7 @@ def _launch_quantize(
         GEOMETRY=geometry,
         ROWS=tile_rows,
         BLOCK=block,
-        num_warps=8 if block > QUANTIZE_TILE else 4,
+        num_warps=16 if block > QUANTIZE_TILE else 8,
         **LAUNCH,
     )
 
@@ -411,7 +418,9 @@ def int4_attention(
     windows, tokens = qkv.shape[:2] if rows is None else rows.shape
     channels = qkv.shape[-1] // 3
     depth = channels // max(heads, 1)
-    if tokens > MAX_KEYS or depth > MAX_HEAD or qkv.dtype not in checks.FLOATS:
+    keys = max(triton.next_power_of_2(tokens), 32)
+    depth_block = max(triton.next_power_of_2(depth), 32)
+    if keys * depth_block > MAX_KEY_VALUES:
         return reference.int4_attention(
             qkv, heads, scale, grids, limits, row_relative, bias, mask, rows, out_rows
         )
@@ -426,10 +435,11 @@ def int4_attention(
     out = qkv.new_empty(shape) if rows is None else qkv.new_zeros(shape)
     if not windows or not tokens:
         return out
-    keys = max(triton.next_power_of_2(tokens), 32)
-    queries = max(16, min(64, 16384 // keys, triton.next_power_of_2(tokens)))
+    queries = max(16, min(64, 8192 // keys, triton.next_power_of_2(tokens)))
+    blocks = triton.cdiv(tokens, queries)
+    steps = max(1, min(blocks, windows * heads * blocks // MANY_PROGRAMS))
     with torch.cuda.device_of(qkv):
-        attention_kernel[(windows * heads * triton.cdiv(tokens, queries),)](
+        attention_kernel[(windows * heads * triton.cdiv(blocks, steps),)](
             qkv,
             out,
             grids.float().contiguous(),
@@ -442,16 +452,20 @@ def int4_attention(
             windows * tokens if rows is None else qkv.numel() // qkv.shape[-1],
             out_rows,
             scale,
+            steps,
             LIMITS=tuple(limits),
             ROW_RELATIVE=row_relative,
             BIAS=bias is not None,
             MASK=mask is not None,
             INDEXED=rows is not None,
+            WIDE=max(qkv.numel(), windows * tokens) >= 2**31,
             D=depth,
-            BLOCK_D=max(triton.next_power_of_2(depth), 32),
+            BLOCK_D=depth_block,
             BLOCK_Q=queries,
             BLOCK_N=keys,
-            num_warps=8 if queries * keys > 8192 else 4,
+            num_warps=8 if queries * keys >= 8192 else 4,
+            # Nothing to load ahead: a second stage of bias and mask would only take registers.
+            num_stages=1,
             **LAUNCH,
         )
     return out
