@@ -11,8 +11,11 @@ from torch import Tensor
 from ..quant.packing import PANEL
 
 __all__ = [
+    'FLOATS',
     'LAYER_FIELDS',
+    'check_codes',
     'check_conv',
+    'check_float',
     'check_gamma',
     'check_input',
     'check_layer',
@@ -20,6 +23,8 @@ __all__ = [
     'check_norm',
     'check_quantize',
     'check_residual',
+    'check_tensor',
+    'require',
 ]
 
 LAYER_FIELDS = (
@@ -38,7 +43,8 @@ MAX_CODES = 256
 CODE_LIMIT = 2**15
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raises ValueError with ``message`` unless ``condition`` holds."""
     if not condition:
         raise ValueError(message)
 
@@ -47,25 +53,45 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix('torch.')
 
 
-def _check_tensor(
+def check_tensor(
     name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], shape: Sequence[int], device
 ) -> None:
+    """Checks dtype, device and shape.
+
+    Raises:
+        ValueError: What is wrong, in one sentence.
+    """
     wanted = ' or '.join(_name(dtype) for dtype in dtypes)
-    _require(tensor.dtype in dtypes, f'{name} must be {wanted}, got {_name(tensor.dtype)}.')
-    _require(tensor.device == device, f'{name} must be on {device}, got {tensor.device}.')
-    _require(
+    require(tensor.dtype in dtypes, f'{name} must be {wanted}, got {_name(tensor.dtype)}.')
+    require(tensor.device == device, f'{name} must be on {device}, got {tensor.device}.')
+    require(
         list(tensor.shape) == list(shape),
         f'{name} must have shape {list(shape)}, got {list(tensor.shape)}.',
     )
 
 
-def _check_codes(grid: Sequence[int]) -> None:
+def check_codes(grid: Sequence[int]) -> None:
+    """Checks that ``grid`` begins with the ends of a range of codes that fit a byte.
+
+    Raises:
+        ValueError: If they do not.
+    """
     low, high = grid[0], grid[1]
-    _require(
+    require(
         0 <= high - low < MAX_CODES and low >= -CODE_LIMIT and high < CODE_LIMIT,
         f'codes must fit a byte: at most {MAX_CODES} of them within {-CODE_LIMIT}..'
         f'{CODE_LIMIT - 1}, got {low}..{high}.',
     )
+
+
+def check_float(x: Tensor) -> None:
+    """Checks the dtype of an op's input.
+
+    Raises:
+        ValueError: If it is none that is computed in float32.
+    """
+    wanted = ', '.join(_name(dtype) for dtype in FLOATS)
+    require(x.dtype in FLOATS, f'the input must be one of {wanted}, got {_name(x.dtype)}.')
 
 
 def check_input(x: Tensor, columns: int) -> None:
@@ -74,10 +100,9 @@ def check_input(x: Tensor, columns: int) -> None:
     Raises:
         ValueError: If ``x`` is not floating or its last axis is not ``columns`` long.
     """
-    wanted = ', '.join(_name(dtype) for dtype in FLOATS)
-    _require(x.dtype in FLOATS, f'the input must be one of {wanted}, got {_name(x.dtype)}.')
-    _require(x.dim() > 0, 'the input must have at least one axis.')
-    _require(
+    check_float(x)
+    require(x.dim() > 0, 'the input must have at least one axis.')
+    require(
         x.shape[-1] == columns,
         f'the input has {x.shape[-1]} columns, the layer takes {columns}.',
     )
@@ -89,11 +114,11 @@ def check_quantize(x: Tensor, inverse: Tensor, shift: Tensor, grid: Sequence[int
     Raises:
         ValueError: What is wrong, in one sentence.
     """
-    _require(len(grid) >= 2, f'grid must be [code_min, code_max, ...], got {len(grid)} integers.')
-    _check_codes(grid)
-    _require(x.dim() > 0, 'the input must have at least one axis.')
-    _check_tensor('inverse', inverse, (torch.float32,), x.shape[-1:], x.device)
-    _check_tensor('shift', shift, (torch.float32,), x.shape[-1:], x.device)
+    require(len(grid) >= 2, f'grid must be [code_min, code_max, ...], got {len(grid)} integers.')
+    check_codes(grid)
+    require(x.dim() > 0, 'the input must have at least one axis.')
+    check_tensor('inverse', inverse, (torch.float32,), x.shape[-1:], x.device)
+    check_tensor('shift', shift, (torch.float32,), x.shape[-1:], x.device)
     check_input(x, x.shape[-1])
 
 
@@ -109,20 +134,20 @@ def check_layer(layer: Sequence[Tensor], grid: Sequence[int], device: torch.devi
     Raises:
         ValueError: What is wrong, in one sentence.
     """
-    _require(
+    require(
         len(layer) == len(LAYER_FIELDS),
         f'layer must be the {len(LAYER_FIELDS)} tensors {", ".join(LAYER_FIELDS)}; '
         f'got {len(layer)}.',
     )
-    _require(
+    require(
         len(grid) == 3, f'grid must be [code_min, code_max, group_size], got {len(grid)} integers.'
     )
-    _check_codes(grid)
+    check_codes(grid)
     group_size = grid[2]
-    _require(group_size >= 1, f'group_size must be at least 1, got {group_size}.')
+    require(group_size >= 1, f'group_size must be at least 1, got {group_size}.')
     tensors = dict(zip(LAYER_FIELDS, layer, strict=True))
     columns, rows = tensors['inverse'].numel(), tensors['row_scale'].numel()
-    _require(
+    require(
         columns > 0 and rows > 0,
         f'a layer needs columns and rows, got {columns} columns and {rows} rows.',
     )
@@ -142,9 +167,9 @@ def check_layer(layer: Sequence[Tensor], grid: Sequence[int], device: torch.devi
         dtypes = (
             (torch.uint8, torch.int8) if name == 'weight' else (_DTYPES.get(name, torch.float32),)
         )
-        _check_tensor(name, tensor, dtypes, shapes[name], device)
+        check_tensor(name, tensor, dtypes, shapes[name], device)
     widest = grid[1] - grid[0]
-    _require(
+    require(
         widest * 128 * columns < 2**31,
         f'sums over {columns} columns of codes up to {widest} can exceed int32.',
     )
@@ -156,7 +181,7 @@ def check_layer(layer: Sequence[Tensor], grid: Sequence[int], device: torch.devi
 
 def _check_range(name: str, tensor: Tensor, low: int, high: int) -> None:
     least, most = (int(value) for value in tensor.aminmax())
-    _require(
+    require(
         low <= least and most <= high,
         f'{name} must lie in {low}..{high}, got {least}..{most}.',
     )
@@ -168,8 +193,8 @@ def check_norm(norm_weight: Tensor, norm_bias: Tensor, columns: int, device) -> 
     Raises:
         ValueError: What is wrong, in one sentence.
     """
-    _check_tensor('norm_weight', norm_weight, (torch.float32,), (columns,), device)
-    _check_tensor('norm_bias', norm_bias, (torch.float32,), (columns,), device)
+    check_tensor('norm_weight', norm_weight, (torch.float32,), (columns,), device)
+    check_tensor('norm_bias', norm_bias, (torch.float32,), (columns,), device)
 
 
 def check_residual(x: Tensor, residual: Tensor, rows: int) -> None:
@@ -178,7 +203,7 @@ def check_residual(x: Tensor, residual: Tensor, rows: int) -> None:
     Raises:
         ValueError: What is wrong, in one sentence.
     """
-    _check_tensor('residual', residual, FLOATS, (*x.shape[:-1], rows), x.device)
+    check_tensor('residual', residual, FLOATS, (*x.shape[:-1], rows), x.device)
 
 
 def check_gamma(gamma: Tensor | None, rows: int, device) -> None:
@@ -188,7 +213,7 @@ def check_gamma(gamma: Tensor | None, rows: int, device) -> None:
         ValueError: What is wrong, in one sentence.
     """
     if gamma is not None:
-        _check_tensor('gamma', gamma, FLOATS, (rows,), device)
+        check_tensor('gamma', gamma, FLOATS, (rows,), device)
 
 
 def check_mlp(first_rows: int, second_columns: int, columns: int, second_rows: int) -> None:
@@ -197,11 +222,11 @@ def check_mlp(first_rows: int, second_columns: int, columns: int, second_rows: i
     Raises:
         ValueError: What is wrong, in one sentence.
     """
-    _require(
+    require(
         first_rows == second_columns,
         f'the first layer gives {first_rows} columns, the second takes {second_columns}.',
     )
-    _require(
+    require(
         second_rows == columns,
         f'the second layer gives {second_rows} columns, the input has {columns}.',
     )
@@ -213,29 +238,28 @@ def check_conv(x: Tensor, columns: int, geometry: Sequence[int]) -> None:
     Raises:
         ValueError: What is wrong, in one sentence.
     """
-    _require(
+    require(
         len(geometry) == 8,
         'geometry must be kernel, stride, padding, dilation (height, width each), '
         f'got {len(geometry)} integers.',
     )
     kernel, stride, padding, dilation = (geometry[i : i + 2] for i in (0, 2, 4, 6))
-    _require(
+    require(
         min(*kernel, *stride, *dilation) >= 1 and min(padding) >= 0,
         'kernel, stride and dilation must be at least 1 and padding at least 0, '
         f'got {list(geometry)}.',
     )
-    wanted = ', '.join(_name(dtype) for dtype in FLOATS)
-    _require(x.dtype in FLOATS, f'the input must be one of {wanted}, got {_name(x.dtype)}.')
-    _require(x.dim() == 4, f'the input must be (N, C, H, W), got shape {list(x.shape)}.')
+    check_float(x)
+    require(x.dim() == 4, f'the input must be (N, C, H, W), got shape {list(x.shape)}.')
     taken = x.shape[1] * kernel[0] * kernel[1]
-    _require(
+    require(
         taken == columns,
         f'{x.shape[1]} channels under a kernel of {kernel[0]} x {kernel[1]} are {taken} columns, '
         f'the layer takes {columns}.',
     )
     spans = [dilation[i] * (kernel[i] - 1) + 1 for i in (0, 1)]
     sizes = [x.shape[2 + i] + 2 * padding[i] for i in (0, 1)]
-    _require(
+    require(
         sizes[0] >= spans[0] and sizes[1] >= spans[1],
         f'the kernel spans {spans[0]} x {spans[1]}, the padded input is {sizes[0]} x {sizes[1]}.',
     )

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..quant.functional import quantize
 from ..quant.packing import unpack_multiplier_panels, unpack_panels
 from . import checks
+from .attention_checks import check_attention
 from .checks import LAYER_FIELDS
 
 __all__ = ['LAYER_FIELDS']
@@ -154,10 +155,13 @@ def int4_attention(
     rows: Tensor | None,
     out_rows: int,
 ) -> Tensor:
+    check_attention(qkv, heads, grids, limits, bias, mask, rows, out_rows)
     channels = qkv.shape[-1] // 3
     flat = qkv.float().reshape(-1, 3 * channels)
     windows = qkv if rows is None else flat[rows.long()]
     batch, tokens, _ = windows.shape
+    if batch * tokens == 0:
+        return qkv.new_zeros(*(qkv.shape[:-1] if rows is None else (out_rows,)), channels)
     query, key, value = (
         windows.float().reshape(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     )
