@@ -53,7 +53,7 @@ REACHING_OUT = (
 # Entries that name a checkpoint, and those that only training needs (some constructors ask for
 # them, so they stay as None).
 LEFT_OUT = ('init_cfg', 'pretrained')
-TRAINING_ONLY = ('train_cfg',)
+TRAINING_ONLY = ('train_cfg', 'batch_augments')
 FORBIDDEN_KEYS = (
     *LEFT_OUT,
     *TRAINING_ONLY,
