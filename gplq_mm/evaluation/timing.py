@@ -1,0 +1,155 @@
+"""Fair timing: candidates take turns, so that whatever disturbs the machine disturbs all of them.
+
+Several engines in one process keep threads that spin for a while after their work. Between two
+candidates there is a pause, and the first call of a turn is not counted.
+"""
+
+import math
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ['Timing', 'describe_machine', 'interleave']
+
+WARM_UP_CALLS = 3
+# Longer than the threads of OpenMP and ONNX Runtime spin.
+PAUSE = 0.02
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Durations of one candidate.
+
+    Attributes:
+        samples: Milliseconds per call, one sample a round.
+    """
+
+    samples: tuple[float, ...]
+
+    @property
+    def median_ms(self) -> float:
+        """Median over the rounds."""
+        return statistics.median(self.samples)
+
+    @property
+    def quartiles_ms(self) -> tuple[float, float]:
+        """First and third quartile; the median twice for a single round."""
+        if len(self.samples) < 2:
+            return self.median_ms, self.median_ms
+        first, _, third = statistics.quantiles(self.samples, n=4, method='inclusive')
+        return first, third
+
+
+def _duration(call: Callable[[], Any], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) / calls
+
+
+def interleave(
+    candidates: dict[str, Callable[[], Any]],
+    rounds: int = 15,
+    sample_seconds: float = 0.1,
+    pause: float = PAUSE,
+    track: Callable[[Iterable], Iterator] = iter,
+) -> dict[str, Timing]:
+    """Times candidates in turns.
+
+    Every round visits all candidates, starting with another one each time. A turn is a pause,
+    one call that is not counted, and as many calls as fill ``sample_seconds`` (at least one).
+
+    Args:
+        candidates: Name -> a call without arguments.
+        rounds: Turns of each candidate.
+        sample_seconds: Length of a sample.
+        pause: Seconds of rest before a turn.
+        track: Wraps the rounds to show progress.
+
+    Returns:
+        Name -> timing, in the order of ``candidates``.
+
+    Raises:
+        ValueError: If ``rounds`` is below 1.
+    """
+    if rounds < 1:
+        raise ValueError(f'rounds={rounds} must be at least 1.')
+    calls = {}
+    for name, call in candidates.items():
+        for _ in range(WARM_UP_CALLS - 1):
+            call()
+        calls[name] = max(1, math.ceil(sample_seconds / max(_duration(call, 1), 1e-7)))
+    names = list(candidates)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for index in track(range(rounds)):
+        first = index % max(len(names), 1)
+        for name in names[first:] + names[:first]:
+            time.sleep(pause)
+            candidates[name]()
+            samples[name].append(1e3 * _duration(candidates[name], calls[name]))
+    return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+def _cpu_name() -> str:
+    try:
+        text = Path('/proc/cpuinfo').read_text(encoding='utf-8')
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(':')[2].strip() for line in text.splitlines() if 'model name' in line]
+    return names[0] if names else platform.machine()
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that this file is part of, with ``-dirty`` for changed files."""
+    here = Path(__file__)
+    git = ['git', '-C', str(here.parent)]
+    try:
+        for command in (
+            # Inside a virtual environment git may find a checkout of something else.
+            [*git, 'ls-files', '--error-unmatch', here.name],
+            [*git, 'describe', '--always', '--dirty', '--abbrev=40'],
+        ):
+            answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def describe_machine(packages: Iterable[str]) -> dict[str, Any]:
+    """Where a measurement was taken.
+
+    Args:
+        packages: Distributions whose versions are noted.
+
+    Returns:
+        ``cpu``, ``isa`` (as torch names it), ``cores`` (those this process may use), ``load``
+        (runnable processes, mean over the last minute), ``python``, ``platform``, ``versions``
+        (None where a package is absent), ``commit`` (None outside a checkout), ``time`` (UTC).
+    """
+    versions: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        'cpu': _cpu_name(),
+        'isa': torch.backends.cpu.get_cpu_capability(),
+        'cores': len(os.sched_getaffinity(0)),
+        'load': os.getloadavg()[0],
+        'python': platform.python_version(),
+        'platform': platform.platform(),
+        'versions': versions,
+        'commit': _commit(),
+        'time': datetime.now(timezone.utc).isoformat(timespec='seconds'),
+    }

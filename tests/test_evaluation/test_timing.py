@@ -1,0 +1,72 @@
+"""Candidates take turns, and a machine is described."""
+
+import time
+
+import pytest
+
+from gplq_mm.evaluation.timing import Timing, describe_machine, interleave
+
+
+def test_rounds_visit_every_candidate_and_start_with_another_each_time():
+    calls = []
+    candidates = {name: (lambda name=name: calls.append(name)) for name in 'abc'}
+    timings = interleave(candidates, rounds=3, sample_seconds=0, pause=0)
+    assert list(timings) == ['a', 'b', 'c']
+    assert all(len(timing.samples) == 3 for timing in timings.values())
+    # Three calls to warm up; a turn is one call that is not counted and one that is.
+    assert calls[:9] == list('aaabbbccc')
+    assert ''.join(calls[9::2]) == 'abc' + 'bca' + 'cab'
+    assert calls[9::2] == calls[10::2]
+
+
+def test_a_sample_is_as_many_calls_as_fill_it():
+    count = 0
+
+    def call() -> None:
+        nonlocal count
+        count += 1
+        time.sleep(0.002)
+
+    (timing,) = interleave({'a': call}, rounds=1, sample_seconds=0.02, pause=0).values()
+    assert 6 <= count <= 3 + 1 + 10
+    assert 2 <= timing.median_ms < 10
+
+
+def test_durations_are_milliseconds_per_call():
+    candidates = {'short': lambda: time.sleep(0.001), 'long': lambda: time.sleep(0.02)}
+    timings = interleave(candidates, rounds=3, sample_seconds=0.01, pause=0)
+    assert timings['long'].median_ms >= 20
+    assert timings['short'].median_ms < timings['long'].median_ms / 2
+
+
+def test_statistics():
+    timing = Timing((4.0, 1.0, 3.0, 2.0, 5.0))
+    assert timing.median_ms == 3.0
+    assert timing.quartiles_ms == (2.0, 4.0)
+    assert Timing((7.0,)).quartiles_ms == (7.0, 7.0)
+
+
+def test_no_round_is_an_error():
+    with pytest.raises(ValueError, match='at least 1'):
+        interleave({'a': int}, rounds=0)
+
+
+def test_progress_sees_the_rounds():
+    seen = []
+
+    def track(items):
+        for item in items:
+            seen.append(item)
+            yield item
+
+    interleave({'a': int}, rounds=2, sample_seconds=0, pause=0, track=track)
+    assert seen == [0, 1]
+
+
+def test_machine():
+    machine = describe_machine(['torch', 'no-such-package'])
+    assert machine['versions'].keys() == {'torch', 'no-such-package'}
+    assert machine['versions']['torch'].startswith('2.')
+    assert machine['versions']['no-such-package'] is None
+    assert machine['cores'] >= 1
+    assert machine['cpu']

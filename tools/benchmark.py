@@ -1,0 +1,406 @@
+"""Measure the packed layers and models against what a user could run instead, in one run.
+
+All candidates take turns, on the same number of threads; a row is the median over the rounds.
+"""
+
+import argparse
+import copy
+import csv
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from io import BytesIO, StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from gplq_mm.checkpoint import atomic_write
+from gplq_mm.deploy.peers import PACKAGES, PEERS, PeerUnavailable, build_peer
+from gplq_mm.deploy.synthetic import synthetic_linear, synthetic_model
+from gplq_mm.engine import one_line_errors
+from gplq_mm.evaluation.timing import Timing, describe_machine, interleave
+from gplq_mm.ops import native
+from gplq_mm.registry import MODELS
+
+OURS = 'gplq_int4'
+LINEAR_IMPLS = (OURS, 'torch_fp32', 'torch_bf16', 'torch_int8')
+MODEL_IMPLS = (OURS, *PEERS)
+CONFIGS = Path(__file__).resolve().parent.parent / 'configs'
+ARCHITECTURES = {
+    'vit-tiny': '_base_/models/vit-tiny_p16_224.py',
+    'deit-tiny': 'gplq/gplq_deit-tiny_w4a4_8xb16-1e_in1k.py',
+    'deit-small': 'gplq/gplq_deit-small_w4a4_8xb16-1e_in1k.py',
+    'deit-base': 'gplq/gplq_deit-base_w4a4_8xb16-1e_in1k.py',
+    'swin-tiny': 'gplq/gplq_swin-tiny_w4a4_8xb16-1e_in1k.py',
+}
+# Above this something else is using the machine.
+QUIET_LOAD = 0.5
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest='command', required=True)
+
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument('--batch', type=positive, nargs='+', default=[8], help='images at a time')
+    shared.add_argument(
+        '--threads', type=positive, default=len(os.sched_getaffinity(0)), help='of every engine'
+    )
+    shared.add_argument('--rounds', type=positive, default=15, help='turns of every candidate')
+    shared.add_argument(
+        '--out', metavar='FILE.json', type=json_path, help='rows; a .csv and a .png come beside it'
+    )
+
+    linear = commands.add_parser('linear', parents=[shared], help='single linear layers')
+    linear.add_argument(
+        '--shapes',
+        nargs='+',
+        default=['deit-small'],
+        metavar='SHAPES',
+        help=f'MxKxN (rows, inputs, outputs), or the layers of {", ".join(ARCHITECTURES)} or of '
+        'a config file',
+    )
+    linear.add_argument('--impls', nargs='+', choices=LINEAR_IMPLS, default=list(LINEAR_IMPLS))
+    linear.set_defaults(run=run_linear)
+
+    model = commands.add_parser('model', parents=[shared], help='whole models')
+    model.add_argument(
+        '--model',
+        nargs='+',
+        default=['deit-small'],
+        help=f'{", ".join(ARCHITECTURES)}, or a config file',
+    )
+    model.add_argument('--impls', nargs='+', choices=MODEL_IMPLS, default=list(MODEL_IMPLS))
+    model.add_argument(
+        '--compensation',
+        choices=['none', 'QwT', 'QwTv2'],
+        default='none',
+        help='map beside every block of our model',
+    )
+    model.set_defaults(run=run_model)
+    args = parser.parse_args(argv)
+    if OURS not in args.impls:
+        # Ratios are those to ours.
+        args.impls.insert(0, OURS)
+    return args
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'{text} must be at least 1')
+    return value
+
+
+def json_path(text: str) -> Path:
+    path = Path(text)
+    if path.suffix != '.json':
+        raise argparse.ArgumentTypeError(f'{text} must end in .json')
+    return path
+
+
+# -- what is measured ---------------------------------------------------------------------
+
+
+def build_float(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
+    """Float model with random weights, and the shape of its images."""
+    path = CONFIGS / ARCHITECTURES[name] if name in ARCHITECTURES else Path(name)
+    if name not in ARCHITECTURES and path.suffix != '.py':
+        sys.exit(
+            f'unknown model {name!r}: give one of {", ".join(ARCHITECTURES)}, or a config file.'
+        )
+    cfg = Config.fromfile(path)
+    if 'model' not in cfg:
+        sys.exit(f'{path} has no "model".')
+    init_default_scope(cfg.get('default_scope', 'mmpretrain'))
+    architecture = copy.deepcopy(cfg.model.get('architecture', cfg.model))
+    # Training only, and it says so in the log.
+    architecture.pop('train_cfg', None)
+    torch.manual_seed(0)
+    model = MODELS.build(architecture).eval().requires_grad_(False)
+    size = architecture.backbone.get('img_size', 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    return model, (architecture.backbone.get('in_channels', 3), height, width)
+
+
+@torch.no_grad()
+def layer_shapes(name: str, batch: int) -> list[tuple[int, int, int]]:
+    """Rows, inputs and outputs of every different Linear of a model, in order."""
+    model, image = build_float(name)
+    found: dict[tuple[int, int, int], None] = {}
+
+    def note(layer: nn.Linear, args: tuple[Tensor]) -> None:
+        rows = args[0].numel() // layer.in_features
+        found.setdefault((rows * batch, layer.in_features, layer.out_features))
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(note)
+    model(torch.zeros(1, *image))
+    return list(found)
+
+
+def parse_shapes(texts: list[str], batches: list[int]) -> list[tuple[int, int, int]]:
+    """Shapes of ``--shapes``; a shape given in numbers has its rows and takes no batch."""
+    found: dict[tuple[int, int, int], None] = {}
+    for text in texts:
+        if re.fullmatch(r'\d+x\d+x\d+', text):
+            shape = tuple(map(int, text.split('x')))
+            if min(shape) < 1:
+                sys.exit(f'shape {text} has an empty side.')
+            found.setdefault(shape)
+        elif re.fullmatch(r'[\dx]+', text):
+            sys.exit(f'shape {text!r} is not of the form MxKxN, such as 1576x384x1536.')
+        else:
+            for batch in batches:
+                found.update(dict.fromkeys(layer_shapes(text, batch)))
+    return list(found)
+
+
+def linear_candidates(
+    shape: tuple[int, int, int], impls: list[str]
+) -> dict[str, Callable[[], Any]]:
+    """Calls by implementation, all from random data."""
+    rows, inputs, outputs = shape
+    torch.manual_seed(0)
+    x, layer = torch.randn(rows, inputs), nn.Linear(inputs, outputs)
+    layer.requires_grad_(False)
+    build = {
+        OURS: lambda: _bound(synthetic_linear(layer, x), x),
+        'torch_fp32': lambda: _bound(F.linear, x, layer.weight, layer.bias),
+        'torch_bf16': lambda: _bound(
+            F.linear, *(t.bfloat16() for t in (x, layer.weight, layer.bias))
+        ),
+        # Codes in, int32 sums out: no quantization, no scale, no bias.
+        'torch_int8': lambda: _bound(
+            torch._int_mm,
+            torch.randint(-8, 8, (rows, inputs), dtype=torch.int8),
+            torch.randint(-8, 8, (outputs, inputs), dtype=torch.int8).t(),
+        ),
+    }
+    return {name: build[name]() for name in impls}
+
+
+def _bound(function: Callable, *args) -> Callable[[], Any]:
+    @torch.inference_mode()
+    def call():
+        return function(*args)
+
+    return call
+
+
+def model_candidates(
+    model: nn.Module, images: Tensor, args: argparse.Namespace, console: Console
+) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """Calls by implementation, and why others are left out."""
+    candidates, skipped = {}, {}
+    compensation = None if args.compensation == 'none' else args.compensation
+    with torch.no_grad():
+        expected = model(images).shape
+    for name in args.impls:
+        with console.status(f'preparing {name}'):
+            try:
+                if name == OURS:
+                    deployed = synthetic_model(copy.deepcopy(model), images, compensation)
+                    candidates[name] = _bound(deployed, images)
+                else:
+                    candidates[name] = build_peer(name, model, images, args.threads)
+            except PeerUnavailable as error:
+                skipped[name] = str(error)
+                console.print(f'skipped {name}: {error}', style='yellow', markup=False)
+                continue
+        if tuple(candidates[name]().shape) != tuple(expected):
+            raise RuntimeError(f'{name} does not compute the model: its output has another shape.')
+    return candidates, skipped
+
+
+@torch.no_grad()
+def count_operations(model: nn.Module, images: Tensor) -> int:
+    """Multiplications and additions of all matrix products and convolutions."""
+
+    def attention(query, key, value, *_args, **_kwargs) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    # torch counts attention on GPUs only.
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FlopCounterMode(display=False, custom_mapping={fused: attention}) as counter:
+        model(images)
+    return counter.get_total_flops()
+
+
+# -- running and reporting ----------------------------------------------------------------
+
+
+def measure(
+    candidates: dict[str, Callable[[], Any]], rounds: int, label: str, console: Console
+) -> dict[str, Timing]:
+    """Times candidates with a progress bar."""
+    with Progress(console=console, transient=True) as progress:
+
+        def track(items: Iterable) -> Iterator:
+            return progress.track(items, description=label)
+
+        return interleave(candidates, rounds, track=track)
+
+
+def rows_of(
+    name: str, subject: dict, args: argparse.Namespace, timings: dict[str, Timing], operations: int
+) -> list[dict]:
+    """Rows of the result file; ``times_ours`` is the duration in multiples of ours."""
+    ours = timings[OURS].median_ms
+    return [
+        {
+            'name': name,
+            **subject,
+            'threads': args.threads,
+            'impl': impl,
+            'median_ms': timing.median_ms,
+            'gops': operations / timing.median_ms / 1e6,
+            'times_ours': timing.median_ms / ours,
+            'quartile1_ms': timing.quartiles_ms[0],
+            'quartile3_ms': timing.quartiles_ms[1],
+            'rounds': len(timing.samples),
+        }
+        for impl, timing in timings.items()
+    ]
+
+
+def run_linear(args: argparse.Namespace, console: Console) -> tuple[list[dict], dict]:
+    rows = []
+    shapes = parse_shapes(args.shapes, args.batch)
+    for index, shape in enumerate(shapes, start=1):
+        label = 'x'.join(map(str, shape))
+        candidates = linear_candidates(shape, args.impls)
+        timings = measure(candidates, args.rounds, f'{label} ({index} of {len(shapes)})', console)
+        operations = 2 * shape[0] * shape[1] * shape[2]
+        subject = {'shape': label}
+        rows += rows_of('linear', subject, args, timings, operations)
+        show(rows[-len(timings) :], f'{label} (rows x inputs x outputs)', console)
+    return rows, {}
+
+
+def run_model(args: argparse.Namespace, console: Console) -> tuple[list[dict], dict]:
+    rows, skipped = [], {}
+    for name in args.model:
+        model, image = build_float(name)
+        for batch in args.batch:
+            label = f'{Path(name).stem if name not in ARCHITECTURES else name}, batch {batch}'
+            images = torch.randn(batch, *image)
+            candidates, left_out = model_candidates(model, images, args, console)
+            skipped.update(left_out)
+            timings = measure(candidates, args.rounds, label, console)
+            subject = {
+                'model': label.partition(',')[0],
+                'batch': batch,
+                'compensation': args.compensation,
+            }
+            rows += rows_of('model', subject, args, timings, count_operations(model, images))
+            show(
+                rows[-len(timings) :],
+                f'{label}, {args.threads} threads, our compensation: {args.compensation}',
+                console,
+            )
+    return rows, skipped
+
+
+def show(rows: list[dict], title: str, console: Console) -> None:
+    """Prints one comparison."""
+    table = Table(title=title, title_justify='left')
+    table.add_column('implementation')
+    for heading in ('median ms', 'quartiles', 'GOPS', 'time / ours'):
+        table.add_column(heading, justify='right')
+    for row in rows:
+        table.add_row(
+            row['impl'],
+            f'{row["median_ms"]:.3g}',
+            f'{row["quartile1_ms"]:.3g} to {row["quartile3_ms"]:.3g}',
+            f'{row["gops"]:.0f}',
+            f'{row["times_ours"]:.2f}',
+            style='bold' if row['impl'] == OURS else None,
+        )
+    console.print(table)
+
+
+def draw(rows: list[dict]) -> bytes:
+    """Bars of the durations relative to ours, one panel for each comparison, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        title = row.get('shape') or f'{row["model"]}, batch {row["batch"]}'
+        groups.setdefault(title, []).append(row)
+    figure = Figure(figsize=(8, 0.6 + 2.0 * len(groups)), layout='constrained')
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(groups), 1, squeeze=False)[:, 0]
+    for panel, (title, group) in zip(panels, groups.items(), strict=True):
+        colors = ['tab:orange' if row['impl'] == OURS else 'tab:blue' for row in group]
+        bars = panel.barh(
+            [row['impl'] for row in group], [row['times_ours'] for row in group], color=colors
+        )
+        panel.bar_label(bars, [f'{row["median_ms"]:.3g} ms' for row in group], padding=3)
+        panel.set_title(f'{title}, {group[0]["threads"]} threads', loc='left', fontsize=10)
+        panel.margins(x=0.15)
+        panel.invert_yaxis()
+    panels[-1].set_xlabel('time / ours (shorter is faster)')
+    buffer = BytesIO()
+    figure.savefig(buffer, format='png', dpi=120)
+    return buffer.getvalue()
+
+
+def write(path: Path, rows: list[dict], skipped: dict, environment: dict) -> None:
+    """Writes ``path`` (JSON) and beside it the rows as CSV and the plot as PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {'environment': environment, 'rows': rows, 'skipped': skipped}
+    table = StringIO()
+    writer = csv.DictWriter(table, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    files = {
+        path: json.dumps(result, indent=2).encode(),
+        path.with_suffix('.csv'): table.getvalue().encode(),
+        path.with_suffix('.png'): draw(rows),
+    }
+    for file, content in files.items():
+        atomic_write(file, lambda stream, content=content: stream.write(content))
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    logging.getLogger('mmengine').setLevel(logging.WARNING)
+    console = Console()
+    with one_line_errors():
+        environment = describe_machine(('gplq_mm', *PACKAGES))
+        environment['kernels'] = native.backend()
+        if environment['load'] > QUIET_LOAD:
+            console.print(
+                f'Something else uses this machine (load {environment["load"]:.1f}): medians of '
+                'turns still compare, absolute times do not.',
+                style='yellow',
+            )
+        if args.threads > environment['cores']:
+            sys.exit(
+                f'--threads {args.threads}: this process may use {environment["cores"]} cores.'
+            )
+        torch.set_num_threads(args.threads)
+        rows, skipped = args.run(args, console)
+        if args.out is not None:
+            write(args.out, rows, skipped, environment)
+            for suffix in ('.json', '.csv', '.png'):
+                console.print(f'{args.out.with_suffix(suffix)}', soft_wrap=True, highlight=False)
+
+
+if __name__ == '__main__':
+    main()
