@@ -112,10 +112,11 @@ Shape check_attention(const Tensor& qkv, int64_t heads, const Tensor& grids,
   return shape;
 }
 
-// What is subtracted from codes so that they start at 0, or fit a signed byte.
+// What is subtracted from codes so that they start at 0; or so that 0 is in their middle: then
+// they fit a signed byte, and sums and what is to be subtracted from them stay small.
 int32_t base_of(int64_t low, int64_t high, bool is_signed) {
-  if (!is_signed) return static_cast<int32_t>(low);
-  return static_cast<int32_t>(low >= -128 && high <= 127 ? 0 : low + 128);
+  const auto middle = std::floor(static_cast<double>(low + high + 1) / 2);
+  return static_cast<int32_t>(is_signed ? middle : static_cast<double>(low));
 }
 
 class Constants {
