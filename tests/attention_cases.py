@@ -144,7 +144,6 @@ class Bounds:
 
     def __init__(self, case: AttentionCase):
         self.case = case
-        columns = case.qkv.shape[-1]
         qkv = case.qkv.float()
         windows = qkv if case.rows is None else qkv[case.rows.long()]
         self.batch, self.tokens, _ = windows.shape
