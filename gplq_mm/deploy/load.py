@@ -17,6 +17,7 @@ from ..layers import (
 )
 from ..layers.attention import OPERANDS, attention_adapter_of
 from ..layers.replace import set_module
+from ..ops.device import resolve_device
 from ..quant import PolicyError, SiteSpec
 from ..quant.spec import SITE_GRANULARITIES
 from .architecture import build_architecture, check_pipeline, check_scope, decode
@@ -42,7 +43,8 @@ def load(path: str | os.PathLike, device: str | torch.device = 'cpu') -> nn.Modu
 
     Args:
         path: File of :func:`gplq_mm.deploy.save`.
-        device: Where the model goes.
+        device: ``'cpu'`` or ``'cuda'``. Without a usable GPU the model stays on the CPU, and a
+            warning says so once.
 
     Returns:
         The model in eval mode, ready for ``model(images)`` and for the inference APIs of
@@ -53,13 +55,14 @@ def load(path: str | os.PathLike, device: str | torch.device = 'cpu') -> nn.Modu
     Raises:
         DeployError: For a file that is missing, truncated, changed, foreign, of another version,
             or that does not describe a model the installed packages can build.
+        ValueError: If the device is neither a CPU nor a CUDA device of this machine.
     """
     header, tensors = read_file(path)
     try:
         model = _assemble(header, TensorTable(tensors))
     except DeployError as error:
         raise DeployError(f'{path}: {error}') from error
-    return model.to(device)
+    return model.to(resolve_device(device))
 
 
 def _section(header: Mapping, key: str, kind: type) -> Any:

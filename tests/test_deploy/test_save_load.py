@@ -75,6 +75,14 @@ def test_a_loaded_model_copies_and_moves(saved):
     assert torch.equal(fresh(x), expected)
 
 
+def test_without_a_gpu_a_model_stays_on_the_cpu(saved, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    loaded = load(saved['vit'][1], device='cuda')
+    assert {tensor.device.type for tensor in loaded.state_dict().values()} == {'cpu'}
+    with pytest.raises(ValueError, match='cpu'):
+        load(saved['vit'][1], device='meta')
+
+
 def test_the_random_state_is_left_alone(saved):
     torch.manual_seed(5)
     expected = torch.rand(3)
