@@ -219,7 +219,7 @@ class _Budget(TorchFunctionMode):
     FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
     RANGES = (torch.arange, torch.linspace, torch.eye)
     # A module costs memory beside its tensors.
-    LEAST = 256
+    LEAST = 2048
 
     def __init__(self, elements: int):
         super().__init__()
