@@ -22,8 +22,6 @@ constexpr int64_t kGrainElements = 1 << 14;
 
 Tensor real_tensor(const Tensor& x) { return x.to(at::kFloat).contiguous(); }
 
-int64_t rows_of(const Tensor& x, int64_t columns) { return x.numel() / columns; }
-
 // body(first, count) over ranges of rows.
 template <typename Body>
 void for_rows(int64_t rows, int64_t columns, const Body& body) {
@@ -31,42 +29,46 @@ void for_rows(int64_t rows, int64_t columns, const Body& body) {
   parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { body(begin, end - begin); });
 }
 
-// Codes of x (rows, columns), padded to code_stride.
-Tensor codes_of(const Tensor& x, const ActGrid& grid, int64_t columns) {
-  const int64_t rows = rows_of(x, columns), stride = code_stride(columns);
-  Tensor codes = at::empty({rows, stride}, at::kByte);
-  const float* from = x.const_data_ptr<float>();
-  auto* to = codes.mutable_data_ptr<uint8_t>();
+using InputCodes = Codes<Use::codes>;
+using HiddenCodes = Codes<Use::hidden_codes>;
+
+// Codes of x (..., columns).
+InputCodes codes_of(const Tensor& x, const Layer& layer) {
+  const int64_t columns = layer.columns();
+  InputCodes codes(x.numel() / columns, columns);
+  const Tensor real = real_tensor(x);
+  const float* from = real.const_data_ptr<float>();
   const Kernels& kernel = kernels();
-  for_rows(rows, columns, [&](int64_t first, int64_t count) {
-    kernel.quantize(from + first * columns, count, columns, grid, to + first * stride, stride);
+  for_rows(codes.rows(), columns, [&](int64_t first, int64_t count) {
+    kernel.quantize(from + first * columns, count, columns, layer.grid(), codes.row(first),
+                    codes.stride());
   });
   return codes;
 }
 
-Tensor norm_codes_of(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps,
-                     const ActGrid& grid, int64_t columns) {
-  const int64_t rows = rows_of(x, columns), stride = code_stride(columns);
-  Tensor codes = at::empty({rows, stride}, at::kByte);
-  const Tensor scales = weight.contiguous(), shifts = bias.contiguous();
-  const float* from = x.const_data_ptr<float>();
+// Codes of layer_norm(x).
+InputCodes norm_codes_of(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps,
+                         const Layer& layer) {
+  const int64_t columns = layer.columns();
+  InputCodes codes(x.numel() / columns, columns);
+  const Tensor real = real_tensor(x), scales = weight.contiguous(), shifts = bias.contiguous();
+  const float* from = real.const_data_ptr<float>();
   const float* scale = scales.const_data_ptr<float>();
   const float* shift = shifts.const_data_ptr<float>();
-  auto* to = codes.mutable_data_ptr<uint8_t>();
   const Kernels& kernel = kernels();
-  for_rows(rows, columns, [&](int64_t first, int64_t count) {
+  for_rows(codes.rows(), columns, [&](int64_t first, int64_t count) {
     kernel.norm_quantize(from + first * columns, count, columns, scale, shift,
-                         static_cast<float>(eps), grid, to + first * stride, stride);
+                         static_cast<float>(eps), layer.grid(), codes.row(first), codes.stride());
   });
   return codes;
 }
 
 // Codes times the layer, int32 (accumulator) or float32 of the given shape.
-Tensor product(const Tensor& codes, const Layer& layer, at::IntArrayRef shape, Output kind) {
+Tensor product(const InputCodes& codes, const Layer& layer, at::IntArrayRef shape, Output kind) {
   const bool sums = kind == Output::accumulator;
   Tensor out = at::empty(shape, sums ? at::kInt : at::kFloat);
   char* data = static_cast<char*>(out.mutable_data_ptr());
-  multiply(codes.const_data_ptr<uint8_t>(), codes.size(0), layer, [&](int64_t panel) {
+  multiply(codes, layer, [&](int64_t panel) {
     Epilogue epilogue = layer.epilogue(panel, kind);
     epilogue.out = data + panel * kPanel * 4;
     epilogue.out_stride = layer.rows();
@@ -76,14 +78,16 @@ Tensor product(const Tensor& codes, const Layer& layer, at::IntArrayRef shape, O
 }
 
 // residual + gamma * layer(codes), float32 of the residual's shape.
-Tensor product_add(const Tensor& codes, const Layer& layer, const Tensor& residual,
+template <Use use>
+Tensor product_add(const Codes<use>& codes, const Layer& layer, const Tensor& residual,
                    const OptionalTensor& gamma) {
   Tensor out = at::empty(residual.sizes(), at::kFloat);
+  const Tensor real = real_tensor(residual);
   const Tensor gammas = gamma.has_value() ? real_tensor(*gamma) : Tensor();
-  const float* added = residual.const_data_ptr<float>();
+  const float* added = real.const_data_ptr<float>();
   const float* scale = gammas.defined() ? gammas.const_data_ptr<float>() : nullptr;
   float* data = out.mutable_data_ptr<float>();
-  multiply(codes.const_data_ptr<uint8_t>(), codes.size(0), layer, [&](int64_t panel) {
+  multiply(codes, layer, [&](int64_t panel) {
     Epilogue epilogue = layer.epilogue(panel, Output::residual);
     epilogue.gamma = scale == nullptr ? nullptr : scale + panel * kPanel;
     epilogue.residual = added + panel * kPanel;
@@ -96,23 +100,22 @@ Tensor product_add(const Tensor& codes, const Layer& layer, const Tensor& residu
 }
 
 // Codes of gelu(layer(codes)) on the grid of the next layer.
-Tensor product_gelu_codes(const Tensor& codes, const Layer& layer, const ActGrid& next) {
-  const int64_t rows = codes.size(0), stride = code_stride(layer.rows());
-  Tensor out = at::empty({rows, stride}, at::kByte);
-  auto* data = out.mutable_data_ptr<uint8_t>();
-  for (int64_t row = 0; row < rows; ++row) {
-    std::memset(data + row * stride + layer.rows(), 0, static_cast<size_t>(stride - layer.rows()));
+HiddenCodes product_gelu_codes(const InputCodes& codes, const Layer& layer, const ActGrid& next) {
+  HiddenCodes hidden(codes.rows(), layer.rows());
+  const auto padding = static_cast<size_t>(hidden.stride() - layer.rows());
+  for (int64_t row = 0; row < hidden.rows(); ++row) {
+    std::memset(hidden.row(row) + layer.rows(), 0, padding);
   }
-  multiply(codes.const_data_ptr<uint8_t>(), rows, layer, [&](int64_t panel) {
+  multiply(codes, layer, [&](int64_t panel) {
     Epilogue epilogue = layer.epilogue(panel, Output::gelu_codes);
     epilogue.next = next;
     epilogue.next.inverse += panel * kPanel;
     epilogue.next.shift += panel * kPanel;
-    epilogue.out = data + panel * kPanel;
-    epilogue.out_stride = stride;
+    epilogue.out = hidden.row(0) + panel * kPanel;
+    epilogue.out_stride = hidden.stride();
     return epilogue;
   });
-  return out;
+  return hidden;
 }
 
 std::vector<int64_t> output_shape(const Tensor& x, int64_t rows) {
@@ -132,7 +135,7 @@ Tensor quantize_codes(const Tensor& x, const Tensor& inverse, const Tensor& shif
   const float* from = real.const_data_ptr<float>();
   auto* to = codes.mutable_data_ptr<uint8_t>();
   const Kernels& kernel = kernels();
-  for_rows(rows_of(x, columns), columns, [&](int64_t first, int64_t count) {
+  for_rows(x.numel() / columns, columns, [&](int64_t first, int64_t count) {
     kernel.quantize(from + first * columns, count, columns, act, to + first * columns, columns);
   });
   return codes;
@@ -141,14 +144,14 @@ Tensor quantize_codes(const Tensor& x, const Tensor& inverse, const Tensor& shif
 Tensor int4_accumulate(const Tensor& x, at::TensorList tensors, at::IntArrayRef grid) {
   const Layer layer(tensors, grid);
   check_input(x, layer.columns());
-  const Tensor codes = codes_of(real_tensor(x), layer.grid(), layer.columns());
+  const InputCodes codes = codes_of(x, layer);
   return product(codes, layer, output_shape(x, layer.rows()), Output::accumulator);
 }
 
 Tensor int4_linear(const Tensor& x, at::TensorList tensors, at::IntArrayRef grid) {
   const Layer layer(tensors, grid);
   check_input(x, layer.columns());
-  const Tensor codes = codes_of(real_tensor(x), layer.grid(), layer.columns());
+  const InputCodes codes = codes_of(x, layer);
   return product(codes, layer, output_shape(x, layer.rows()), Output::real).to(x.scalar_type());
 }
 
@@ -158,8 +161,8 @@ Tensor int4_linear_add(const Tensor& x, at::TensorList tensors, at::IntArrayRef 
   check_input(x, layer.columns());
   check_residual(x, residual, layer.rows());
   check_gamma(gamma, layer.rows());
-  const Tensor codes = codes_of(real_tensor(x), layer.grid(), layer.columns());
-  return product_add(codes, layer, real_tensor(residual), gamma).to(residual.scalar_type());
+  const InputCodes codes = codes_of(x, layer);
+  return product_add(codes, layer, residual, gamma).to(residual.scalar_type());
 }
 
 Tensor int4_norm_linear(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias,
@@ -167,8 +170,7 @@ Tensor int4_norm_linear(const Tensor& x, const Tensor& norm_weight, const Tensor
   const Layer layer(tensors, grid);
   check_input(x, layer.columns());
   check_norm(norm_weight, norm_bias, layer.columns());
-  const Tensor codes =
-      norm_codes_of(real_tensor(x), norm_weight, norm_bias, eps, layer.grid(), layer.columns());
+  const InputCodes codes = norm_codes_of(x, norm_weight, norm_bias, eps, layer);
   return product(codes, layer, output_shape(x, layer.rows()), Output::real).to(x.scalar_type());
 }
 
@@ -181,9 +183,8 @@ Tensor int4_mlp(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_b
   check_mlp(first, second, first.columns());
   check_gamma(gamma, second.rows());
   const Tensor real = real_tensor(x);
-  const Tensor codes =
-      norm_codes_of(real, norm_weight, norm_bias, eps, first.grid(), first.columns());
-  const Tensor hidden = product_gelu_codes(codes, first, second.grid());
+  const InputCodes codes = norm_codes_of(real, norm_weight, norm_bias, eps, first);
+  const HiddenCodes hidden = product_gelu_codes(codes, first, second.grid());
   return product_add(hidden, second, real, gamma).to(x.scalar_type());
 }
 
@@ -234,19 +235,18 @@ Tensor int4_conv2d(const Tensor& x, at::TensorList tensors, at::IntArrayRef grid
 
   const Tensor real = real_tensor(x);
   const int64_t pixels = g.out_height * g.out_width, rows = x.size(0) * pixels;
-  const int64_t stride = code_stride(columns), image = g.channels * g.height * g.width;
-  Tensor codes = at::empty({rows, stride}, at::kByte);
+  const int64_t image = g.channels * g.height * g.width;
+  InputCodes codes(rows, columns);
   const float* from = real.const_data_ptr<float>();
-  auto* to = codes.mutable_data_ptr<uint8_t>();
   const Kernels& kernel = kernels();
   // The padding is quantized with the rest: it gets the code of a real zero.
   for_rows(rows, columns, [&](int64_t first, int64_t rows_here) {
-    auto* window = thread_buffer<float>(columns);
+    auto* window = thread_buffer<Use::window, float>(columns);
     for (int64_t row = first; row < first + rows_here; ++row) {
       const int64_t pixel = row % pixels;
       gather_window(from + row / pixels * image, g, pixel / g.out_width, pixel % g.out_width,
                     window);
-      kernel.quantize(window, 1, columns, layer.grid(), to + row * stride, stride);
+      kernel.quantize(window, 1, columns, layer.grid(), codes.row(row), codes.stride());
     }
   });
   // Channels last: the rows of the product as they are.

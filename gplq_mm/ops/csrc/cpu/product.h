@@ -1,6 +1,8 @@
 // The product of activation codes and a packed layer, on all threads.
 #pragma once
 
+#include <ATen/ops/empty.h>
+
 #include <algorithm>
 #include <cstddef>
 #include <new>
@@ -10,9 +12,12 @@
 
 namespace gplq_mm {
 
-// Memory of a thread that is kept for its next use; grows, never shrinks. A panel of 64 rows is
-// all that is ever unpacked, so it stays below a megabyte for the layers of vision models.
-template <typename Value>
+// What a buffer is for; each has its own memory in each thread.
+enum class Use { panel, window, codes, hidden_codes };
+
+// Memory of a thread that is kept for its next use; grows, never shrinks. Allocating afresh
+// would make the kernel clear the pages each time, which costs several percent of a layer.
+template <Use use, typename Value>
 Value* thread_buffer(int64_t count) {
   struct Buffer {
     ~Buffer() { ::operator delete[](data, std::align_val_t{64}); }
@@ -33,6 +38,30 @@ Value* thread_buffer(int64_t count) {
 
 // Bytes from one row of codes to the next.
 inline int64_t code_stride(int64_t columns) { return round_up(columns, 64); }
+
+// Codes (rows, code_stride(columns)) while an op runs: in a kept buffer of the calling thread,
+// or, where they are large, in memory of their own.
+template <Use use>
+class Codes {
+ public:
+  Codes(int64_t rows, int64_t columns) : rows_(rows), stride_(code_stride(columns)) {
+    constexpr int64_t kKept = 1 << 24;
+    const int64_t bytes = rows_ * stride_;
+    if (bytes > kKept) own_ = at::empty({bytes}, at::kByte);
+    data_ = own_.defined() ? own_.mutable_data_ptr<uint8_t>() : thread_buffer<use, uint8_t>(bytes);
+  }
+  Codes(Codes&&) = default;
+  Codes& operator=(Codes&&) = delete;
+
+  int64_t rows() const { return rows_; }
+  int64_t stride() const { return stride_; }
+  uint8_t* row(int64_t index) const { return data_ + index * stride_; }
+
+ private:
+  int64_t rows_, stride_;
+  at::Tensor own_;
+  uint8_t* data_;
+};
 
 // How rows are cut into chunks; a task is one chunk times one panel.
 struct Plan {
@@ -62,21 +91,20 @@ inline Plan plan_product(int64_t rows, int64_t panels, int64_t stride, int64_t t
   return best;
 }
 
-// codes (rows, code_stride(layer.columns())) times the layer. epilogue_of(panel) says what
-// becomes of the sums of a panel, its pointers those of row 0.
-template <typename EpilogueOf>
-void multiply(const uint8_t* codes, int64_t rows, const Layer& layer,
-              const EpilogueOf& epilogue_of) {
+// Codes times the layer. epilogue_of(panel) says what becomes of the sums of a panel, its
+// pointers those of row 0.
+template <Use use, typename EpilogueOf>
+void multiply(const Codes<use>& codes, const Layer& layer, const EpilogueOf& epilogue_of) {
+  const int64_t rows = codes.rows(), stride = codes.stride();
   if (rows == 0) return;
   constexpr int64_t kGrainProducts = 1 << 20;
   const Kernels& kernel = kernels();
   const int64_t columns = layer.columns(), panels = layer.panels();
-  const int64_t stride = code_stride(columns);
   const Plan plan = plan_product(rows, panels, stride, at::get_num_threads());
   const int64_t task = std::min(plan.chunk_rows, rows) * columns * kPanel;
   const int64_t grain = (kGrainProducts + task - 1) / task;
   parallel_for(0, plan.chunks * panels, grain, [&](int64_t begin, int64_t end) {
-    auto* panel = thread_buffer<int8_t>(round_up(columns, kStep) * kPanel);
+    auto* panel = thread_buffer<Use::panel, int8_t>(round_up(columns, kStep) * kPanel);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t index = i % panels, first = i / panels * plan.chunk_rows;
       const int64_t count = std::min(plan.chunk_rows, rows - first);
@@ -86,7 +114,7 @@ void multiply(const uint8_t* codes, int64_t rows, const Layer& layer,
       if (epilogue.residual != nullptr) epilogue.residual += first * epilogue.residual_stride;
       kernel.unpack(layer.panel(index), panel);
       Product product = {};
-      product.codes = codes + first * stride;
+      product.codes = codes.row(first);
       product.stride = stride;
       product.rows = count;
       product.columns = columns;
