@@ -9,7 +9,7 @@ INSTALL_INPUTS := requirements.txt constraints.txt setup.py gplq_mm/version.py \
 	$(wildcard gplq_mm/ops/csrc/*.h gplq_mm/ops/csrc/cpu/*.h gplq_mm/ops/csrc/cpu/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow lint format clean distclean
+.PHONY: help install quickstart test test-slow test-asan lint format clean distclean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | \
@@ -30,6 +30,20 @@ test: $(INSTALLED) ## Run the tests that are not slow (more options: ARGS='-k na
 
 test-slow: $(INSTALLED) ## Run the slow tests.
 	@$(RUN) -m pytest -m slow $(ARGS)
+
+# The compiler of the kernels finds its sanitizers; their libraries must be loaded first.
+ASAN_FLAGS := -O1 -g1 -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all \
+	-fno-omit-frame-pointer
+CXX_FILE = $(shell $(CXX) -print-file-name=$(1))
+
+test-asan: $(INSTALLED) ## Run the kernels' tests under AddressSanitizer and UBSan.
+	@GPLQ_MM_CXXFLAGS='$(ASAN_FLAGS)' GPLQ_MM_LDFLAGS='-fsanitize=address,undefined' $(RUN) \
+		setup.py -q build_ext --build-lib build/asan --build-temp build/asan-objects
+	@LD_PRELOAD='$(call CXX_FILE,libasan.so) $(call CXX_FILE,libstdc++.so)' \
+		ASAN_OPTIONS=detect_leaks=0 GPLQ_MM_LIBRARY='$(CURDIR)/build/asan/gplq_mm/_C.abi3.so' \
+		$(RUN) -m pytest -p no:cacheprovider -k 'not environment and not unknown' \
+		$(wildcard tests/test_ops/test_int4_linear.py tests/test_ops/test_fused.py \
+		tests/test_ops/test_attention.py) $(ARGS)
 
 lint: $(INSTALLED) ## Check the code with ruff.
 	@$(RUN) -m ruff check .

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import os
 import re
 import shutil
 import subprocess
@@ -66,24 +67,75 @@ def load_tool(monkeypatch):
         sys.modules.pop(name, None)
 
 
-@pytest.fixture(scope='module')
-def wheel(tmp_path_factory):
-    """A wheel built from a copy of the tree, opened."""
-    folder = tmp_path_factory.mktemp('wheel')
-    source = folder / 'source'
-    junk = shutil.ignore_patterns('__pycache__', '.mim')
+def copy_tree(source):
+    """Copies what a build reads into an empty folder."""
+    junk = shutil.ignore_patterns('__pycache__', '.mim', '*.so')
     for name in ('gplq_mm', 'configs', 'tools'):
         shutil.copytree(ROOT / name, source / name, ignore=junk)
     for name in ('setup.py', 'pyproject.toml', 'requirements.txt', 'LICENSE', 'MANIFEST.in'):
         shutil.copy2(ROOT / name, source / name)
+
+
+def build_wheel(folder, **env):
+    """Builds a wheel from a copy of the tree; returns its path."""
+    source = folder / 'source'
+    copy_tree(source)
     options = ['--no-deps', '--no-build-isolation', '--no-index', '--wheel-dir', str(folder)]
     command = [sys.executable, '-m', 'pip', 'wheel', *options, str(source)]
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    env = {**os.environ, **env}
+    built = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert built.returncode == 0, built.stdout + built.stderr
     (path,) = folder.glob('gplq_mm-*.whl')
     assert not (source / 'gplq_mm' / '.mim').exists(), 'the build wrote into the source tree'
+    return path
+
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    """A wheel without kernels, whose compilation takes minutes; opened."""
+    path = build_wheel(tmp_path_factory.mktemp('wheel'), GPLQ_MM_NO_EXT='1')
     with zipfile.ZipFile(path) as opened:
         yield opened
+
+
+@pytest.mark.slow
+def test_one_wheel_with_kernels_serves_every_python(tmp_path):
+    path = build_wheel(tmp_path, GPLQ_MM_NO_EXT='')
+    assert '-cp310-abi3-linux_' in path.name
+    with zipfile.ZipFile(path) as opened:
+        opened.extract('gplq_mm/_C.abi3.so', tmp_path)
+    env = {**os.environ, 'GPLQ_MM_LIBRARY': str(tmp_path / 'gplq_mm' / '_C.abi3.so')}
+    code = 'from gplq_mm.ops import native; print(native.backend(), native.available_isas())'
+    shown = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, check=True, env=env
+    )
+    assert 'portable' in shown.stdout
+
+
+def setup_py(source, *arguments, **env):
+    """Runs setup.py in a copy of the tree; returns the exit status and what it printed."""
+    env = {**os.environ, 'GPLQ_MM_NO_EXT': '', **env}
+    command = [sys.executable, 'setup.py', '-q', *arguments]
+    ran = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False, env=env)
+    return ran.returncode, ran.stdout + ran.stderr
+
+
+def test_a_build_without_compiler_or_torch_says_what_to_do(tmp_path):
+    source = tmp_path / 'source'
+    copy_tree(source)
+    status, output = setup_py(source, 'build_ext', CXX='no-such-compiler')
+    assert status != 0
+    assert "'no-such-compiler' was not found" in output
+    assert 'GPLQ_MM_NO_EXT=1' in output
+    assert 'Traceback' not in output
+
+    (tmp_path / 'torch.py').write_text('raise ImportError("no torch")')
+    status, output = setup_py(source, 'build_ext', PYTHONPATH=str(tmp_path))
+    assert status != 0
+    assert 'install torch, then run' in output
+    assert 'Traceback' not in output
+    status, output = setup_py(source, 'egg_info', PYTHONPATH=str(tmp_path))
+    assert status == 0, output
 
 
 def test_wheel_holds_every_module(wheel):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,18 +18,24 @@ _announced: set[str] = set()
 def load() -> None:
     """Loads ``gplq_mm._C`` if it was installed; the ops must be defined already.
 
+    The environment variable ``GPLQ_MM_LIBRARY`` names another build to load in its place
+    (`make test-asan` does).
+
     Raises:
         ImportError: If it was compiled against another torch.
     """
     global _loaded
-    spec = importlib.util.find_spec('gplq_mm._C')
-    if spec is None or _loaded:
+    path = os.environ.get('GPLQ_MM_LIBRARY')
+    if not path:
+        spec = importlib.util.find_spec('gplq_mm._C')
+        path = spec.origin if spec else None
+    if path is None or _loaded:
         return
     try:
-        torch.ops.load_library(spec.origin)
+        torch.ops.load_library(path)
     except OSError as error:
         raise ImportError(
-            f'the kernels {spec.origin} do not load with torch {torch.__version__}: install '
+            f'the kernels {path} do not load with torch {torch.__version__}: install '
             f'gplq_mm again, they are compiled against the torch that is present ({error}).'
         ) from error
     _loaded = True

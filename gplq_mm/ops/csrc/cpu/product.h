@@ -26,7 +26,13 @@ Value* thread_buffer(int64_t count) {
   };
   thread_local Buffer buffer;
   const int64_t bytes = count * static_cast<int64_t>(sizeof(Value));
-  if (bytes > buffer.bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  // Exactly what was asked for, so that a step beyond it is seen.
+  const bool fits = bytes == buffer.bytes;
+#else
+  const bool fits = bytes <= buffer.bytes;
+#endif
+  if (!fits) {
     ::operator delete[](buffer.data, std::align_val_t{64});
     buffer.data = nullptr;
     buffer.bytes = 0;
