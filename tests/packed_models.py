@@ -140,3 +140,13 @@ def quantized_detector(cfg: Config) -> nn.Module:
     with torch.no_grad():
         quantize_weights(backbone, [images(4)], backbone, RoundToNearest())
     return model.eval()
+
+
+def assert_close_but_for_flips(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal up to float rounding that moves a few codes by one step.
+
+    Sums in another order differ in the last bit, and where a value lies between two codes that
+    bit decides. A layer that computes something else is off by about the size of its output.
+    """
+    assert found.shape == expected.shape
+    assert float((found - expected).norm()) <= 0.1 * float(expected.norm())

@@ -16,6 +16,7 @@ from mmdet.apis import inference_detector
 from mmengine.registry import MODELS, DefaultScope
 from mmpretrain import ImageClassificationInferencer
 from packed_models import (
+    assert_close_but_for_flips,
     detector_config,
     fill_compensations,
     finish,
@@ -58,7 +59,7 @@ def test_round_trip(saved, kind):
     x = images(4, seed=9)
     assert torch.equal(loaded(x), direct(x))
     with torch.no_grad():
-        torch.testing.assert_close(loaded(x), simulated(x), rtol=1e-4, atol=1e-4)
+        assert_close_but_for_flips(loaded(x), simulated(x))
     assert not loaded.training
     assert loaded.deploy_report == direct.deploy_report
     assert loaded.deploy_header['accuracy'] == {'top1': {'fp32': 97.0}}
@@ -245,9 +246,7 @@ def test_detector_and_inference_api_of_mmdet(tmp_path):
         result = inference_detector(loaded, picture)
         expected = inference_detector(model, picture)
     assert len(result.pred_instances) == len(expected.pred_instances) > 0
-    torch.testing.assert_close(
-        result.pred_instances.scores, expected.pred_instances.scores, rtol=1e-3, atol=1e-4
-    )
+    assert_close_but_for_flips(result.pred_instances.scores, expected.pred_instances.scores)
     assert loaded.dataset_meta['classes'] == ('x', 'y', 'z')
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from mmengine.dataset import default_collate
 from mmengine.registry import DATASETS, DefaultScope
-from packed_models import detector_config, quantized_detector
+from packed_models import assert_close_but_for_flips, detector_config, quantized_detector
 from tiny_runs import ARCHITECTURES, fp32_config, gplq_config, load_tool, read_summary
 
 from gplq_mm.checkpoint import read_checkpoint
@@ -47,7 +47,7 @@ def test_packed_model_predicts_what_the_run_measured(tmp_path, undisturbed, caps
     tool = load_tool('deploy')
     simulated = tool.build(cfg, read_checkpoint(checkpoint), str(checkpoint))
     expected, _ = predictions(simulated, cfg)
-    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-3)
+    assert_close_but_for_flips(scores, expected)
     # An image may change its class only where two scores are as close as the arithmetic.
     changed = scores.argmax(1) != expected.argmax(1)
     margin = expected.topk(2, 1).values.diff(dim=1).abs().flatten()
