@@ -29,7 +29,8 @@ __all__ = [
 
 # Whether the kernels below run in Triton's interpreter, on the CPU (TRITON_INTERPRET=1).
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-# Options of every launch.
+# Options of every launch. Numbers that follow the batch are not specialized on, or a kernel would
+# be compiled for batches of one, of multiples of 16 and of others.
 LAUNCH = dict(enable_fp_fusion=False)
 
 # What gemm_kernel stores.
@@ -162,7 +163,7 @@ def _load_values(
     return tl.load(x + address, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['rows', 'steps'])
 def quantize_kernel(
     x,  # (rows, columns), or an image (B, C, H, W) with GEOMETRY
     out,  # uint8 (rows, half) packed by halves, or int8 (rows, out_columns)
@@ -255,7 +256,7 @@ def expand_kernel(
     tl.store(out + (row * 2 + 1) * half + low, ((byte >> 4) * factor).to(tl.int8), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['M', 'M_BUCKET'])
 def gemm_kernel(
     a,  # int8 view: (M, half) codes packed by halves, or (M, 2 * half) codes minus an offset
     w,  # int8 view: (N, half) codes packed by halves, or (N, 2 * half) multiplier * code
@@ -370,7 +371,7 @@ def _on_grid(x, grid, operand, head, heads, ok, MIN: tl.constexpr, MAX: tl.const
     return tl.where(ok, code, 0), scale, scale * (MIN + base) + offset
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['steps', 'in_rows', 'out_rows'])
 def attention_kernel(
     qkv,  # (in_rows, 3 * heads * D)
     out,  # (rows of the result, heads * D)

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from . import checks, reference
+from .attention_checks import check_attention
 from .triton_kernels import (
     GEMM_CONFIGS,
     INTERPRETED,
@@ -111,7 +112,7 @@ if INTERPRETED:
 else:
     _tuned_gemm = triton.autotune(
         configs=list(GEMM_CONFIGS),
-        key=['M_BUCKET', 'N', 'half', 'A_PACKED', 'W_PACKED', 'GELU', 'ADD', 'OUT'],
+        key=['M_BUCKET', 'N', 'half', 'GROUP_SIZE', 'A_PACKED', 'W_PACKED', 'GELU', 'ADD', 'OUT'],
         prune_configs_by=dict(early_config_prune=_prune),
         cache_results=True,
     )(gemm_kernel)
@@ -415,19 +416,15 @@ def int4_attention(
     rows: Tensor | None,
     out_rows: int,
 ) -> Tensor:
+    check_attention(qkv, heads, grids, limits, bias, mask, rows, out_rows)
     windows, tokens = qkv.shape[:2] if rows is None else rows.shape
     channels = qkv.shape[-1] // 3
-    depth = channels // max(heads, 1)
+    depth = channels // heads
     keys = max(triton.next_power_of_2(tokens), 32)
     depth_block = max(triton.next_power_of_2(depth), 32)
     if keys * depth_block > MAX_KEY_VALUES:
         return reference.int4_attention(
             qkv, heads, scale, grids, limits, row_relative, bias, mask, rows, out_rows
-        )
-    if heads < 1 or qkv.shape[-1] != 3 * heads * depth or grids.shape != (4, 2, heads):
-        raise ValueError(
-            f'{heads} heads take qkv (..., 3 * heads * d) and grids (4, 2, heads), got '
-            f'{tuple(qkv.shape)} and {tuple(grids.shape)}.'
         )
     qkv = qkv.contiguous()
     shape = (*qkv.shape[:-1], channels) if rows is None else (out_rows, channels)
@@ -442,9 +439,9 @@ def int4_attention(
         attention_kernel[(windows * heads * triton.cdiv(blocks, steps),)](
             qkv,
             out,
-            grids.float().contiguous(),
-            qkv if bias is None else bias.float().contiguous(),
-            qkv if mask is None else mask.float().contiguous(),
+            grids.contiguous(),
+            qkv if bias is None else bias.contiguous(),
+            qkv if mask is None else mask.contiguous(),
             qkv if rows is None else rows.contiguous(),
             tokens,
             heads,

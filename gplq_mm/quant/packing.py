@@ -159,7 +159,7 @@ def pack_halves(codes: Tensor) -> Tensor:
     """
     half = half_width(codes.shape[1])
     padded = torch.nn.functional.pad(codes, (0, 2 * half - codes.shape[1]))
-    nibbles = padded.to(torch.uint8) & 15
+    nibbles = padded.view(torch.uint8) & 15
     return (nibbles[:, :half] | (nibbles[:, half:] << 4)).contiguous()
 
 

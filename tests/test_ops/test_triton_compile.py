@@ -2,8 +2,12 @@
 
 import re
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from gplq_mm.quant.packing import pack_multiplier_panels, pack_panels
 
 pytestmark = pytest.mark.skipif(find_spec('triton') is None, reason='triton is not installed')
 
@@ -99,8 +103,10 @@ def configs_for(capability: int, flags: dict, rows: int) -> list:
     )
 
 
-@pytest.mark.parametrize('capability', SHARED)
-@pytest.mark.parametrize('name', GEMMS)
+# 8.9 differs from 8.0 in its shared memory only.
+@pytest.mark.parametrize(
+    ('capability', 'name'), [*((c, name) for c in (80, 90) for name in GEMMS), (89, 'linear')]
+)
 def test_products_run_on_int8_tensor_cores(kernels, capability, name):
     out, flags = GEMMS[name]
     rows = 256 if flags.get('W_PACKED') else 4096
@@ -148,7 +154,7 @@ def test_there_is_a_config_for_every_shape(kernels, half, group_size, rows):
             assert all(half % config.kwargs['BLOCK_K'] == 0 for config in kept)
 
 
-@pytest.mark.parametrize('capability', SHARED)
+@pytest.mark.parametrize('capability', [80, 90])
 @pytest.mark.parametrize('kind', ['gather', 'norm', 'image', 'codes'])
 def test_quantize_compiles(kernels, capability, kind):
     compiled = compile_kernel(
@@ -195,7 +201,7 @@ def test_expand_compiles(kernels, capability):
 
 
 # Keys and head size of DeiT, of Swin with windows of 7, and the most keys at Swin's.
-@pytest.mark.parametrize('capability', SHARED)
+@pytest.mark.parametrize('capability', [89, 90])
 @pytest.mark.parametrize(('keys', 'queries', 'depth'), [(256, 32, 64), (64, 64, 32), (512, 16, 32)])
 def test_attention_compiles(kernels, capability, keys, queries, depth):
     compiled = compile_kernel(
@@ -219,3 +225,110 @@ def test_attention_compiles(kernels, capability, keys, queries, depth):
     # Fewer than 64 rows are no operand of a warpgroup's product.
     product = INT8_PRODUCT[capability if queries >= 64 else 80]
     assert re.search(product, compiled.asm['ptx'])
+
+
+class FakeDriver:
+    """Enough of a driver to bind arguments and compile, on a machine without a device."""
+
+    def __init__(self, target):
+        self._target = target
+
+    def get_current_target(self):
+        return self._target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, _device):
+        return 0
+
+    def get_benchmarker(self):
+        def time_once(call, quantiles=None):
+            call()
+            return [1.0] * len(quantiles)
+
+        return time_once
+
+
+@pytest.fixture
+def without_device(kernels, monkeypatch, tmp_path):
+    """Launches bind, tune and compile for sm_90 but run nothing; gives the kernels' names."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from gplq_mm.ops import triton_ops
+
+    launched = []
+    run = triton.runtime.JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
+        launched.append(self.fn.__name__)
+        return compiled
+
+    monkeypatch.setattr(triton.runtime.JITFunction, 'run', compile_only)
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
+    limits = SimpleNamespace(shared_memory_per_block_optin=SHARED[90])
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda _device: limits)
+    # Two configs: enough to be tuned.
+    chosen = [kernels.GEMM_CONFIGS[i] for i in (4, 8)]
+    monkeypatch.setattr(triton_ops._tuned_gemm, 'configs', chosen)
+    monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
+    monkeypatch.setattr(driver, '_active', FakeDriver(GPUTarget('cuda', 90, 32)))
+    yield launched
+    for kernel in (kernels.gemm_kernel, kernels.quantize_kernel, kernels.expand_kernel):
+        kernel.device_caches.clear()
+    kernels.attention_kernel.device_caches.clear()
+    triton_ops._tuned_gemm.cache.clear()
+
+
+def plain_layer(columns: int, rows: int, group_size: int = 32):
+    codes = torch.ones(rows, columns, dtype=torch.int8)
+    groups = -(-columns // group_size)
+    layer = [
+        torch.ones(columns), torch.zeros(columns), pack_panels(codes, 4),
+        pack_multiplier_panels(torch.ones(rows, groups, dtype=torch.uint8)),
+        torch.arange(columns, dtype=torch.int32).flip(0), torch.ones(rows), torch.zeros(rows),
+        torch.zeros(rows, dtype=torch.int32),
+    ]  # fmt: skip
+    return layer, [0, 15, group_size]
+
+
+@pytest.mark.parametrize(('columns', 'rows', 'm'), [(768, 96, 300), (1, 1, 1)])
+def test_linear_launches(without_device, columns, rows, m):
+    from gplq_mm.ops import triton_ops
+
+    layer, grid = plain_layer(columns, rows)
+    x = torch.zeros(m, columns, dtype=torch.bfloat16)
+    triton_ops.int4_linear(x, layer, grid)
+    expand = ['expand_kernel'] if m > triton_ops.UNPACK_IN_LOOP_ROWS else []
+    assert without_device[0] == 'quantize_kernel'
+    assert [name for name in without_device[1:] if name != 'gemm_kernel'] == expand
+    assert without_device[-1] == 'gemm_kernel'
+
+
+def test_other_launches(without_device):
+    from gplq_mm.ops import triton_ops
+
+    norm = torch.ones(48), torch.zeros(48)
+    (layer1, grid1), (layer2, grid2) = plain_layer(48, 64), plain_layer(64, 48)
+    x = torch.zeros(2, 5, 48, dtype=torch.float16)
+    triton_ops.int4_mlp(x, *norm, 1e-6, layer1, grid1, layer2, grid2, torch.ones(48))
+    conv, grid = plain_layer(48, 8)
+    triton_ops.int4_conv2d(torch.zeros(1, 3, 8, 8), conv, grid, [4, 4, 4, 4, 0, 0, 1, 1])
+    triton_ops.quantize_codes(x, *norm, [0, 255, 1])
+    assert {'quantize_kernel', 'gemm_kernel'} == set(without_device)
+
+
+@pytest.mark.parametrize(('windows', 'tokens', 'depth'), [(1, 1, 8), (4, 9, 16)])
+def test_attention_launches(without_device, windows, tokens, depth):
+    from gplq_mm.ops import triton_ops
+
+    rows = torch.arange(windows * tokens, dtype=torch.int32).reshape(windows, tokens)
+    qkv = torch.zeros(windows * tokens, 3 * 2 * depth, dtype=torch.bfloat16)
+    mask, bias = torch.zeros(1, tokens, tokens), torch.zeros(2, tokens, tokens)
+    grids = torch.ones(4, 2, 2)
+    triton_ops.int4_attention(qkv, 2, 0.5, grids, [0, 15] * 4, True, bias, mask, rows, len(qkv))
+    triton_ops.int4_attention(qkv[None], 2, 0.5, grids, [-8, 7] * 4, False, None, None, None, 0)
+    assert without_device == ['attention_kernel'] * 2

@@ -7,10 +7,14 @@ from hypothesis import strategies as st
 
 from gplq_mm.quant.packing import (
     PANEL,
+    half_width,
+    interleave_halves,
+    pack_halves,
     pack_multiplier_panels,
     pack_nibbles,
     pack_panels,
     panel_order,
+    unpack_halves,
     unpack_multiplier_panels,
     unpack_nibbles,
     unpack_panels,
@@ -112,3 +116,27 @@ def test_missing_rows_are_neutral():
     assert not filled[3:].any()
     multiplier = pack_multiplier_panels(torch.full((3, 2), 7, dtype=torch.uint8))
     assert unpack_multiplier_panels(multiplier, PANEL)[3:].eq(1).all()
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 9), st.integers(0, 300), st.integers(0, 2**16), st.booleans())
+def test_halves_round_trip(rows, columns, seed, signed):
+    values = codes(rows, columns, seed)
+    if not signed:
+        values = values + 8
+    packed = pack_halves(values)
+    assert packed.shape == (rows, half_width(columns))
+    assert packed.is_contiguous()
+    assert torch.equal(unpack_halves(packed, columns, signed), values)
+
+
+def test_halves_layout():
+    """Byte j: column j in the low nibble, column H + j in the high one; zero past the end."""
+    values = codes(1, 100, seed=1)
+    packed = pack_halves(values)
+    assert packed.shape == (1, 64)
+    for byte in range(64):
+        assert int(packed[0, byte]) & 15 == int(values[0, byte]) & 15
+        high = int(values[0, 64 + byte]) if 64 + byte < 100 else 0
+        assert int(packed[0, byte]) >> 4 == high & 15
+    assert interleave_halves(torch.arange(128))[:4].tolist() == [0, 64, 1, 65]
