@@ -124,3 +124,13 @@ def test_devices_that_do_not_exist_are_named(monkeypatch):
         device.resolve_device('meta')
     with pytest.raises(ValueError, match='not a device'):
         device.resolve_device('gpu')
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_the_benchmark_needs_a_gpu_and_says_so_in_a_line():
+    run = subprocess.run(
+        [sys.executable, 'benchmarks/gpu.py'], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 1
+    assert 'needs an NVIDIA GPU' in run.stderr
+    assert run.stderr.count('\n') == 1
