@@ -4,8 +4,7 @@
 //   codes  uint8 (rows, stride): activation codes from 0, in natural column order. A row is
 //          readable up to K rounded up to 4.
 //   panel  int8 (K / 4 rounded up, 64, 4): multiplier * weight code of 64 output rows, four
-//          natural columns of a row side by side; columns beyond K are zero. (Only `unpack` and
-//          `multiply` of one table touch it, and the portable ones have a form of their own.)
+//          natural columns of a row side by side; columns beyond K are zero.
 #pragma once
 
 #include <cstdint>
@@ -93,8 +92,6 @@ struct Kernels {
   // Panel of stored columns to the operand described above.
   void (*unpack)(const PackedPanel& packed, int8_t* panel);
   void (*multiply)(const Product& product, const Epilogue& epilogue);
-  // Bytes of a column of an unpacked panel, aligned to 64.
-  int64_t panel_column_bytes;
 };
 
 // A table per instruction set; null where the compiler does not target the machine.

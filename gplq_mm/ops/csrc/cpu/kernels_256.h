@@ -12,7 +12,6 @@ constexpr int64_t kQuarter = 16;
 struct Machine256 {
   using Real = __m256;
   static constexpr int64_t kWidth = 8;
-  static constexpr int64_t kPanelColumnBytes = kPanel;
 
   static Real set(float x) { return _mm256_set1_ps(x); }
   static Real load(const float* x) { return _mm256_loadu_ps(x); }

@@ -70,7 +70,6 @@ struct Avx512 {
   }
 
   static constexpr int kRows = 6;
-  static constexpr int64_t kPanelColumnBytes = kPanel;
 
   template <int rows>
   static void prefetch_rows(const uint8_t* codes, int64_t stride) {

@@ -27,7 +27,6 @@ namespace {
 //       const int8_t* panel, int64_t steps, int32_t max_code, int32_t* sums)
 //     writes the sums (rows, 64) of `steps` * 4 columns
 //   static void unpack(const PackedPanel& packed, int8_t* panel)
-//   constexpr int64_t kPanelColumnBytes: bytes of a column of the unpacked panel
 
 struct Limits {
   explicit Limits(const ActGrid& grid)
@@ -332,19 +331,6 @@ inline int32_t load_step(const uint8_t* codes) {
   return four;
 }
 
-// The tile of `count` rows, 1..rows.
-template <typename Machine, int rows>
-inline void run_tile(int64_t count, const uint8_t* codes, int64_t stride, const int8_t* panel,
-                     int64_t steps, int32_t max_code, int32_t* sums) {
-  if constexpr (rows > 1) {
-    if (count < rows) {
-      run_tile<Machine, rows - 1>(count, codes, stride, panel, steps, max_code, sums);
-      return;
-    }
-  }
-  Machine::template tile<rows>(codes, stride, panel, steps, max_code, sums);
-}
-
 // Fetches the lines that some rows will be written to: they are far apart, one row of output
 // from the next. Codes and small outputs stay in the cache anyway.
 inline void prefetch_output(const Product& product, const Epilogue& epilogue, int64_t row,
@@ -375,7 +361,26 @@ void multiply(const Product& product, const Epilogue& epilogue) {
       __builtin_prefetch(static_cast<const char*>(product.upcoming) + line * kLine, 0, 2);
     }
     prefetch_output(product, epilogue, row, count);
-    run_tile<Machine, kRows>(count, codes, stride, product.panel, steps, product.max_code, sums);
+    switch (count) {
+      case 1:
+        Machine::template tile<1>(codes, stride, product.panel, steps, product.max_code, sums);
+        break;
+      case 2:
+        Machine::template tile<2>(codes, stride, product.panel, steps, product.max_code, sums);
+        break;
+      case 3:
+        Machine::template tile<3>(codes, stride, product.panel, steps, product.max_code, sums);
+        break;
+      case 4:
+        Machine::template tile<4>(codes, stride, product.panel, steps, product.max_code, sums);
+        break;
+      case 5:
+        Machine::template tile<5>(codes, stride, product.panel, steps, product.max_code, sums);
+        break;
+      default:
+        Machine::template tile<6>(codes, stride, product.panel, steps, product.max_code, sums);
+        break;
+    }
     finish_rows(sums, row, count, padded, epilogue);
   }
 }
@@ -383,7 +388,7 @@ void multiply(const Product& product, const Epilogue& epilogue) {
 template <typename Machine>
 const Kernels* kernel_table() {
   static const Kernels table = {quantize<Machine>, norm_quantize<Machine>, Machine::unpack,
-                                multiply<Machine>, Machine::kPanelColumnBytes};
+                                multiply<Machine>};
   return &table;
 }
 

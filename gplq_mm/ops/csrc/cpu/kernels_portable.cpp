@@ -70,81 +70,42 @@ struct Portable {
 
   static constexpr int kRows = 4;
 
-  // Eight columns of the output. The compiler makes the best of what the machine has.
-  typedef int16_t Sums __attribute__((vector_size(16)));
-  typedef int32_t WideSums __attribute__((vector_size(32)));
-  static constexpr int64_t kColumns = 8, kPair = 2;
-  // Products of 4-bit codes and int8 that may be summed in 16 bits: 16 * 15 * 128 < 2^15.
-  static constexpr int64_t kWiden = 16;
-
-  // Codes of more than four bits are taken in two halves, each shifted by its place.
-  template <int rows, int shift>
-  static void half_tile(const uint8_t* codes, int64_t stride, const int16_t* panel,
-                        int64_t columns, int32_t* sums) {
-    for (int64_t first = 0; first < columns; first += kWiden) {
-      const int64_t end = first + kWiden < columns ? first + kWiden : columns;
-      for (int64_t j = 0; j < kPanel; j += kPair * kColumns) {
-        Sums part[rows][kPair] = {};
-        for (int64_t k = first; k < end; ++k) {
-          Sums weight[kPair];
-          std::memcpy(weight, panel + k * kPanel + j, sizeof(weight));
-#pragma GCC unroll 4
-          for (int row = 0; row < rows; ++row) {
-            const auto code = static_cast<int16_t>((codes[row * stride + k] >> shift) & 15);
-            part[row][0] += weight[0] * code;
-            part[row][1] += weight[1] * code;
-          }
-        }
-#pragma GCC unroll 4
-        for (int row = 0; row < rows; ++row) {
-          int32_t* to = sums + row * kPanel + j;
-          add<shift>(part[row][0], to);
-          add<shift>(part[row][1], to + kColumns);
-        }
-      }
-    }
-  }
-
-  template <int shift>
-  static void add(const Sums& part, int32_t* sums) {
-    WideSums wide;
-    std::memcpy(&wide, sums, sizeof(wide));
-    wide += __builtin_convertvector(part, WideSums) * (1 << shift);
-    std::memcpy(sums, &wide, sizeof(wide));
-  }
-
   template <int rows>
   static void tile(const uint8_t* codes, int64_t stride, const int8_t* panel, int64_t steps,
-                   int32_t max_code, int32_t* sums) {
+                   int32_t /*max_code*/, int32_t* __restrict sums) {
     std::memset(sums, 0, sizeof(int32_t) * rows * kPanel);
-    const auto* weights = reinterpret_cast<const int16_t*>(panel);
-    half_tile<rows, 0>(codes, stride, weights, steps * kStep, sums);
-    if (max_code > 15) half_tile<rows, 4>(codes, stride, weights, steps * kStep, sums);
-  }
-
-  // Here a panel is int16 (K, 64): column after column, rows in order, ready to be multiplied.
-  static constexpr int64_t kPanelColumnBytes = 2 * kPanel;
-
-  static void unpack(const PackedPanel& packed, int8_t* bytes_of_panel) {
-    auto* panel = reinterpret_cast<int16_t*>(bytes_of_panel);
-    for (int64_t k = 0; k < packed.columns; ++k, panel += kPanel) {
-      const int64_t stored = packed.position[k];
-      const uint8_t* multiplier = packed.multiplier + packed.group[k] * kPanel;
-      const auto* bytes = static_cast<const uint8_t*>(packed.weight);
-      for (int64_t row = 0; row < kPanel; ++row) {
-        const int64_t position = panel_position(row);
-        int code;
-        if (packed.packed) {
-          const uint8_t byte = bytes[stored * kPackedColumn + position % kPackedColumn];
-          code = (position < kPackedColumn ? byte & 15 : byte >> 4) - kCodeBias;
-        } else {
-          code = static_cast<int8_t>(bytes[stored * kPanel + position]);
+    for (int64_t s = 0; s < steps; ++s) {
+      const int8_t* __restrict column = panel + s * kStep * kPanel;
+      for (int row = 0; row < rows && row < kRows; ++row) {
+        const uint8_t* four = codes + row * stride + s * kStep;
+        for (int64_t j = 0; j < kPanel; ++j) {
+          const int8_t* weight = column + j * kStep;
+          sums[row * kPanel + j] += four[0] * weight[0] + four[1] * weight[1] +
+                                    four[2] * weight[2] + four[3] * weight[3];
         }
-        panel[row] = static_cast<int8_t>(code * multiplier[position]);
       }
     }
-    const int64_t missing = round_up(packed.columns, kStep) - packed.columns;
-    std::memset(panel, 0, static_cast<size_t>(missing * kPanelColumnBytes));
+  }
+
+  static void unpack(const PackedPanel& packed, int8_t* panel) {
+    for (int64_t k = 0; k < round_up(packed.columns, kStep); ++k) {
+      int8_t* out = panel + k / kStep * kStep * kPanel + k % kStep;
+      const bool exists = k < packed.columns;
+      const int64_t stored = exists ? packed.position[k] : 0;
+      const uint8_t* multiplier = packed.multiplier + (exists ? packed.group[k] : 0) * kPanel;
+      for (int64_t row = 0; row < kPanel; ++row) {
+        const int64_t position = panel_position(row);
+        int code = 0;
+        if (exists && packed.packed) {
+          const uint8_t byte = static_cast<const uint8_t*>(
+              packed.weight)[stored * kPackedColumn + position % kPackedColumn];
+          code = (position < kPackedColumn ? byte & 15 : byte >> 4) - kCodeBias;
+        } else if (exists) {
+          code = static_cast<const int8_t*>(packed.weight)[stored * kPanel + position];
+        }
+        out[row * kStep] = static_cast<int8_t>(code * multiplier[position]);
+      }
+    }
   }
 };
 

@@ -110,8 +110,7 @@ void multiply(const Codes<use>& codes, const Layer& layer, const EpilogueOf& epi
   const int64_t task = std::min(plan.chunk_rows, rows) * columns * kPanel;
   const int64_t grain = (kGrainProducts + task - 1) / task;
   parallel_for(0, plan.chunks * panels, grain, [&](int64_t begin, int64_t end) {
-    auto* panel = thread_buffer<Use::panel, int8_t>(round_up(columns, kStep) *
-                                                   kernel.panel_column_bytes);
+    auto* panel = thread_buffer<Use::panel, int8_t>(round_up(columns, kStep) * kPanel);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t index = i % panels, first = i / panels * plan.chunk_rows;
       const int64_t count = std::min(plan.chunk_rows, rows - first);
