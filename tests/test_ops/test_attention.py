@@ -24,7 +24,7 @@ def expected(case: AttentionCase) -> torch.Tensor:
 
 
 @given(attention_cases())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_output_is_exact_but_for_codes_at_a_rounding_boundary(case):
     bounds = Bounds(case)
     bounds.check(expected(case))

@@ -117,6 +117,9 @@ struct Vectors256 {
     _mm256_store_si256(row(3), _mm256_unpackhi_epi64(ab1, cd1));
   }
 
+  // As in attention_avx512.cpp.
+  static void keep(Ints& x) { asm("" : "+x"(x)); }
+
   static Ints step_of(const uint8_t* codes) {
     int32_t four;
     __builtin_memcpy(&four, codes, sizeof(four));

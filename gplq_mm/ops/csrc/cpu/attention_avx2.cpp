@@ -34,7 +34,7 @@ struct Avx2 : Vectors256 {
   template <int n>
   __attribute__((noinline)) static void narrow_steps(const uint8_t* codes, int64_t stride,
                                                      const int8_t* panel, int64_t step_bytes,
-                                                     int64_t steps, Ints* sums) {
+                                                     int64_t steps, Ints (&sums)[kRows][n]) {
     Ints total[kRows][n];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
@@ -58,7 +58,7 @@ struct Avx2 : Vectors256 {
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 3
       for (int t = 0; t < n; ++t) {
-        sums[r * n + t] = _mm256_add_epi32(sums[r * n + t], widen(total[r][t]));
+        sums[r][t] = _mm256_add_epi32(sums[r][t], widen(total[r][t]));
       }
     }
   }
@@ -66,7 +66,7 @@ struct Avx2 : Vectors256 {
   template <int n>
   __attribute__((noinline)) static void wide_steps(const uint8_t* codes, int64_t stride,
                                                    const int8_t* panel, int64_t step_bytes,
-                                                   int64_t steps, Ints* sums) {
+                                                   int64_t steps, Ints (&sums)[kRows][n]) {
     Ints total[kRows][n];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
@@ -95,25 +95,29 @@ struct Avx2 : Vectors256 {
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 3
-      for (int t = 0; t < n; ++t) sums[r * n + t] = total[r][t];
+      for (int t = 0; t < n; ++t) sums[r][t] = total[r][t];
     }
   }
 
   // largest_pair: magnitude that the sum of two products may have.
-  template <int n>
+  template <int n, class Sink>
   static void tile(const uint8_t* codes, int64_t stride, const int8_t* panel, int64_t step_bytes,
-                   int64_t steps, int64_t largest_pair, Ints* sums) {
+                   int64_t steps, int64_t largest_pair, const Sink& sink, int64_t column) {
+    Ints sums[kRows][n];
     const int64_t fit = largest_pair > 0 ? kLargestShort / largest_pair : steps;
     if (fit == 0) {
       wide_steps<n>(codes, stride, panel, step_bytes, steps, sums);
-      return;
+    } else {
+      for (auto& row : sums) {
+        for (auto& sum : row) sum = _mm256_setzero_si256();
+      }
+      for (int64_t done = 0; done < steps; done += fit) {
+        const int64_t now = steps - done < fit ? steps - done : fit;
+        narrow_steps<n>(codes + done * kStep, stride, panel + done * step_bytes, step_bytes, now,
+                        sums);
+      }
     }
-    for (int i = 0; i < kRows * n; ++i) sums[i] = _mm256_setzero_si256();
-    for (int64_t done = 0; done < steps; done += fit) {
-      const int64_t now = steps - done < fit ? steps - done : fit;
-      narrow_steps<n>(codes + done * kStep, stride, panel + done * step_bytes, step_bytes, now,
-                      sums);
-    }
+    for (int r = 0; r < kRows; ++r) sink.template row<n>(r, column, sums[r]);
   }
 };
 

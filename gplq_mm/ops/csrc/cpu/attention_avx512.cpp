@@ -119,12 +119,16 @@ struct Avx512 {
     return _mm512_dpbusd_epi32(sum, _mm512_load_si512(codes), _mm512_load_si512(ones));
   }
 
+  // Does nothing. The compiler would keep what follows a loop in registers of its own, and move
+  // sums from one to the other in every step of the loop.
+  static void keep(Ints& x) { asm("" : "+v"(x)); }
+
   // A function of its own, so that all registers are for the sums.
-  template <int n>
+  template <int n, class Sink>
   __attribute__((noinline)) static void tile(const uint8_t* codes, int64_t stride,
                                              const int8_t* panel, int64_t step_bytes,
                                              int64_t steps, int64_t /*largest_pair*/,
-                                             Ints* sums) {
+                                             const Sink& sink, int64_t column) {
     Ints sum[kRows][n];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
@@ -132,9 +136,9 @@ struct Avx512 {
       for (int t = 0; t < n; ++t) sum[r][t] = _mm512_setzero_si512();
     }
     for (int64_t step = 0; step < steps; ++step) {
-      Ints column[n];
+      Ints weight[n];
 #pragma GCC unroll 6
-      for (int t = 0; t < n; ++t) column[t] = _mm512_load_si512(panel + 64 * t);
+      for (int t = 0; t < n; ++t) weight[t] = _mm512_load_si512(panel + 64 * t);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
         int32_t four;
@@ -142,7 +146,7 @@ struct Avx512 {
         const Ints row = _mm512_set1_epi32(four);
 #pragma GCC unroll 6
         for (int t = 0; t < n; ++t) {
-          sum[r][t] = _mm512_dpbusd_epi32(sum[r][t], row, column[t]);
+          sum[r][t] = _mm512_dpbusd_epi32(sum[r][t], row, weight[t]);
         }
       }
       panel += step_bytes;
@@ -151,8 +155,10 @@ struct Avx512 {
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 6
-      for (int t = 0; t < n; ++t) _mm512_store_si512(sums + r * n + t, sum[r][t]);
+      for (int t = 0; t < n; ++t) keep(sum[r][t]);
     }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) sink.template row<n>(r, column, sum[r]);
   }
 };
 

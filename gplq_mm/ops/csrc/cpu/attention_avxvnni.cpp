@@ -23,11 +23,11 @@ struct AvxVnni : Vectors256 {
   }
 
   // A function of its own, so that all registers are for the sums.
-  template <int n>
+  template <int n, class Sink>
   __attribute__((noinline)) static void tile(const uint8_t* codes, int64_t stride,
                                              const int8_t* panel, int64_t step_bytes,
                                              int64_t steps, int64_t /*largest_pair*/,
-                                             Ints* sums) {
+                                             const Sink& sink, int64_t column) {
     Ints sum[kRows][n];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
@@ -35,15 +35,15 @@ struct AvxVnni : Vectors256 {
       for (int t = 0; t < n; ++t) sum[r][t] = _mm256_setzero_si256();
     }
     for (int64_t step = 0; step < steps; ++step) {
-      Ints column[n];
+      Ints weight[n];
 #pragma GCC unroll 3
-      for (int t = 0; t < n; ++t) column[t] = load_bytes(panel + 32 * t);
+      for (int t = 0; t < n; ++t) weight[t] = load_bytes(panel + 32 * t);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
         const Ints row = step_of(codes + r * stride);
 #pragma GCC unroll 3
         for (int t = 0; t < n; ++t) {
-          sum[r][t] = _mm256_dpbusd_avx_epi32(sum[r][t], row, column[t]);
+          sum[r][t] = _mm256_dpbusd_avx_epi32(sum[r][t], row, weight[t]);
         }
       }
       panel += step_bytes;
@@ -52,8 +52,10 @@ struct AvxVnni : Vectors256 {
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 3
-      for (int t = 0; t < n; ++t) sums[r * n + t] = sum[r][t];
+      for (int t = 0; t < n; ++t) keep(sum[r][t]);
     }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) sink.template row<n>(r, column, sum[r]);
   }
 };
 

@@ -175,8 +175,9 @@ class Attention {
 
   // A code in the low byte of each lane. Clamping to integers before rounding equals clamping
   // after it. NaN becomes `low`.
+  template <bool usual>
   static Ints code(Real x, const Grid& g) {
-    if (g.usual) {
+    if (usual) {
       const Real steps = M::fused(x, g.inverse, g.shift);
       // An even base leaves halves as they are, between an even and an odd integer.
       return M::bits(M::add(M::min(M::max(steps, g.low), g.high), g.rounder));
@@ -185,6 +186,7 @@ class Attention {
         g.fuses ? M::fused(x, g.inverse, g.shift) : M::add(M::mul(x, g.inverse), g.shift);
     return M::sub_int(M::to_int(M::min(M::max(steps, g.low), g.high)), g.base);
   }
+  static Ints code(Real x, const Grid& g) { return g.usual ? code<true>(x, g) : code<false>(x, g); }
 
   static Real load(const float* x, int64_t count) {
     return count >= kWidth ? M::load(x) : M::load_part(x, count);
@@ -193,22 +195,28 @@ class Attention {
   // Codes of one token, a chunk every `stride` bytes; zeros up to the end of the last chunk.
   void token_codes(const float* x, const Grid& grid, uint8_t* to, int64_t stride,
                    typename M::Bad& bad) const {
-    for (int64_t chunk = 0; chunk < s_.chunks; ++chunk, to += stride) {
+    grid.usual ? token_codes<true>(x, grid, to, stride, bad)
+               : token_codes<false>(x, grid, to, stride, bad);
+  }
+
+  template <bool usual>
+  void token_codes(const float* x, const Grid& grid, uint8_t* to, int64_t stride,
+                   typename M::Bad& bad) const {
+    const float* const end = x + p_.head_dim;
+    for (; end - x >= kChunk; x += kChunk, to += stride) {
 #pragma GCC unroll 4
       for (int64_t i = 0; i < kChunk; i += kWidth) {
-        const int64_t left = p_.head_dim - chunk * kChunk - i;
-        if (left >= kWidth) {
-          const Real real = M::load(x + chunk * kChunk + i);
-          M::note_nan(bad, real);
-          M::store_bytes(to + i, code(real, grid));
-        } else if (left > 0) {
-          const Real real = M::load_part(x + chunk * kChunk + i, left);
-          M::note_nan(bad, real);
-          M::store_bytes(to + i, M::first(code(real, grid), left));
-        } else {
-          M::store_bytes(to + i, M::set_int(0));
-        }
+        const Real real = M::load(x + i);
+        M::note_nan(bad, real);
+        M::store_bytes(to + i, code<usual>(real, grid));
       }
+    }
+    if (x == end) return;
+    for (int64_t i = 0; i < kChunk; i += kWidth) {
+      const int64_t left = end - x - i < 0 ? 0 : end - x - i < kWidth ? end - x - i : kWidth;
+      const Real real = M::load_part(x + (left > 0 ? i : 0), left);
+      M::note_nan(bad, real);
+      M::store_bytes(to + i, M::first(code<usual>(real, grid), left));
     }
   }
 
@@ -369,6 +377,7 @@ class Attention {
     }
   }
 
+  // What becomes of the sums of a tile: `row` gets those of query r, in vectors from a column on.
   template <bool added>
   struct ScoreTile {
     Attention& a;
@@ -377,32 +386,33 @@ class Attention {
     template <int n>
     void operator()(int64_t column) const {
       const auto& s = a.s_;
-      const auto& p = a.p_;
-      Ints sum[kRows * n];
       M::template tile<n>(s.query, s.query_stride, s.key + column * kStep, s.columns * kStep,
-                          s.key_steps, int64_t{2} * p.max_query * p.max_key, sum);
+                          s.key_steps, int64_t{2} * a.p_.max_query * a.p_.max_key, *this, column);
+    }
+
+    template <int n>
+    void row(int r, int64_t column, const Ints (&sum)[n]) const {
+      const auto& s = a.s_;
+      const auto& p = a.p_;
       const Real factor = M::set(a.c_->dot_factor);
-      Real term[n];
+      const float* term = s.key_term + column;
+      float* scores = s.scores + r * s.columns + column;
+      Real best = a.best_[r];
 #pragma GCC unroll 6
-      for (int t = 0; t < n; ++t) term[t] = M::load(s.key_term + column + t * kWidth);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        Real best = a.best_[r];
-#pragma GCC unroll 6
-        for (int t = 0; t < n; ++t) {
-          Real score = M::fma(M::to_real(sum[r * n + t]), factor, term[t]);
-          if (added) {
-            const int64_t at = column + t * kWidth, left = p.tokens - at;
-            score = M::add(score, M::set(a.query_term_[r]));
-            if (p.bias != nullptr) score = M::add(score, load(bias[r] + at, left));
-            if (p.mask != nullptr) score = M::add(score, load(mask[r] + at, left));
-          }
-          // A NaN is not kept here but by the sum of the row.
-          best = M::max(score, best);
-          M::store(s.scores + r * s.columns + column + t * kWidth, score);
+      for (int t = 0; t < n; ++t) {
+        const int64_t at = t * kWidth;
+        Real score = M::fma(M::to_real(sum[t]), factor, M::load(term + at));
+        if (added) {
+          const int64_t left = p.tokens - column - at;
+          score = M::add(score, M::set(a.query_term_[r]));
+          if (p.bias != nullptr) score = M::add(score, load(bias[r] + column + at, left));
+          if (p.mask != nullptr) score = M::add(score, load(mask[r] + column + at, left));
         }
-        a.best_[r] = best;
+        // A NaN is not kept here but by the sum of the row.
+        best = M::max(score, best);
+        M::store(scores + at, score);
       }
+      a.best_[r] = best;
     }
   };
 
@@ -477,25 +487,24 @@ class Attention {
     template <int n>
     void operator()(int64_t channel) const {
       const auto& s = a.s_;
-      Ints sum[kRows * n];
-      M::template tile<n>(s.codes, s.codes_stride, s.value + channel * kStep,
-                          s.channels * kStep, s.value_steps, int64_t{2} * a.p_.max_probs * a.p_.max_value, sum);
+      M::template tile<n>(s.codes, s.codes_stride, s.value + channel * kStep, s.channels * kStep,
+                          s.value_steps, int64_t{2} * a.p_.max_probs * a.p_.max_value, *this,
+                          channel);
+    }
+
+    template <int n>
+    void row(int r, int64_t channel, const Ints (&sum)[n]) const {
+      if (out[r] == nullptr) return;
       const Real factor = M::set(a.c_->out_factor);
-      Real term[n];
+      const Real offset = M::set(row_term[r]), row_factor = M::set(a.row_factor_[r]);
+      const float* term = a.s_.value_term + channel;
 #pragma GCC unroll 6
-      for (int t = 0; t < n; ++t) term[t] = M::load(s.value_term + channel + t * kWidth);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        if (out[r] == nullptr) continue;
-        const Real row_term_r = M::set(row_term[r]), row_factor = M::set(a.row_factor_[r]);
-#pragma GCC unroll 6
-        for (int t = 0; t < n; ++t) {
-          const Real offset = M::add(term[t], row_term_r);
-          const Real value =
-              M::mul(M::fma(M::to_real(sum[r * n + t]), factor, offset), row_factor);
-          const int64_t at = channel + t * kWidth, left = a.p_.head_dim - at;
-          left >= kWidth ? M::store(out[r] + at, value) : M::store_part(out[r] + at, value, left);
-        }
+      for (int t = 0; t < n; ++t) {
+        const int64_t at = t * kWidth, left = a.p_.head_dim - channel - at;
+        const Real total = M::add(M::load(term + at), offset);
+        const Real value = M::mul(M::fma(M::to_real(sum[t]), factor, total), row_factor);
+        float* to = out[r] + channel + at;
+        left >= kWidth ? M::store(to, value) : M::store_part(to, value, left);
       }
     }
   };

@@ -126,9 +126,9 @@ struct Portable {
     return dot(sum, load_bytes(codes), load_bytes(ones));
   }
 
-  template <int n>
+  template <int n, class Sink>
   static void tile(const uint8_t* codes, int64_t stride, const int8_t* panel, int64_t step_bytes,
-                   int64_t steps, int64_t /*largest_pair*/, Ints* sums) {
+                   int64_t steps, int64_t /*largest_pair*/, const Sink& sink, int64_t column) {
     for (int r = 0; r < kRows; ++r) {
       Ints sum[n];
       for (int t = 0; t < n; ++t) sum[t] = set_int(0);
@@ -139,7 +139,7 @@ struct Portable {
           sum[t] = dot(sum[t], set_int(four), load_bytes(panel + step * step_bytes + 16 * t));
         }
       }
-      for (int t = 0; t < n; ++t) sums[r * n + t] = sum[t];
+      sink.template row<n>(r, column, sum);
     }
   }
 };
