@@ -55,8 +55,15 @@ def _torch_fp32(model: nn.Module, images: Tensor, threads: int) -> Callable[[], 
 
 
 def _torch_bf16(model: nn.Module, images: Tensor, threads: int) -> Callable[[], Any]:
-    # Faster than autocast, which casts the weights in every call.
-    return _eager(copy.deepcopy(model).bfloat16(), images.bfloat16())
+    # Autocast alone is slower: it casts the weights in every call. Weights that are bf16 already
+    # alone fail where a model makes float32 constants in its forward (Swin's masks).
+    call = _eager(copy.deepcopy(model).bfloat16(), images.bfloat16())
+
+    def cast() -> Tensor:
+        with torch.autocast('cpu', torch.bfloat16):
+            return call()
+
+    return cast
 
 
 def _eager(model: nn.Module, images: Tensor) -> Callable[[], Any]:

@@ -3,11 +3,14 @@
 A unit is a residual block, or a quantized layer outside of any block. Units are visited in the
 order in which the model runs them. To get at the input of a unit the model is run with all
 earlier units replayed from what they last gave, so every unit is computed a fixed number of
-times, and only its own statistics and the stream are held.
+times, and only its own statistics and the stream are held: the outputs that a later unit still
+reads. Batches may differ in shape, and a unit may run several times in a forward (a detection
+head, once a level); its statistics are then those of all its calls.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,15 +42,20 @@ def _replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
         module._forward_hooks = hooks
 
 
-def find_units(model: nn.Module, run_one: Callable[[], None]) -> list[str]:
-    """Blocks, and quantized layers outside of blocks, in the order of their execution.
+def find_units(model: nn.Module, run_one: Callable[[], None]) -> dict[str, int]:
+    """Blocks, and quantized layers outside of blocks, in the order of their first execution.
+
+    A detection head runs several times in a forward, once for each level of a pyramid.
 
     Args:
         model: Quantized model.
         run_one: Sends one batch through it.
 
+    Returns:
+        Name of the unit -> how often it runs.
+
     Raises:
-        ValueError: If a unit is not reached, or is run more than once.
+        ValueError: If a unit is not reached.
     """
     blocks = find_blocks(model)
     layers = [
@@ -55,30 +63,82 @@ def find_units(model: nn.Module, run_one: Callable[[], None]) -> list[str]:
         for name in quant_layers(model)
         if not any(name.startswith(f'{block}.') for block in blocks)
     ]
-    seen: list[str] = []
+    calls: dict[str, int] = {}
     with ExitStack() as stack:
         for name in (*blocks, *layers):
             handle = model.get_submodule(name).register_forward_pre_hook(
-                lambda _module, _args, name=name: seen.append(name)
+                lambda _module, _args, name=name: calls.__setitem__(name, calls.get(name, 0) + 1)
             )
             stack.callback(handle.remove)
         run_one()
     for name in (*blocks, *layers):
-        if seen.count(name) != 1:
+        if name not in calls:
             raise ValueError(
-                f'{name} runs {seen.count(name)} times in a forward; Stage 2 needs exactly once. '
+                f'{name} is not reached by a forward, so Stage 2 cannot see its input. '
                 f'Exclude it with dict(pattern={name!r}, exclude=True).'
             )
-    return seen
+    return calls
+
+
+class _Replay:
+    """Gives the stored outputs of a unit, call by call; or zeros of the same shapes.
+
+    Args:
+        name: The unit.
+        values: Outputs, or ``(shape, dtype, device)``, one for each call.
+        see: Told the number of the call and its arguments.
+    """
+
+    def __init__(self, name: str, values: list, see: Callable | None = None):
+        self.name = name
+        self.values = values
+        self.see = see
+        self.call = 0
+
+    def __call__(self, *args, **kwargs) -> Tensor:
+        if self.call == len(self.values):
+            raise ValueError(
+                f'{self.name} runs more than {len(self.values)} times in the forward of another '
+                f'image; Stage 2 needs a fixed number. Exclude it with '
+                f'dict(pattern={self.name!r}, exclude=True).'
+            )
+        value = self.values[self.call]
+        if self.see is not None:
+            self.see(self.call, args, kwargs)
+        self.call += 1
+        if torch.is_tensor(value):
+            # A copy: the model may go on with it in place.
+            return value.clone()
+        shape, dtype, device = value
+        return torch.zeros(shape, dtype=dtype, device=device)
 
 
 class _Stream:
-    """Inputs and outputs of units for all batches."""
+    """Inputs and outputs of units for all batches, a list with one item per call each.
 
-    def __init__(self, model: nn.Module, batches: list, forward: Callable, memory_bytes: int):
+    Args:
+        model: The model.
+        batches: Its calibration batches.
+        forward: Runs it on a batch.
+        calls: How often each unit runs, of :func:`find_units`.
+        last_reader: Unit -> position of the last unit that reads its output.
+        memory_bytes: What each store may hold in memory.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: TensorStore,
+        forward: Callable,
+        calls: dict[str, int],
+        last_reader: dict[str, int],
+        memory_bytes: int,
+    ):
         self.model = model
         self.batches = batches
         self.forward = forward
+        self.calls = calls
+        self.last_reader = last_reader
         self.memory_bytes = memory_bytes
         self.outputs: dict[str, TensorStore] = {}
         self.shapes: dict[str, list] = {}
@@ -86,59 +146,92 @@ class _Stream:
     def store(self) -> TensorStore:
         return TensorStore(self.memory_bytes)
 
-    def capture(self, unit: str, done: list[str], index: int) -> tuple:
-        """Arguments with which batch ``index`` reaches ``unit``."""
+    def capture(self, unit: str, done: list[str], index: int) -> list[tuple]:
+        """Arguments of every call with which batch ``index`` reaches ``unit``.
+
+        Between two of its calls the unit gives what its latent weights give.
+
+        Raises:
+            ValueError: If this batch reaches the unit less often than the first one.
+        """
+        module, wanted = self.model.get_submodule(unit), self.calls[unit]
         captured: list[tuple] = []
 
         def stop(*args, **kwargs):
             captured.append((args, kwargs))
-            raise _StopForward
+            if len(captured) == wanted:
+                raise _StopForward
+            return type(module).forward(module, *args, **kwargs)
 
         with ExitStack() as stack:
             for name in done:
-                if name in self.outputs:
-                    value = self.outputs[name][index]
-                    # A copy: the model may go on with it in place.
-                    replay = lambda *_args, value=value, **_kwargs: value.clone()  # noqa: E731
-                else:
-                    shape, dtype, device = self.shapes[name][index]
-                    replay = lambda *_args, meta=(shape, dtype, device), **_kwargs: torch.zeros(  # noqa: E731
-                        meta[0], dtype=meta[1], device=meta[2]
-                    )
+                source = self.outputs if name in self.outputs else self.shapes
+                replay = _Replay(name, source[name][index])
                 stack.enter_context(_replaced_forward(self.model.get_submodule(name), replay))
-            stack.enter_context(_replaced_forward(self.model.get_submodule(unit), stop))
+            stack.enter_context(_replaced_forward(module, stop))
             with suppress(_StopForward):
                 self.forward(self.batches[index])
-        return captured[0]
+        if len(captured) != wanted:
+            raise ValueError(
+                f'{unit} runs {len(captured)} times in the forward of calibration batch {index}, '
+                f'in that of the first {wanted} times; Stage 2 needs a fixed number. Exclude it '
+                f'with dict(pattern={unit!r}, exclude=True), or choose other calibration images.'
+            )
+        return captured
 
-    def finish(self, unit: str, outputs: TensorStore, keep_all: bool) -> None:
-        """Files the outputs of ``unit``; older ones are dropped unless somebody reads them."""
-        self.shapes[unit] = [(o.shape, o.dtype, o.device) for o in outputs]
-        if not keep_all:
-            for store in self.outputs.values():
-                store.close()
-            self.outputs.clear()
+    def finish(self, position: int, unit: str, outputs: TensorStore) -> None:
+        """Files the outputs of ``unit`` and drops what nobody reads any more."""
+        self.shapes[unit] = [[(o.shape, o.dtype, o.device) for o in calls] for calls in outputs]
         self.outputs[unit] = outputs
+        for name in list(self.outputs):
+            if self.last_reader[name] <= position:
+                self.outputs.pop(name).close()
+
+    def close(self) -> None:
+        """Drops everything."""
+        for store in self.outputs.values():
+            store.close()
+        self.outputs.clear()
 
 
 def _same(first: Any, second: Any) -> bool:
     if torch.is_tensor(first):
-        return torch.equal(first, second)
+        return torch.is_tensor(second) and torch.equal(first, second)
     if isinstance(first, (list, tuple)):
-        return all(_same(a, b) for a, b in zip(first, second, strict=True))
+        return len(first) == len(second) and all(
+            _same(a, b) for a, b in zip(first, second, strict=True)
+        )
     if isinstance(first, dict):
-        return all(_same(first[key], second[key]) for key in first)
+        return first.keys() == second.keys() and all(_same(first[k], second[k]) for k in first)
     return first == second
 
 
-def _is_sequential(model: nn.Module, units: list[str], batch: Any, forward: Callable) -> bool:
-    """Whether every unit's input depends on the unit before it alone (no side branches)."""
-    outputs: dict[str, Tensor] = {}
-    inputs: dict[str, tuple] = {}
+def _copied(value: Any) -> Any:
+    if torch.is_tensor(value):
+        return value.clone()
+    if isinstance(value, (list, tuple)):
+        return [_copied(item) for item in value]
+    return {key: _copied(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _last_readers(
+    model: nn.Module, units: dict[str, int], batch: Any, forward: Callable
+) -> dict[str, int]:
+    """Unit -> position of the last unit whose input depends on its output directly.
+
+    Directly: by what the model computes between units. Found by changing one output after the
+    other while all other units are replayed. That costs one forward without any unit for each of
+    them, and sees through everything (skip connections, pyramids, boxes that decide which
+    features are read).
+    """
+    inputs: dict[str, list] = {name: [] for name in units}
+    outputs: dict[str, list] = {name: [] for name in units}
 
     def keep(_module, args, kwargs, output, name):
-        inputs[name] = (args, kwargs)
-        outputs[name] = output.clone() if torch.is_tensor(output) else output
+        if not torch.is_tensor(output):
+            raise ValueError(f'{name}: Stage 2 handles units with a single tensor as output only.')
+        inputs[name].append(_copied((args, kwargs)))
+        outputs[name].append(output.clone())
 
     with ExitStack() as stack:
         for name in units:
@@ -147,16 +240,27 @@ def _is_sequential(model: nn.Module, units: list[str], batch: Any, forward: Call
             )
             stack.callback(handle.remove)
         forward(batch)
-    if not all(torch.is_tensor(output) for output in outputs.values()):
-        raise ValueError('Stage 2 handles units with a single tensor as output only.')
-    probe = _Stream(model, [batch], forward, 0)
-    for position in range(2, len(units)):
-        done = units[:position]
-        probe.shapes = {n: [(outputs[n].shape, outputs[n].dtype, outputs[n].device)] for n in done}
-        probe.outputs = {done[-1]: [outputs[done[-1]]]}
-        if not _same(probe.capture(units[position], done, 0), inputs[units[position]]):
-            return False
-    return True
+
+    last, order = {}, list(units)
+    for position, changed in enumerate(order):
+        same = dict.fromkeys(order, 0)
+
+        def see(call: int, args: tuple, kwargs: dict, name: str, same: dict = same) -> None:
+            same[name] += _same(_copied((args, kwargs)), inputs[name][call])
+
+        with ExitStack() as stack:
+            for name in order:
+                # Changed such that neither a value nor, for scores and boxes, the order stays.
+                values = [1 - v for v in outputs[name]] if name == changed else outputs[name]
+                replay = _Replay(name, values, partial(see, name=name))
+                stack.enter_context(_replaced_forward(model.get_submodule(name), replay))
+            # Other boxes may lead the model another way, or nowhere; what it does not reach then
+            # counts as reading this output, and an error of its own comes back in `capture`.
+            with suppress(Exception):
+                forward(batch)
+        readers = [i for i, name in enumerate(order) if same[name] < len(inputs[name])]
+        last[changed] = max((i for i in readers if i > position), default=position)
+    return last
 
 
 def _rank_layers(unit: nn.Module) -> dict[str, QuantWeightLayer]:
@@ -233,9 +337,10 @@ def quantize_weights(
     for module in model.modules():
         if isinstance(module, Compensation):
             module.start()
-    units = find_units(model, lambda: forward(kept[0]))
-    keep_all = not _is_sequential(model, units, kept[0], forward)
-    stream = _Stream(model, kept, forward, memory_bytes)
+    calls = find_units(model, lambda: forward(kept[0]))
+    units = list(calls)
+    last_reader = _last_readers(model, calls, kept[0], forward)
+    stream = _Stream(model, kept, forward, calls, last_reader, memory_bytes)
     scores: dict[str, float] = {}
     for position, name in enumerate(track(units, len(units), 'Weight-PTQ')):
         unit = model.get_submodule(name)
@@ -245,10 +350,9 @@ def quantize_weights(
         score, outputs = _process_unit(unit, inputs, method, stream)
         if score is not None:
             scores[name] = score
-        stream.finish(name, outputs, keep_all)
+        stream.finish(position, name, outputs)
         inputs.close()
-    for store in stream.outputs.values():
-        store.close()
+    stream.close()
     kept.close()
     return scores
 
@@ -269,30 +373,36 @@ def _process_unit(
                 lambda module, args, name=name: moments[name].update(module.operand_rows(args[0]))
             )
             stack.callback(handle.remove)
-        for args, kwargs in inputs:
-            output = unit(*args, **kwargs)
+        for calls in inputs:
+            values = [unit(*args, **kwargs) for args, kwargs in calls]
             if compensation is not None:
-                targets.append(output)
+                targets.append(values)
     for name, layer in layers.items():
         moments[name].reduce()
         _round(layer, method, moments.pop(name))
     outputs = stream.store()
-    for args, kwargs in inputs:
-        outputs.append(unit(*args, **kwargs))
-    if compensation is None or block_input(*inputs[0]).shape != targets[0].shape:
+    for calls in inputs:
+        outputs.append([unit(*args, **kwargs) for args, kwargs in calls])
+    if compensation is None or block_input(*inputs[0][0]).shape != targets[0][0].shape:
         # A block that changes the shape has no parallel linear map.
         targets.close()
         return None, outputs
     compensation.start()
-    for (args, kwargs), target, output in zip(inputs, targets, outputs, strict=True):
-        compensation.update(block_input(args, kwargs), target - output)
+    for calls, wanted, given in zip(inputs, targets, outputs, strict=True):
+        for (args, kwargs), target, output in zip(calls, wanted, given, strict=True):
+            compensation.update(block_input(args, kwargs), target - output)
     score = compensation.fit()
     targets.close()
     if compensation.is_fitted:
         broadcast_([compensation.weight, compensation.bias])
         corrected = stream.store()
-        for (args, kwargs), output in zip(inputs, outputs, strict=True):
-            corrected.append(output + compensation.correction(block_input(args, kwargs)))
+        for calls, given in zip(inputs, outputs, strict=True):
+            corrected.append(
+                [
+                    output + compensation.correction(block_input(args, kwargs))
+                    for (args, kwargs), output in zip(calls, given, strict=True)
+                ]
+            )
         outputs.close()
         outputs = corrected
     return score, outputs
