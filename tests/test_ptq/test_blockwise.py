@@ -7,13 +7,15 @@ from torch import nn
 
 from gplq_mm.layers import (
     act_quantizers,
+    calibrate,
     find_blocks,
+    freeze_activations,
     quant_layers,
     quantize_model,
     quantizers_disabled,
     weights_disabled,
 )
-from gplq_mm.ptq import GPTQ, RoundToNearest, find_units, quantize_weights, round_weights
+from gplq_mm.ptq import GPTQ, RoundToNearest, blockwise, find_units, quantize_weights, round_weights
 from gplq_mm.quant import NotCalibratedError, QuantPolicy
 
 KINDS = ('vit', 'swin', 'resnet')
@@ -50,7 +52,9 @@ def test_quantizes_every_layer_and_leaves_the_latent_model_alone(kind):
 @pytest.mark.parametrize('kind', KINDS)
 def test_units_are_blocks_and_the_layers_between_them_in_order(kind):
     model = build_quantized(kind)
-    units = find_units(model, lambda: model(images()))
+    calls = find_units(model, lambda: model(images()))
+    assert set(calls.values()) == {1}
+    units = list(calls)
     blocks = find_blocks(model)
     assert [name for name in units if name in blocks] == blocks
     covered = {
@@ -305,14 +309,99 @@ class Twice(nn.Module):
         return x
 
 
-@pytest.mark.parametrize('times', [0, 2])
-def test_a_unit_must_run_exactly_once(times):
+def twice(times):
     model = Twice(1)
     quantize_model(model, QuantPolicy())
     calibrated(model, torch.randn(8, 4))
     model.times = times
-    with pytest.raises(ValueError, match=rf'fc runs {times} times'):
-        quantize_weights(model, [torch.randn(8, 4)], model, RoundToNearest())
+    return model
+
+
+def test_a_unit_must_run():
+    with pytest.raises(ValueError, match='fc is not reached'):
+        quantize_weights(twice(0), [torch.randn(8, 4)], twice(0), RoundToNearest())
+
+
+def test_a_unit_must_run_equally_often_on_all_batches():
+    model = twice(2)
+
+    def forward(batch):
+        model.times = len(batch)
+        return model(batch)
+
+    with pytest.raises(ValueError, match='fc runs 1 times in the forward of calibration batch 1'):
+        quantize_weights(model, [torch.randn(2, 4), torch.randn(1, 4)], forward, RoundToNearest())
+
+
+class Pyramid(nn.Module):
+    """What detectors do: levels of several resolutions, and a head that all of them share."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.deeper = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+        self.lateral = nn.Conv2d(8, 8, 1)
+        self.shared, self.predictor = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 1, 1)
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, x):
+        fine = self.stem(x).relu()
+        coarse = self.deeper(fine).relu()
+        up = nn.functional.interpolate(coarse, size=fine.shape[-2:])
+        levels = [self.lateral(fine) + up, coarse]
+        scores = [self.predictor(self.shared(level).relu()).flatten() for level in levels]
+        # The best places of both levels are looked at again, as proposals are.
+        rows = torch.cat([level.flatten(2).squeeze(0).T for level in levels])
+        return self.last(rows[torch.cat(scores).topk(5).indices])
+
+
+@pytest.mark.parametrize('budget', [0, 2**30])
+@torch.no_grad()
+def test_shared_heads_of_pyramids_and_batches_of_several_sizes(budget):
+    batches = [torch.randn(1, 3, height, width) for height, width in ((16, 24), (12, 12), (30, 8))]
+    model = Pyramid()
+    quantize_model(model, QuantPolicy(weight=dict(bits=3)))
+    calibrate(model, lambda _index, _passes: [model(batch) for batch in batches])
+    freeze_activations(model)
+    calls = find_units(model, lambda: model(batches[0]))
+    assert calls == dict(stem=1, deeper=1, lateral=1, shared=2, predictor=2, last=1)
+    recorder = Recorder()
+    quantize_weights(model, batches, model, recorder, memory_bytes=budget)
+    for layer in quant_layers(model).values():
+        layer.weight_quantizer.enabled = False
+    for name, moment in zip(calls, recorder.moments, strict=True):
+        layer, rows = model.get_submodule(name), []
+        handle = layer.register_forward_pre_hook(
+            lambda layer, args, rows=rows: rows.append(layer.operand_rows(args[0]))
+        )
+        for batch in batches:
+            model(batch)
+        handle.remove()
+        torch.testing.assert_close(moment, covariance(torch.cat(rows)), msg=name)
+        layer.weight_quantizer.enabled = True
+
+
+def test_only_what_is_read_later_is_kept(monkeypatch):
+    """The stream of a pyramid ends with what its last unit needs."""
+    model, batch = Pyramid(), torch.randn(1, 3, 16, 24)
+    quantize_model(model, QuantPolicy())
+    calibrated(model, batch)
+    kept, finish = [], blockwise._Stream.finish
+
+    def record(stream, position, unit, outputs):
+        finish(stream, position, unit, outputs)
+        kept.append(set(stream.outputs))
+
+    monkeypatch.setattr(blockwise._Stream, 'finish', record)
+    quantize_weights(model, [batch], model, RoundToNearest())
+    assert kept == [
+        {'stem'},
+        {'stem', 'deeper'},
+        {'deeper', 'lateral'},
+        {'deeper', 'lateral', 'shared'},
+        {'deeper', 'lateral', 'predictor'},
+        set(),
+    ]
 
 
 def test_plain_rounding_without_data():
@@ -335,7 +424,7 @@ def test_progress_is_shown_unit_by_unit():
             yield item
 
     run(model, track=track)
-    assert [name for name, _ in seen] == find_units(model, lambda: model(images()))
+    assert [name for name, _ in seen] == list(find_units(model, lambda: model(images())))
     assert {total for _, total in seen} == {len(seen)}
 
 
