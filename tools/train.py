@@ -67,7 +67,9 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
         loader = cfg.get(name)
         if loader is None:
             continue
-        loader.setdefault('collate_fn', dict(type='default_collate'))
+        # Images of one size are stacked by the workers; mmdet's differ in size.
+        if cfg.get('default_scope') == 'mmpretrain':
+            loader.setdefault('collate_fn', dict(type='default_collate'))
         loader.setdefault('pin_memory', True)
         loader.setdefault('persistent_workers', loader.get('num_workers', 0) > 0)
         if args.no_pin_memory:

@@ -52,11 +52,11 @@ class RunRecord:
         self.__dict__.update(state)
 
 
-# Metric of a data set's evaluator -> name in the summary.
+# Metric of a data set's evaluator -> name in the summary, and what makes it percent or AP points.
 HEADLINES = {
-    'accuracy/top1': 'top1',
-    'coco/bbox_mAP': 'bbox_mAP',
-    'coco/segm_mAP': 'segm_mAP',
+    'accuracy/top1': ('top1', 1.0),
+    'coco/bbox_mAP': ('bbox_mAP', 100.0),
+    'coco/segm_mAP': ('segm_mAP', 100.0),
 }
 
 
@@ -66,7 +66,9 @@ def headline_metrics(metrics: dict[str, dict]) -> dict[str, dict]:
     for stage, values in metrics.items():
         for key, value in values.items():
             if key in HEADLINES:
-                table.setdefault(HEADLINES[key], {})[stage] = value
+                name, factor = HEADLINES[key]
+                # CocoMetric gives fractions of three digits; the product would have sixteen.
+                table.setdefault(name, {})[stage] = round(value * factor, 9)
     return table
 
 

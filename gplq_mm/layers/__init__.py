@@ -3,6 +3,7 @@
 from .attention import QuantAttention, register_attention_adapter
 from .compensation import Compensation, QwT, QwTv2, attach_compensation, build_compensation
 from .conv import QuantConv2d
+from .conv_transpose import QuantConvTranspose2d
 from .int4_attention import Int4Attention
 from .int4_conv import Int4Conv2d
 from .int4_linear import Int4Linear
@@ -29,6 +30,7 @@ __all__ = [
     'Int4WeightLayer',
     'QuantAttention',
     'QuantConv2d',
+    'QuantConvTranspose2d',
     'QuantLinear',
     'QuantReport',
     'QuantWeightLayer',

@@ -14,6 +14,7 @@ from .attention import (
 )
 from .compensation import attach_compensation, build_compensation
 from .conv import QuantConv2d
+from .conv_transpose import QuantConvTranspose2d
 from .linear import QuantLinear
 from .weight_layer import QuantWeightLayer
 
@@ -25,7 +26,6 @@ UNSUPPORTED = (
     nn.Conv1d,
     nn.Conv3d,
     nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
     nn.ConvTranspose3d,
     nn.Bilinear,
     nn.MultiheadAttention,
@@ -67,19 +67,32 @@ def set_module(root: nn.Module, name: str, module: nn.Module) -> None:
 def _kind_of(module: nn.Module) -> str | None:
     if isinstance(module, nn.Linear):
         return 'linear'
-    return 'conv' if isinstance(module, nn.Conv2d) else None
+    return 'conv' if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) else None
+
+
+def _twin_of(module: nn.Module) -> type[QuantWeightLayer]:
+    if isinstance(module, nn.Linear):
+        return QuantLinear
+    return QuantConv2d if isinstance(module, nn.Conv2d) else QuantConvTranspose2d
 
 
 def _computes_something_else(module: nn.Module) -> bool:
     """Whether a subclass of Linear or Conv2d has a forward of its own (NormProduct, ConvAWS)."""
     cls = type(module)
-    plain = (nn.Linear.forward, nn.Conv2d.forward, QuantWeightLayer.forward)
+    plain = (
+        nn.Linear.forward,
+        nn.Conv2d.forward,
+        nn.ConvTranspose2d.forward,
+        QuantWeightLayer.forward,
+    )
     # mmcv's wrappers differ for empty inputs only.
     return cls.forward not in plain and cls.__module__ != 'mmcv.cnn.bricks.wrappers'
 
 
 def _check_supported(name: str, module: nn.Module, policy: QuantPolicy) -> None:
     unsupported = isinstance(module, UNSUPPORTED)
+    if isinstance(module, nn.ConvTranspose2d):
+        unsupported |= not QuantConvTranspose2d.supports(module)
     unsupported |= bool(_kind_of(module)) and _computes_something_else(module)
     if not unsupported and looks_like_attention(module) and not attention_adapter_of(module):
         # A wrapper like ShiftWindowMSA is fine: the products are in its adapted child.
@@ -139,7 +152,7 @@ def quantize_model(
             if spec.weight is None:
                 done['excluded'].append(name)
                 continue
-            twin = (QuantLinear if kind == 'linear' else QuantConv2d).from_float(module, spec, name)
+            twin = _twin_of(module).from_float(module, spec, name)
             set_module(model, name, twin)
             done[kind].append(name)
         adapter = attention_adapter_of(module)

@@ -30,8 +30,7 @@ class QuantWeightLayer(nn.Module):
     ) -> None:
         self.site = name
         self.act_quantizer = build_act_quantizer(act, act_shape, f'{name}.input')
-        rows = self.weight.shape[0]
-        shape = (rows, self.weight.numel() // max(rows, 1))
+        shape = tuple(self.as_matrix(self.weight.detach()).shape)
         self.weight_quantizer = WeightQuantizer(weight, shape, name)
 
     @property
@@ -63,7 +62,21 @@ class QuantWeightLayer(nn.Module):
 
     def weight_matrix(self) -> Tensor:
         """FP32 latent weight as a matrix ``(out, K)``."""
-        return self.weight.detach().float().flatten(1)
+        return self.as_matrix(self.weight.detach().float())
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """A tensor of the weight's shape as the matrix ``(rows, K)`` that meets the operand."""
+        return weight.flatten(1)
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """Inverse of :meth:`as_matrix`."""
+        return matrix.reshape(self.weight.shape)
+
+    def row_bias(self) -> Tensor:
+        """FP32 bias of every row of the matrix, zeros for a layer without, ``(rows,)``."""
+        if self.bias is None:
+            return self.weight.new_zeros(self.weight.shape[0])
+        return self.bias.detach()
 
     @torch.no_grad()
     def foldable(self) -> tuple[Tensor, Tensor]:
@@ -89,9 +102,7 @@ class QuantWeightLayer(nn.Module):
                 the bias then makes the mean output exact; without it only the zero-points are
                 folded into the bias.
         """
-        rows = self.weight.shape[0]
-        bias = self.weight.new_zeros(rows) if self.bias is None else self.bias.detach()
-        bias = bias.double()
+        bias = self.row_bias().double()
         if self.is_folded:
             target, _ = self.foldable()
             rounded = value.dequantize().double()
@@ -111,7 +122,7 @@ class QuantWeightLayer(nn.Module):
         value = self.weight_quantizer.integers() * self.weight_quantizer.row_scale[:, None]
         if self.is_folded:
             value = value / self.column_grid()[0]
-        return value.reshape(self.weight.shape)
+        return self.from_matrix(value)
 
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's product: F.linear or F.conv2d."""
@@ -123,7 +134,7 @@ class QuantWeightLayer(nn.Module):
         float32 where the largest possible sum is exact there, float64 otherwise.
         """
         operand = self.operand(x)
-        integers = self.weight_quantizer.integers().reshape(self.weight.shape)
+        integers = self.from_matrix(self.weight_quantizer.integers())
         spec = self.act_quantizer.spec
         worst = 2**spec.bits * self.weight_quantizer.largest_row_sum()
         if worst >= EXACT_FLOAT32:

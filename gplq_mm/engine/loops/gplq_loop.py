@@ -83,7 +83,7 @@ class GPLQTrainLoop(EpochBasedTrainLoop):
             images for the PTQ error.
 
     Raises:
-        ValueError: If the sampler cannot resume within an epoch.
+        ValueError: If the sampler cannot resume within an epoch, or a batch sampler is set.
         TypeError: If the model is not a GPLQ model.
     """
 
@@ -100,6 +100,10 @@ class GPLQTrainLoop(EpochBasedTrainLoop):
         super().__init__(runner, dataloader, max_epochs=max(max_epochs, 1))
         if not isinstance(unwrap(runner.model), GPLQ):
             raise TypeError('GPLQTrainLoop trains a model of type gplq_mm.GPLQ.')
+        if self.dataloader.batch_size is None:
+            raise ValueError(
+                'GPLQTrainLoop counts batches of one size; set train_dataloader.batch_sampler=None.'
+            )
         if not hasattr(self.dataloader.sampler, 'set_position'):
             raise ValueError(
                 'GPLQTrainLoop resumes within an epoch; set train_dataloader.sampler='
