@@ -1,6 +1,7 @@
 """Reading checkpoints without running code from them, writing them without tearing them."""
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -154,10 +155,15 @@ def load_float_weights(model: nn.Module, path: str | os.PathLike) -> None:
         if not wrong_shape:
             raise
     for key, (found, wanted) in wrong_shape.items():
-        if 'head' in key and key.endswith('.weight') and found[1:] == wanted[1:]:
+        # Anchor heads have several rows a class and say nothing about their number.
+        counts_classes = not re.search(r'(?<!fc)_cls\.weight$', key)
+        if 'head' in key and key.endswith('.weight') and found[1:] == wanted[1:] and counts_classes:
+            # mmdet's box classifier has one row more, the background's.
+            background = key.endswith('fc_cls.weight')
             raise CheckpointError(
-                f'checkpoint {path} classifies {found[0]} classes ({key}), the config '
-                f'{wanted[0]}; set num_classes of the head to {found[0]} or fine-tune first.'
+                f'checkpoint {path} classifies {found[0] - background} classes ({key}), the config '
+                f'{wanted[0] - background}; set num_classes of the head to '
+                f'{found[0] - background} or fine-tune first.'
             )
     missing = [key for key in missing if key in own and not _is_quantizer_key(key)]
     if wrong_shape or missing:

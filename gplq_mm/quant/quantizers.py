@@ -144,7 +144,8 @@ class ActQuantizer(nn.Module):
 
     def _grad_scale(self, x: Tensor) -> float:
         # LSQ, section 2.2: balances the size of the update of a scale and that of weights.
-        return (x.numel() / self.scale.numel() * max(self.qmax, 1)) ** -0.5
+        # A detector's head may get nothing: an image without a single object.
+        return (max(x.numel(), 1) / self.scale.numel() * max(self.qmax, 1)) ** -0.5
 
     def forward(self, x: Tensor) -> Tensor:
         """Observes, or returns ``x`` on the grid, by state.

@@ -1,5 +1,10 @@
 """Both stages on a detector: shared heads, images of several sizes, AP after each stage."""
 
+import json
+import shutil
+
+import cv2
+import numpy as np
 import pytest
 from tiny_detection import detection_config, train_fp32, write_coco
 from tiny_runs import (
@@ -12,6 +17,7 @@ from tiny_runs import (
     weights,
 )
 
+from gplq_mm.checkpoint import CheckpointError
 from gplq_mm.layers import QuantConvTranspose2d, quant_layers
 from gplq_mm.quant import PolicyError
 
@@ -106,3 +112,33 @@ def test_batch_sampler_of_mmdet_is_refused(data, pretrained, tmp_path):
     cfg.train_dataloader.batch_sampler = dict(type='AspectRatioBatchSampler')
     with pytest.raises(ValueError, match='batch_sampler=None'):
         build_runner(cfg).train()
+
+
+def test_checkpoint_with_another_number_of_classes(data, pretrained, tmp_path):
+    cfg = detection_config(tmp_path, data, pretrained)
+    cfg.model.architecture.roi_head.bbox_head.num_classes = 3
+    cfg.model.architecture.roi_head.mask_head.num_classes = 3
+    with pytest.raises(CheckpointError, match=r'classifies 2 classes .*set num_classes .* to 2'):
+        build_runner(cfg).train()
+
+
+def test_images_without_and_with_odd_annotations(data, pretrained, tmp_path):
+    """Nothing to find, a box outside of the image, a mask of no area, one pixel, a long strip."""
+    write_coco(tmp_path, 'train', 5, seed=3)
+    shutil.copytree(data / 'val', tmp_path / 'val')
+    shutil.copy(data / 'val.json', tmp_path)
+    content = json.loads((tmp_path / 'train.json').read_text())
+    kept = [a for a in content['annotations'] if a['image_id'] != 0]
+    kept[0].update(bbox=[500, 500, 20, 20], segmentation=[[500, 500, 520, 500, 520, 520]])
+    kept[1].update(segmentation=[[10, 10, 10, 10, 10, 10]])
+    for number, (height, width) in ((3, (1, 1)), (4, (8, 900))):
+        image = content['images'][number]
+        image.update(height=height, width=width)
+        cv2.imwrite(
+            str(tmp_path / 'train' / image['file_name']), np.zeros((height, width, 3), np.uint8)
+        )
+    content['annotations'] = kept
+    (tmp_path / 'train.json').write_text(json.dumps(content))
+    cfg = detection_config(tmp_path / 'run', tmp_path, pretrained)
+    run(cfg)
+    assert read_summary(tmp_path / 'run')['act_qat_iterations'] == 5
