@@ -13,6 +13,8 @@ train_pipeline = [
 ]
 test_pipeline = [
     dict(type='gplq_mm.LoadImageOrFail'),
+    # Changes nothing here: it records the scale_factor that predictions are mapped back with.
+    dict(type='Resize', scale=(256, 256), keep_ratio=True),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(
         type='PackDetInputs',
