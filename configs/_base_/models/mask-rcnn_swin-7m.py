@@ -23,9 +23,7 @@ model = dict(
         ],
     ),
     # Trained from nothing: normalized feature maps learn several times faster.
-    neck=dict(
-        in_channels=[48, 96, 192, 384], out_channels=channels, num_outs=5, norm_cfg=norm_cfg
-    ),
+    neck=dict(in_channels=[48, 96, 192, 384], out_channels=channels, num_outs=5, norm_cfg=norm_cfg),
     rpn_head=dict(
         in_channels=channels,
         feat_channels=channels,
