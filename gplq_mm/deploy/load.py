@@ -17,6 +17,7 @@ from ..layers import (
 )
 from ..layers.attention import OPERANDS, attention_adapter_of
 from ..layers.replace import set_module
+from ..layers.reproducible import make_reproducible
 from ..ops.device import resolve_device
 from ..quant import PolicyError, SiteSpec
 from ..quant.spec import SITE_GRANULARITIES
@@ -87,6 +88,7 @@ def _assemble(header: dict, table: TensorTable) -> nn.Module:
     model = build_architecture(config, scope, elements)
     _swap_layers(model, _section(header, 'layers', dict))
     _swap_attention(model, _section(header, 'attention', dict))
+    make_reproducible(model)
     rest = other_entries(model)
     compensation = {
         name: fill_compensation(name, _submodule(model, name), entry, table)

@@ -7,10 +7,11 @@ name, so neither package is imported here, and a model is never traced.
 from collections.abc import Callable
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..quant import ActSpec, PolicyError
+from ..quant import ActQuantizer, ActSpec, PolicyError, QuantState, arithmetic
 from ..quant.quantizers import build_act_quantizer
 
 __all__ = [
@@ -40,6 +41,7 @@ class QuantAttention(nn.Module):
         self, specs: dict[str, ActSpec | None], num_heads: int, tokens: int | None, name: str
     ):
         super().__init__()
+        self.num_heads = num_heads
         for operand in OPERANDS:
             spec = specs[operand]
             if spec is None:
@@ -56,6 +58,90 @@ class QuantAttention(nn.Module):
                     )
                 shapes['token'] = (count, 1)
             self.add_module(operand, build_act_quantizer(spec, shapes[spec.granularity], site))
+
+    def float_reason(self) -> str | None:
+        """Why the products are not those of integer codes with a grid per head, or None."""
+        for operand in OPERANDS:
+            quantizer = getattr(self, operand)
+            # A subclass rounds in its own way (powers of sqrt(2)).
+            if type(quantizer) is not ActQuantizer:
+                spec = getattr(quantizer, 'spec', None)
+                return f'{operand} is ' + ('not quantized' if spec is None else spec.quantizer)
+            if quantizer.spec.granularity not in ('tensor', 'head'):
+                return f'{operand} has a scale per {quantizer.spec.granularity}'
+        return None
+
+    def grids(self) -> tuple[Tensor, list[int]]:
+        """Grids of the four operands, where :meth:`float_reason` is None.
+
+        Returns:
+            float32 ``(4, 2, heads)``, scale and offset of q, k, v and probabilities; and their
+            smallest and largest codes.
+        """
+        grids, limits = [], []
+        for operand in OPERANDS:
+            quantizer = getattr(self, operand)
+            scales, offsets = quantizer.grid()
+            offsets = torch.zeros_like(scales) if offsets is None else offsets
+            parts = [part.detach().flatten().expand(self.num_heads) for part in (scales, offsets)]
+            grids.append(torch.stack(parts))
+            limits += [quantizer.qmin, quantizer.qmax]
+        return torch.stack(grids).float(), limits
+
+    def _computes_on_codes(self, query: Tensor) -> bool:
+        """Whether to compute exactly what the deployed model computes: all grids are final and no
+        gradient is asked for."""
+        if torch.is_grad_enabled() and query.requires_grad:
+            return False
+        return self.float_reason() is None and all(
+            getattr(self, operand).enabled and getattr(self, operand).state == QuantState.FROZEN
+            for operand in OPERANDS
+        )
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+    ) -> Tensor:
+        """Attention of quantized operands.
+
+        Once all four grids are frozen, and without gradients, it is computed on the codes
+        (:func:`gplq_mm.quant.arithmetic.attention`), as in the deployed model.
+
+        Args:
+            query, key, value: ``(B, heads, N, d)``.
+            scale: Factor on the scores.
+            bias: ``(heads, N, N)`` added to the scores, or None.
+            mask: ``(M, N, N)`` added to the scores of item ``i % M`` of the batch, or None.
+            dropout_p: Dropout of probabilities.
+
+        Returns:
+            ``(B, heads, N, d)``.
+        """
+        if dropout_p == 0 and self._computes_on_codes(query):
+            with torch.autocast(query.device.type, enabled=False):
+                out = arithmetic.attention(
+                    *(x.float() for x in (query, key, value)),
+                    scale,
+                    *self.grids(),
+                    self.probs.row_relative,
+                    None if bias is None else bias.float(),
+                    None if mask is None else mask.float(),
+                )
+            return out.to(value.dtype)
+        scores = self.scores(query, key, scale)
+        if bias is not None:
+            scores = scores + bias
+        if mask is not None:
+            batch, heads, tokens, _ = scores.shape
+            scores = scores.reshape(-1, len(mask), heads, tokens, tokens) + mask[:, None]
+            scores = scores.reshape(batch, heads, tokens, tokens)
+        return self.mix(scores, value, dropout_p)
 
     def scores(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
         """``scale * q_hat @ k_hat.T``: ``(..., heads, Nq, d), (..., heads, Nk, d)`` to
@@ -99,10 +185,10 @@ class QuantAttention(nn.Module):
         scale: float | None = None,
     ) -> Tensor:
         """Takes the place of ``torch.nn.functional.scaled_dot_product_attention``."""
-        scores = self.scores(query, key, scale or query.shape[-1] ** -0.5)
-        if attn_mask is not None:
-            scores = scores + attn_mask
-        return self.mix(scores, value, dropout_p)
+        scale = scale or query.shape[-1] ** -0.5
+        if attn_mask is None:
+            return self.attend(query, key, value, scale, dropout_p=dropout_p)
+        return self.mix(self.scores(query, key, scale) + attn_mask, value, dropout_p)
 
 
 def register_attention_adapter(*class_names: str):
@@ -170,15 +256,10 @@ class QuantWindowMSA:
         heads = self.num_heads
         qkv = self.qkv(x).reshape(batch, tokens, 3, heads, channels // heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        scores = self.quant_attention.scores(query, key, self.scale)
         bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
-        scores = scores + bias.reshape(tokens, tokens, heads).permute(2, 0, 1)
-        if mask is not None:
-            windows = mask.shape[0]
-            scores = scores.reshape(-1, windows, heads, tokens, tokens) + mask[:, None]
-            scores = scores.reshape(batch, heads, tokens, tokens)
+        bias = bias.reshape(tokens, tokens, heads).permute(2, 0, 1)
         dropout = self.attn_drop.p if self.training else 0.0
-        out = self.quant_attention.mix(scores, value, dropout)
+        out = self.quant_attention.attend(query, key, value, self.scale, bias, mask, dropout)
         out = self.proj(out.transpose(1, 2).reshape(batch, tokens, channels))
         return self.proj_drop(out)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import library as _library  # noqa: F401  (defines the ops)
-from ..quant import ActQuantizer, QuantState
+from ..quant import QuantState
 from .attention import OPERANDS, QuantAttention, QuantWindowMSA
 from .int4_weight import DeployError, move_only
 
@@ -24,14 +24,9 @@ def full_name(cls: type) -> str:
 
 def unsupported(attention: QuantAttention) -> str | None:
     """Why the op cannot compute this attention, or None if it can."""
-    for operand in OPERANDS:
-        quantizer = getattr(attention, operand)
-        # A subclass rounds in its own way (powers of sqrt(2)).
-        if type(quantizer) is not ActQuantizer:
-            spec = getattr(quantizer, 'spec', None)
-            return f'{operand} is ' + ('not quantized' if spec is None else spec.quantizer)
-        if quantizer.spec.granularity not in ('tensor', 'head'):
-            return f'{operand} has a scale per {quantizer.spec.granularity}'
+    reason = attention.float_reason()
+    if reason is not None:
+        return reason
     if attention._forward_hooks or attention._forward_pre_hooks:
         return 'it has forward hooks'
     return None
@@ -75,7 +70,6 @@ class Int4Attention(nn.Module):
         if reason is not None:
             raise DeployError(f'attention cannot be packed: {reason}.')
         packed = cls(num_heads, scale)
-        grids = []
         for operand in OPERANDS:
             quantizer = getattr(attention, operand)
             if quantizer.state != QuantState.FROZEN:
@@ -87,14 +81,8 @@ class Int4Attention(nn.Module):
                 raise DeployError(
                     f'{quantizer.site}: switched off; deploy the model with all quantizers on.'
                 )
-            scales, offsets = quantizer.grid()
-            offsets = torch.zeros_like(scales) if offsets is None else offsets
-            grids.append(
-                torch.stack([p.detach().flatten().expand(num_heads) for p in (scales, offsets)])
-            )
-            packed.limits += [quantizer.qmin, quantizer.qmax]
+        packed.grids, packed.limits = attention.grids()
         packed.row_relative = attention.probs.row_relative
-        packed.grids = torch.stack(grids).float().contiguous()
         packed.bias = None if bias is None else bias.detach().float().contiguous()
         return packed.eval()
 

@@ -18,6 +18,7 @@ from .int4_attention import (
     with_mixin,
 )
 from .int4_linear import Int4Linear
+from .reproducible import ReproducibleGELU, ReproducibleLayerNorm
 
 __all__ = ['FUSED_BLOCKS', 'Int4EncoderLayer', 'Int4SwinBlock', 'fuse_blocks', 'window_maps']
 
@@ -42,7 +43,7 @@ def _plain(*modules: nn.Module) -> bool:
 
 def _is_layer_norm(norm: nn.Module, channels: int) -> bool:
     return (
-        type(norm) is nn.LayerNorm
+        type(norm) in (nn.LayerNorm, ReproducibleLayerNorm)
         and norm.normalized_shape == (channels,)
         and norm.weight is not None
         and norm.bias is not None
@@ -75,7 +76,7 @@ def _fusable_ffn(norm: nn.Module, ffn: nn.Module) -> bool:
         isinstance(first, Int4Linear)
         and isinstance(second, Int4Linear)
         and _is_layer_norm(norm, first.in_features)
-        and type(activation) is nn.GELU
+        and type(activation) in (nn.GELU, ReproducibleGELU)
         and activation.approximate == 'none'
         and all(map(_is_identity_in_eval, (drop1, drop2, ffn.dropout_layer)))
         and _is_layer_scale(ffn.gamma2)

@@ -16,6 +16,7 @@ from .compensation import attach_compensation, build_compensation
 from .conv import QuantConv2d
 from .conv_transpose import QuantConvTranspose2d
 from .linear import QuantLinear
+from .reproducible import make_reproducible
 from .weight_layer import QuantWeightLayer
 
 __all__ = ['QuantReport', 'find_blocks', 'quant_layers', 'quantize_model']
@@ -113,7 +114,8 @@ def quantize_model(
 ) -> QuantReport:
     """Swaps the layers of ``model`` for quantized twins that share their parameters.
 
-    Names are those of ``model.named_modules()``, and parameter keys stay as they are.
+    Names are those of ``model.named_modules()``, and parameter keys stay as they are. LayerNorm
+    and GELU become reproducible to the last bit (:mod:`.reproducible`).
 
     Args:
         model: Float model; changed in place.
@@ -163,6 +165,7 @@ def quantize_model(
                 continue
             adapter(module, specs, name)
             done['attention'].append(name)
+    make_reproducible(model)
     blocks = find_blocks(model)
     if compensation is not None:
         for name in blocks:

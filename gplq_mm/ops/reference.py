@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..quant.functional import quantize
+from ..quant import arithmetic
 from ..quant.packing import unpack_multiplier_panels, unpack_panels
 from . import checks
 from .attention_checks import check_attention
@@ -103,7 +103,7 @@ def int4_norm_linear(
     checks.check_layer(layer, grid, x.device)
     checks.check_input(x, layer[0].numel())
     checks.check_norm(norm_weight, norm_bias, layer[0].numel(), x.device)
-    normed = F.layer_norm(x.float(), norm_weight.shape, norm_weight, norm_bias, eps)
+    normed = arithmetic.layer_norm(x.float(), norm_weight, norm_bias, eps)
     return int4_linear(normed, layer, grid).to(x.dtype)
 
 
@@ -124,7 +124,8 @@ def int4_mlp(
     checks.check_norm(norm_weight, norm_bias, layer1[0].numel(), x.device)
     checks.check_mlp(layer1[5].numel(), layer2[0].numel(), x.shape[-1], layer2[5].numel())
     checks.check_gamma(gamma, x.shape[-1], x.device)
-    hidden = F.gelu(int4_norm_linear(x.float(), norm_weight, norm_bias, eps, layer1, grid1))
+    hidden = int4_norm_linear(x.float(), norm_weight, norm_bias, eps, layer1, grid1)
+    hidden = arithmetic.gelu(hidden)
     return int4_linear_add(hidden, layer2, grid2, x, gamma)
 
 
@@ -165,32 +166,10 @@ def int4_attention(
     query, key, value = (
         windows.float().reshape(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     )
-    query, key, value = (
-        _on_grid(operand, grids[i], limits[2 * i : 2 * i + 2])
-        for i, operand in enumerate((query, key, value))
-    )
-    scores = (query @ key.transpose(-2, -1)) * scale
-    if bias is not None:
-        scores = scores + bias
-    if mask is not None:
-        count = mask.shape[0]
-        scores = scores.reshape(-1, count, heads, tokens, tokens) + mask[:, None]
-        scores = scores.reshape(batch, heads, tokens, tokens)
-    if row_relative:
-        numerator = (scores - scores.amax(-1, keepdim=True)).exp()
-        denominator = numerator.sum(-1, keepdim=True)
-        out = (_on_grid(numerator, grids[3], limits[6:8]) @ value) / denominator
-    else:
-        out = _on_grid(scores.softmax(-1), grids[3], limits[6:8]) @ value
+    out = arithmetic.attention(query, key, value, scale, grids, limits, row_relative, bias, mask)
     out = out.transpose(1, 2).reshape(batch, tokens, channels).to(qkv.dtype)
     if rows is None:
         return out
     result = qkv.new_zeros(out_rows, channels)
     keep = rows.flatten() < out_rows
     return result.index_copy_(0, rows.flatten()[keep].long(), out.flatten(0, 1)[keep])
-
-
-def _on_grid(x: Tensor, grid: Tensor, limits: list[int]) -> Tensor:
-    """``x`` ``(..., heads, tokens, d)`` on its per-head grid ``(2, heads)`` of scale, offset."""
-    scale, offset = (part[:, None, None] for part in grid)
-    return torch.addcmul(offset, quantize(x, scale, offset, *limits), scale)

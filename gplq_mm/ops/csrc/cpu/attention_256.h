@@ -13,6 +13,10 @@ struct Vectors256 {
   using Real = __m256;
   using Ints = __m256i;
   using Bad = __m256;
+  // Sums in float64.
+  struct Wide {
+    __m256d low, high;
+  };
 
   // Ones in the first `count` lanes, at most 8.
   static Ints mask(int64_t count) {
@@ -64,7 +68,17 @@ struct Vectors256 {
     reduce(rows, out, [](auto a, auto b) { return add(a, b); });
   }
 
-  // x <= 0, -inf or NaN. What is below the smallest normal number becomes about that.
+  static void accumulate(Wide& sum, Real x) {
+    sum.low = _mm256_add_pd(sum.low, _mm256_cvtps_pd(_mm256_castps256_ps128(x)));
+    sum.high = _mm256_add_pd(sum.high, _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)));
+  }
+  static double total(const Wide& sum) {
+    alignas(32) double part[4];
+    _mm256_store_pd(part, _mm256_add_pd(sum.low, sum.high));
+    return (part[0] + part[1]) + (part[2] + part[3]);
+  }
+
+  // x <= 0, -inf or NaN. What is below the smallest normal number becomes that.
   static Real exp2(Real x) {
     x = max(set(kSmallestExponent), x);
     const Real whole = _mm256_floor_ps(x);

@@ -21,6 +21,10 @@ struct Avx512 {
   using Real = __m512;
   using Ints = __m512i;
   using Bad = __mmask16;
+  // Sums in float64.
+  struct Wide {
+    __m512d low, high;
+  };
 
   static __mmask16 mask(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
 
@@ -65,13 +69,21 @@ struct Avx512 {
     reduce(rows, out, [](auto a, auto b) { return add(a, b); });
   }
 
+  static void accumulate(Wide& sum, Real x) {
+    sum.low = _mm512_add_pd(sum.low, _mm512_cvtps_pd(_mm512_castps512_ps256(x)));
+    sum.high = _mm512_add_pd(sum.high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)));
+  }
+  static double total(const Wide& sum) {
+    return _mm512_reduce_add_pd(_mm512_add_pd(sum.low, sum.high));
+  }
+
   // x <= 0, -inf or NaN. What is below the smallest normal number becomes that.
   static Real exp2(Real x) {
     // Results below the normal numbers would each take a hundred cycles.
     x = max(set(kSmallestExponent), x);
-    // x - floor(x) and * 2^floor(x); NaN stays.
-    constexpr int kFloorExact = 0x09;
-    return _mm512_scalef_ps(exp2_fraction<Avx512>(_mm512_reduce_ps(x, kFloorExact)), x);
+    const Real whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    // * 2^floor(x); NaN stays.
+    return _mm512_scalef_ps(exp2_fraction<Avx512>(sub(x, whole)), x);
   }
 
   static Real to_real(Ints x) { return _mm512_cvtepi32_ps(x); }

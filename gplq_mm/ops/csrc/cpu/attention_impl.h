@@ -434,38 +434,34 @@ class Attention {
     tiles(s_.columns / kWidth, tile);
   }
 
-  // plain: no shift, and 0 is a code, so a code is one multiplication and one rounding.
+  // plain: no shift, and 0 is a code, so nothing is to be added or clamped below.
   template <bool added, bool relative, bool plain>
   void softmax() {
     const Grid grid(c_->probs, p_.fused);
-    const Real ceiling = M::set(kAttentionRounder + (c_->probs.high - c_->probs.low));
     auto to_codes = [&](Real value) {
-      return plain ? M::bits(M::min(M::fma(value, grid.inverse, grid.rounder), ceiling))
+      return plain ? M::bits(M::add(M::min(M::mul(value, grid.inverse), grid.high), grid.rounder))
                    : code(value, grid);
     };
-    float top[kRows], total[kRows];
+    float top[kRows];
     M::largest(best_, top);
-    Real sums[kRows];
     for (int64_t r = 0; r < kRows; ++r) {
       const Real subtract = M::set(top[r]);
       float* scores = s_.scores + r * s_.columns;
       uint8_t* codes = s_.codes + r * s_.codes_stride;
-      Real sum = M::set(0.0f);
+      typename M::Wide sum = {};
       for (int64_t i = 0; i < s_.columns; i += kWidth) {
         Real exponent = M::sub(M::load(scores + i), subtract);
         if (added) exponent = M::mul(exponent, M::set(kLog2E));
         const Real numerator = M::exp2(exponent);
-        sum = M::add(sum, numerator);
+        M::accumulate(sum, numerator);
         if (relative) {
           M::store_bytes(codes + i, to_codes(numerator));
         } else {
           M::store(scores + i, numerator);
         }
       }
-      sums[r] = sum;
+      row_factor_[r] = 1.0f / static_cast<float>(M::total(sum));
     }
-    M::sums(sums, total);
-    for (int64_t r = 0; r < kRows; ++r) row_factor_[r] = 1.0f / total[r];
     if (relative) return;
     for (int64_t r = 0; r < kRows; ++r) {
       const Real factor = M::set(row_factor_[r]);

@@ -9,6 +9,7 @@ namespace {
 
 typedef float Float4 __attribute__((vector_size(16)));
 typedef int32_t Int4 __attribute__((vector_size(16)));
+typedef double Double4 __attribute__((vector_size(32)));
 
 struct Portable {
   static constexpr int64_t kWidth = 4;
@@ -16,6 +17,10 @@ struct Portable {
   using Real = Float4;
   using Ints = Int4;
   using Bad = Int4;
+  // Sums in float64.
+  struct Wide {
+    Double4 lanes;
+  };
 
   static Real set(float x) { return Real{x, x, x, x}; }
   static Ints set_int(int32_t x) { return Ints{x, x, x, x}; }
@@ -43,8 +48,8 @@ struct Portable {
   static Real add(Real a, Real b) { return a + b; }
   static Real sub(Real a, Real b) { return a - b; }
   static Real mul(Real a, Real b) { return a * b; }
-  static Real fma(Real a, Real b, Real c) { return a * b + c; }
-  static Real fused(Real a, Real b, Real c) {
+  static Real fused(Real a, Real b, Real c) { return fma(a, b, c); }
+  static Real fma(Real a, Real b, Real c) {
     Real value;
     for (int i = 0; i < kWidth; ++i) value[i] = __builtin_fmaf(a[i], b[i], c[i]);
     return value;
@@ -64,13 +69,19 @@ struct Portable {
     for (int r = 0; r < kRows; ++r) out[r] = (rows[r][0] + rows[r][2]) + (rows[r][1] + rows[r][3]);
   }
 
-  // x <= 0, -inf or NaN. What is below the smallest normal number becomes about that.
+  static void accumulate(Wide& sum, Real x) { sum.lanes += __builtin_convertvector(x, Double4); }
+  static double total(const Wide& sum) {
+    return (sum.lanes[0] + sum.lanes[1]) + (sum.lanes[2] + sum.lanes[3]);
+  }
+
+  // x <= 0, -inf or NaN. What is below the smallest normal number becomes that.
   static Real exp2(Real x) {
     x = max(set(kSmallestExponent), x);
-    // Rounds x - 1/2; a tie gives a fraction of 1 instead of 0, which is as good, but for 0.
-    const Real sum = (x - 0.5f) + kAttentionRounder;
-    const Real fraction = exp2_fraction<Portable>(x - (sum - kAttentionRounder));
-    return real_bits(bits(fraction) + (bits(sum) << 23));
+    // The nearest integer, or the one below where that is above x.
+    Real whole = (x + kAttentionRounder) - kAttentionRounder;
+    whole = whole > x ? whole - 1.0f : whole;
+    const Real fraction = exp2_fraction<Portable>(x - whole);
+    return real_bits(bits(fraction) + (bits(whole + kAttentionRounder) << 23));
   }
 
   static Real to_real(Ints x) { return __builtin_convertvector(x, Real); }

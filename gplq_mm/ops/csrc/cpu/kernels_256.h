@@ -23,10 +23,32 @@ struct Machine256 {
   static Real multiply_add(Real a, Real b, Real c) { return fma(a, b, c); }
   static Real min(Real a, Real b) { return _mm256_min_ps(a, b); }
   static Real max(Real a, Real b) { return _mm256_max_ps(a, b); }
-  static float sum(Real x) {
-    __m128 part = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    part = _mm_add_ps(part, _mm_movehl_ps(part, part));
-    return _mm_cvtss_f32(_mm_add_ss(part, _mm_shuffle_ps(part, part, 1)));
+  static Real abs(Real x) { return _mm256_andnot_ps(set(-0.0f), x); }
+  static Real round(Real x) {
+    return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  static uint32_t positive(Real x) {
+    const Real above = _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ);
+    return static_cast<uint32_t>(_mm256_movemask_ps(above));
+  }
+
+  struct Wide {
+    __m256d low, high;
+  };
+  static __m256d low_half(Real x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x)); }
+  static __m256d high_half(Real x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)); }
+  static void accumulate(Wide& sum, Real x) {
+    sum.low = _mm256_add_pd(sum.low, low_half(x));
+    sum.high = _mm256_add_pd(sum.high, high_half(x));
+  }
+  static void accumulate_square(Wide& sum, Real x) {
+    sum.low = _mm256_fmadd_pd(low_half(x), low_half(x), sum.low);
+    sum.high = _mm256_fmadd_pd(high_half(x), high_half(x), sum.high);
+  }
+  static double total(const Wide& sum) {
+    alignas(32) double part[4];
+    _mm256_store_pd(part, _mm256_add_pd(sum.low, sum.high));
+    return (part[0] + part[1]) + (part[2] + part[3]);
   }
   static Real difference(const int32_t* a, const int32_t* b) {
     return _mm256_cvtepi32_ps(

@@ -18,7 +18,10 @@ namespace {
 //   fma(a, b, c)             a * b + c rounded once
 //   multiply_add(a, b, c)    the same, rounded once or twice, whichever is cheap
 //   min, max                 give the second operand where one is NaN
-//   sum(Real)
+//   abs, round               the latter half to even
+//   positive(Real)           a bit for every lane above 0
+//   Wide                     sums in float64, zero if value-initialized
+//   accumulate(Wide&, Real), accumulate_square(Wide&, Real), total(Wide)
 //   difference(const int32_t* a, const int32_t* b)   a - b, wrapping, as floats
 //   narrow<count>(const Real* steps, Limits, uint8_t* codes)   codes of 1 or 4 vectors of steps
 // and the product:
@@ -111,19 +114,21 @@ void quantize(const float* x, int64_t rows, int64_t columns, const ActGrid& grid
   rows_of(x, rows, columns, grid, codes, stride);
 }
 
-// Mean of x - center, or of its square. As many partial sums as four vectors have lanes: near
-// the accuracy of pairwise summation for the rows of a LayerNorm.
+// Mean of x, or of (x - center)^2, summed in float64: rounded to float32 it is the same in any
+// order.
 template <typename Machine, bool squared>
 inline float mean_of(const float* x, int64_t columns, float center) {
   using Real = typename Machine::Real;
   constexpr int64_t kWidth = Machine::kWidth;
   const Real centers = Machine::set(center);
-  Real sums[kBlock];
-#pragma GCC unroll 4
-  for (int i = 0; i < kBlock; ++i) sums[i] = Machine::set(0.0f);
-  const auto add = [&](Real& sum, int64_t k) {
-    const Real part = Machine::sub(Machine::load(x + k), centers);
-    sum = squared ? Machine::multiply_add(part, part, sum) : Machine::add(sum, part);
+  typename Machine::Wide sums[kBlock] = {};
+  const auto add = [&](typename Machine::Wide& sum, int64_t k) {
+    const Real value = Machine::load(x + k);
+    if (squared) {
+      Machine::accumulate_square(sum, Machine::sub(value, centers));
+    } else {
+      Machine::accumulate(sum, value);
+    }
   };
   int64_t k = 0;
   for (; k + kBlock * kWidth <= columns; k += kBlock * kWidth) {
@@ -131,13 +136,13 @@ inline float mean_of(const float* x, int64_t columns, float center) {
     for (int i = 0; i < kBlock; ++i) add(sums[i], k + i * kWidth);
   }
   for (; k + kWidth <= columns; k += kWidth) add(sums[0], k);
-  float total = Machine::sum(
-      Machine::add(Machine::add(sums[0], sums[1]), Machine::add(sums[2], sums[3])));
+  double total = 0;
+  for (const auto& sum : sums) total += Machine::total(sum);
   for (; k < columns; ++k) {
-    const float part = x[k] - center;
+    const double part = squared ? x[k] - center : x[k];
     total += squared ? part * part : part;
   }
-  return total / static_cast<float>(columns);
+  return static_cast<float>(total / static_cast<double>(columns));
 }
 
 template <typename Machine, bool fused>
@@ -148,7 +153,7 @@ void norm_quantize_rows(const float* x, int64_t rows, int64_t columns, const flo
     const float mean = mean_of<Machine, false>(x, columns, 0.0f);
     const float factor = 1.0f / __builtin_sqrtf(mean_of<Machine, true>(x, columns, mean) + eps);
     const auto means = Machine::set(mean), factors = Machine::set(factor);
-    // The order of operations is that of torch.
+    // The order of operations is that of gplq_mm/quant/arithmetic.py.
     write_codes<Machine, fused>(
         columns, grid, codes,
         [&](int64_t k) {
@@ -170,7 +175,7 @@ void norm_quantize(const float* x, int64_t rows, int64_t columns, const float* w
   rows_of(x, rows, columns, weight, bias, eps, grid, codes, stride);
 }
 
-// x * Phi(x), Phi the normal distribution function, as nn.GELU has it. Phi(x) - 1/2 is x times a
+// About x * Phi(x), Phi the normal distribution function, as nn.GELU has it. Phi(x) - 1/2 is x times a
 // polynomial of degree 14 in x^2 (mapped to -1..1; fitted by weighted least squares so that the
 // error of x * Phi(x) is level), and beyond 5.2 it is +-1/2. Error at most 1.5e-7 * max(1, |x|).
 template <typename Machine>
@@ -213,6 +218,9 @@ struct Columns {
   alignas(64) float gamma[kPanel];
   alignas(64) float inverse[kPanel];
   alignas(64) float shift[kPanel];
+  // |steps| may be off by |x| * slope + margin where GELU is not computed exactly.
+  alignas(64) float slope[kPanel];
+  alignas(64) float margin[kPanel];
 
   explicit Columns(const Epilogue& epilogue) {
     std::memset(this, 0, sizeof(*this));
@@ -225,6 +233,15 @@ struct Columns {
     if (epilogue.kind == Output::gelu_codes) {
       std::memcpy(inverse, epilogue.next.inverse, count);
       std::memcpy(shift, epilogue.next.shift, count);
+      // Twice the error of gelu(), and of a few roundings of steps between the limits.
+      constexpr float kGeluError = 5e-7f, kStepError = 2.5e-7f;
+      const auto low = static_cast<float>(epilogue.next.code_min);
+      const auto high = static_cast<float>(epilogue.next.code_max);
+      const float limit = __builtin_fabsf(low) + __builtin_fabsf(high);
+      for (int64_t j = 0; j < epilogue.columns; ++j) {
+        slope[j] = kGeluError * inverse[j];
+        margin[j] = slope[j] + kStepError * (__builtin_fabsf(shift[j]) + limit);
+      }
     }
   }
 };
@@ -264,21 +281,57 @@ inline void finish_residual(const int32_t* sums, const Columns& columns, const f
   }
 }
 
+// Code of gelu(x) with GELU in float64, rounded once.
+template <bool fused>
+inline uint8_t exact_gelu_code(float x, float inverse, float shift, const Limits& limits) {
+  constexpr double kSqrtHalf = 0.70710678118654752440;
+  const double wide = x;
+  const auto value = static_cast<float>(0.5 * wide * (1.0 + std::erf(wide * kSqrtHalf)));
+  return code_of(affine_one<fused>(value, inverse, shift), limits);
+}
+
+// Codes of gelu(x). The vectors compute it nearly; the few values so close to the border of two
+// codes that this could decide are computed again, exactly.
 template <typename Machine, bool fused>
 inline void finish_gelu(const int32_t* sums, const Columns& columns, const Limits& limits,
                         uint8_t* out) {
+  using Real = typename Machine::Real;
   constexpr int64_t kWidth = Machine::kWidth;
+  const Real low = Machine::set(limits.low), high = Machine::set(limits.high);
   for (int64_t j = 0; j < kPanel; j += kBlock * kWidth) {
-    typename Machine::Real value[kBlock];
-#pragma GCC unroll 4
-    for (int i = 0; i < kBlock; ++i) value[i] = real_of<Machine, fused>(sums, columns, j + i * kWidth);
-    gelu<Machine>(value);
+    Real x[kBlock], value[kBlock];
 #pragma GCC unroll 4
     for (int i = 0; i < kBlock; ++i) {
-      value[i] = affine<Machine, fused>(value[i], Machine::load(columns.inverse + j + i * kWidth),
-                                        Machine::load(columns.shift + j + i * kWidth));
+      x[i] = value[i] = real_of<Machine, fused>(sums, columns, j + i * kWidth);
+    }
+    gelu<Machine>(value);
+    uint32_t close[kBlock], any = 0;
+#pragma GCC unroll 4
+    for (int i = 0; i < kBlock; ++i) {
+      const int64_t at = j + i * kWidth;
+      value[i] = affine<Machine, fused>(value[i], Machine::load(columns.inverse + at),
+                                        Machine::load(columns.shift + at));
+      const Real inside = Machine::min(Machine::max(value[i], low), high);
+      const Real distance = Machine::abs(Machine::sub(inside, Machine::round(inside)));
+      const Real error = Machine::multiply_add(
+          Machine::abs(x[i]), Machine::load(columns.slope + at), Machine::load(columns.margin + at));
+      close[i] = Machine::positive(
+          Machine::sub(Machine::add(distance, error), Machine::set(0.5f)));
+      any |= close[i];
     }
     Machine::template narrow<kBlock>(value, limits, out + j);
+    if (__builtin_expect(any != 0, 0)) {
+      alignas(64) float real[kWidth];
+      for (int i = 0; i < kBlock; ++i) {
+        Machine::store(real, x[i]);
+        for (uint32_t rest = close[i]; rest != 0; rest &= rest - 1) {
+          const int lane = __builtin_ctz(rest);
+          const int64_t at = j + i * kWidth + lane;
+          out[at] = exact_gelu_code<fused>(real[lane], columns.inverse[at], columns.shift[at],
+                                           limits);
+        }
+      }
+    }
   }
 }
 

@@ -49,11 +49,34 @@ struct Portable {
   static Real max(const Real& a, const Real& b) {
     return each([&](int64_t i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
   }
-  static float sum(Real x) {
-    for (int64_t half = kWidth / 2; half > 0; half /= 2) {
-      for (int64_t i = 0; i < half; ++i) x.lane[i] += x.lane[i + half];
+  static Real abs(const Real& a) {
+    return each([&](int64_t i) { return __builtin_fabsf(a.lane[i]); });
+  }
+  static Real round(const Real& a) {
+    return each([&](int64_t i) { return __builtin_rintf(a.lane[i]); });
+  }
+  static uint32_t positive(const Real& a) {
+    uint32_t bits = 0;
+    for (int64_t i = 0; i < kWidth; ++i) bits |= static_cast<uint32_t>(a.lane[i] > 0.0f) << i;
+    return bits;
+  }
+
+  struct Wide {
+    double lane[kWidth];
+  };
+  static void accumulate(Wide& sum, const Real& x) {
+    for (int64_t i = 0; i < kWidth; ++i) sum.lane[i] += static_cast<double>(x.lane[i]);
+  }
+  static void accumulate_square(Wide& sum, const Real& x) {
+    for (int64_t i = 0; i < kWidth; ++i) {
+      const double part = x.lane[i];
+      sum.lane[i] += part * part;
     }
-    return x.lane[0];
+  }
+  static double total(const Wide& sum) {
+    double all = 0;
+    for (const double lane : sum.lane) all += lane;
+    return all;
   }
   static Real difference(const int32_t* a, const int32_t* b) {
     return each([&](int64_t i) {

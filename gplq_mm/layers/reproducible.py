@@ -1,0 +1,50 @@
+"""LayerNorm and GELU that compute the arithmetic of the deployed model (`quant/arithmetic.py`).
+
+They differ from torch's by a rounding error, and by that decide the same codes as the kernels.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..quant import arithmetic
+
+__all__ = ['ReproducibleGELU', 'ReproducibleLayerNorm', 'make_reproducible']
+
+
+def _torch_computes(*tensors: Tensor) -> bool:
+    """Whether gradients, another precision or a compiler ask for torch's own function."""
+    if torch.compiler.is_compiling() or any(t.dtype != torch.float32 for t in tensors):
+        return True
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+class ReproducibleLayerNorm(nn.LayerNorm):
+    """``nn.LayerNorm`` over the last axis, reproducible to the last bit where no gradient flows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., C)`` to ``(..., C)``."""
+        if _torch_computes(x, self.weight, self.bias):
+            return super().forward(x)
+        return arithmetic.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class ReproducibleGELU(nn.GELU):
+    """``nn.GELU``, reproducible to the last bit where no gradient flows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape."""
+        return super().forward(x) if _torch_computes(x) else arithmetic.gelu(x)
+
+
+def make_reproducible(model: nn.Module) -> None:
+    """Gives the LayerNorms and GELUs of a model their reproducible class, in place.
+
+    A LayerNorm over several axes or without parameters, the tanh approximation of GELU and
+    subclasses stay what they are.
+    """
+    for module in model.modules():
+        if type(module) is nn.LayerNorm:
+            if len(module.normalized_shape) == 1 and module.bias is not None:
+                module.__class__ = ReproducibleLayerNorm
+        elif type(module) is nn.GELU and module.approximate == 'none':
+            module.__class__ = ReproducibleGELU

@@ -1,0 +1,81 @@
+"""The float operations against float64, and that their order of summation decides nothing."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gplq_mm.quant import arithmetic
+
+INF, NAN = float('inf'), float('nan')
+
+
+def test_fma_rounds_once():
+    a = torch.tensor([1 + 2.0**-12])
+    assert arithmetic.fma(a, a, torch.tensor([-1.0])).item() == 2.0**-11 + 2.0**-24
+
+
+@pytest.mark.parametrize('fuses', [True, False])
+def test_fma_is_the_same_where_torch_rounds_twice(monkeypatch, fuses):
+    torch.manual_seed(0)
+    a, b, c = torch.randn(3, 5000)
+    exact = (a.double() * b.double() + c.double()).float()
+    if not fuses:
+        monkeypatch.setitem(arithmetic._fuses, 'cpu', False)
+    elif not arithmetic._addcmul_fuses(a.device):
+        pytest.skip('torch.addcmul rounds twice on this machine')
+    assert torch.equal(arithmetic.fma(a, b, c), exact)
+
+
+def test_exp2_is_accurate_and_exact_at_integers():
+    x = -torch.rand(100_000) * 140
+    exact = torch.exp2(x.double().clamp(min=-126))
+    assert ((arithmetic.exp2(x) - exact) / exact).abs().max() < 1.5e-7
+    whole = -torch.arange(127.0)
+    assert torch.equal(arithmetic.exp2(whole), torch.exp2(whole.double()).float())
+    found = arithmetic.exp2(torch.tensor([-INF, NAN]))
+    assert found[0] == 2.0**-126
+    assert found[1].isnan()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 400), st.sampled_from([0.0, 3.0, 100.0]), st.integers(0, 2**31))
+def test_layer_norm_is_accurate_and_does_not_depend_on_the_order(columns, mean, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4, columns, generator=generator) + mean
+    weight, bias = torch.randn(2, columns, generator=generator)
+    out = arithmetic.layer_norm(x, weight, bias, 1e-6)
+    order = torch.randperm(columns, generator=generator)
+    shuffled = arithmetic.layer_norm(x[:, order], weight[order], bias[order], 1e-6)
+    assert torch.equal(out[:, order], shuffled)
+    exact = F.layer_norm(x.double(), (columns,), weight.double(), bias.double(), 1e-6)
+    spread = x.double().var(-1, keepdim=True, correction=0).add(1e-6).sqrt()
+    allowed = weight.abs() * (2e-6 + 2e-7 * (mean + 5) / spread) + 1e-6
+    assert ((out - exact).abs() <= allowed).all()
+
+
+def test_gelu_is_rounded_once():
+    x = torch.linspace(-9, 9, 200_003)
+    assert torch.equal(arithmetic.gelu(x), F.gelu(x.double()).float())
+    strided = x[:200_000].reshape(200, 1000).T
+    assert torch.equal(arithmetic.gelu(strided), F.gelu(strided.double()).float())
+
+
+@pytest.mark.parametrize('windows', [None, 1, 3])
+def test_attention_of_many_items_is_that_of_each(monkeypatch, windows):
+    torch.manual_seed(0)
+    batch, heads, tokens, channels = 6, 2, 7, 5
+    q, k, v = torch.randn(3, batch, heads, tokens, channels)
+    grids = torch.rand(4, 2, heads) * 0.3 + 0.05
+    limits = [0, 15, -8, 7, -8, 7, 0, 15]
+    mask = None if windows is None else torch.randn(windows, tokens, tokens)
+    whole = arithmetic.attention(q, k, v, 0.4, grids, limits, True, mask=mask)
+    monkeypatch.setattr(arithmetic, 'CHUNK', 1)
+    parts = arithmetic.attention(q, k, v, 0.4, grids, limits, True, mask=mask)
+    assert torch.equal(whole, parts)
+    for i in range(batch):
+        own = None if mask is None else mask[i % windows][None]
+        item = slice(i, i + 1)
+        one = arithmetic.attention(q[item], k[item], v[item], 0.4, grids, limits, True, mask=own)
+        assert torch.equal(whole[item], one)
