@@ -20,7 +20,14 @@ from .int4_attention import (
 from .int4_linear import Int4Linear
 from .reproducible import ReproducibleGELU, ReproducibleLayerNorm
 
-__all__ = ['FUSED_BLOCKS', 'Int4EncoderLayer', 'Int4SwinBlock', 'fuse_blocks', 'window_maps']
+__all__ = [
+    'FUSED_BLOCKS',
+    'Int4EncoderLayer',
+    'Int4PatchMerging',
+    'Int4SwinBlock',
+    'fuse_blocks',
+    'window_maps',
+]
 
 _linear_add = torch.ops.gplq_mm.int4_linear_add.default
 _norm_linear = torch.ops.gplq_mm.int4_norm_linear.default
@@ -273,11 +280,52 @@ def fuse_swin_block(block: nn.Module) -> bool:
     return True
 
 
+class Int4PatchMerging:
+    """Mixin over mmpretrain's, mmdet's or mmcv's ``PatchMerging`` with LayerNorm before the reduction."""
+
+    def forward(self, x: Tensor, input_size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+        """``(B, H * W, C)`` and ``(H, W)`` to ``(B, h * w, D)`` and ``(h, w)``."""
+        batch, _, channels = x.shape
+        rows, columns = self.sampler.kernel_size
+        x = x.view(batch, *input_size, channels)
+        # mmdet's copy calls it otherwise.
+        padding = self.adap_padding if hasattr(self, 'adap_padding') else self.adaptive_padding
+        if padding is not None:
+            x = padding(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        size = (x.shape[1] // rows, x.shape[2] // columns)
+        # The order of nn.Unfold, which is several times slower: the pixels of a channel are
+        # neighbours.
+        x = x[:, : size[0] * rows, : size[1] * columns]
+        pixels = [x[:, i::rows, j::columns] for i in range(rows) for j in range(columns)]
+        x = torch.stack(pixels, -1).view(batch, size[0] * size[1], -1)
+        return _run_norm_linear(x, self.norm, self.reduction), size
+
+
+def fuse_patch_merging(block: nn.Module) -> bool:
+    """Makes a ``PatchMerging`` compute fused; returns whether anything was fused."""
+    sampler, reduction = block.sampler, block.reduction
+    if not (
+        isinstance(reduction, Int4Linear)
+        and not getattr(block, 'use_post_norm', False)
+        and block.norm is not None
+        and _is_layer_norm(block.norm, reduction.in_features)
+        and sampler.kernel_size == sampler.stride
+        and (sampler.padding, sampler.dilation) == ((0, 0), (1, 1))
+        and _plain(sampler, block.norm, reduction)
+    ):
+        return False
+    with_mixin(block, Int4PatchMerging)
+    return True
+
+
 # class name in full -> fuse(block)
 FUSED_BLOCKS = {
     'mmpretrain.models.backbones.vision_transformer.TransformerEncoderLayer': fuse_encoder_layer,
     'mmpretrain.models.backbones.swin_transformer.SwinBlock': fuse_swin_block,
     'mmdet.models.backbones.swin.SwinBlock': fuse_swin_block,
+    'mmcv.cnn.bricks.transformer.PatchMerging': fuse_patch_merging,
+    'mmpretrain.models.utils.embed.PatchMerging': fuse_patch_merging,
+    'mmdet.models.layers.transformer.utils.PatchMerging': fuse_patch_merging,
 }
 
 

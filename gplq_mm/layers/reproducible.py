@@ -6,9 +6,13 @@ They differ from torch's by a rounding error, and by that decide the same codes 
 import torch
 from torch import Tensor, nn
 
-from ..quant import arithmetic
+from ..ops import library as _library  # noqa: F401  (defines the ops)
 
 __all__ = ['ReproducibleGELU', 'ReproducibleLayerNorm', 'make_reproducible']
+
+
+_layer_norm = torch.ops.gplq_mm.layer_norm.default
+_gelu = torch.ops.gplq_mm.gelu.default
 
 
 def _torch_computes(*tensors: Tensor) -> bool:
@@ -25,7 +29,7 @@ class ReproducibleLayerNorm(nn.LayerNorm):
         """``(..., C)`` to ``(..., C)``."""
         if _torch_computes(x, self.weight, self.bias):
             return super().forward(x)
-        return arithmetic.layer_norm(x, self.weight, self.bias, self.eps)
+        return _layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class ReproducibleGELU(nn.GELU):
@@ -33,7 +37,7 @@ class ReproducibleGELU(nn.GELU):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape."""
-        return super().forward(x) if _torch_computes(x) else arithmetic.gelu(x)
+        return super().forward(x) if _torch_computes(x) else _gelu(x)
 
 
 def make_reproducible(model: nn.Module) -> None:

@@ -18,6 +18,9 @@ __all__ = ['SCHEMAS']
 SCHEMAS = {
     # codes uint8, shape of x
     'quantize_codes': '(Tensor x, Tensor inverse, Tensor shift, int[] grid) -> Tensor',
+    # LayerNorm over the last axis; GELU
+    'layer_norm': '(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor',
+    'gelu': '(Tensor x) -> Tensor',
     # exact integer accumulators, int32 (..., N)
     'int4_accumulate': '(Tensor x, Tensor[] layer, int[] grid) -> Tensor',
     # (..., K) -> (..., N)
@@ -54,6 +57,10 @@ def _fake_quantize_codes(x, inverse, shift, grid):
     return torch.empty_like(x, dtype=torch.uint8)
 
 
+def _fake_like(x, *_args):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _fake_accumulate(x, layer, grid):
     return x.new_empty(*x.shape[:-1], layer[5].shape[0], dtype=torch.int32)
 
@@ -68,10 +75,6 @@ def _fake_linear_add(x, layer, grid, residual, gamma):
 
 def _fake_norm_linear(x, norm_weight, norm_bias, eps, layer, grid):
     return x.new_empty(*x.shape[:-1], layer[5].shape[0])
-
-
-def _fake_mlp(x, norm_weight, norm_bias, eps, layer1, grid1, layer2, grid2, gamma):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _fake_conv2d(x, layer, grid, geometry):
@@ -94,11 +97,13 @@ def _fake_attention(
 
 _FAKES = {
     'quantize_codes': _fake_quantize_codes,
+    'layer_norm': _fake_like,
+    'gelu': _fake_like,
     'int4_accumulate': _fake_accumulate,
     'int4_linear': _fake_linear,
     'int4_linear_add': _fake_linear_add,
     'int4_norm_linear': _fake_norm_linear,
-    'int4_mlp': _fake_mlp,
+    'int4_mlp': _fake_like,
     'int4_conv2d': _fake_conv2d,
     'int4_attention': _fake_attention,
 }

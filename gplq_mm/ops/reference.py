@@ -65,6 +65,18 @@ def quantize_codes(x: Tensor, inverse: Tensor, shift: Tensor, grid: list[int]) -
     return _codes(x, inverse, shift, grid[0], grid[1]).to(torch.uint8)
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    checks.check_float(x)
+    checks.require(x.dim() > 0, 'the input must have at least one axis.')
+    checks.check_norm(weight, bias, x.shape[-1], x.device)
+    return arithmetic.layer_norm(x.float(), weight, bias, eps).to(x.dtype)
+
+
+def gelu(x: Tensor) -> Tensor:
+    checks.check_float(x)
+    return arithmetic.gelu(x.float()).to(x.dtype)
+
+
 def int4_accumulate(x: Tensor, layer: list[Tensor], grid: list[int]) -> Tensor:
     checks.check_layer(layer, grid, x.device)
     checks.check_input(x, layer[0].numel())

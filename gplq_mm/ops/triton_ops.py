@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import checks, reference
 from .attention_checks import check_attention
+from .reference import gelu, layer_norm
 from .triton_kernels import (
     GEMM_CONFIGS,
     INTERPRETED,
@@ -27,6 +28,7 @@ from .triton_kernels import (
 from .triton_layer import TritonLayer, prepared_layer, prepared_mlp
 
 __all__ = [
+    'gelu',
     'int4_accumulate',
     'int4_attention',
     'int4_conv2d',
@@ -34,6 +36,7 @@ __all__ = [
     'int4_linear_add',
     'int4_mlp',
     'int4_norm_linear',
+    'layer_norm',
     'quantize_codes',
 ]
 

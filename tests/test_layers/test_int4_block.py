@@ -5,13 +5,27 @@ import copy
 import pytest
 import torch
 from builders import images
+from mmcv.cnn.bricks import transformer as mmcv_transformer
+from mmdet.models.layers.transformer import utils as mmdet_transformer
+from mmpretrain.models.utils import embed as mmpretrain_embed
 from mmpretrain.models.utils.attention import ShiftWindowMSA
-from packed_models import assert_close_but_for_flips, fill_compensations, quantized_classifier
+from packed_models import (
+    assert_close_but_for_flips,
+    fill_compensations,
+    finish,
+    quantized_classifier,
+)
 from torch import nn
 
 from gplq_mm.deploy import convert
 from gplq_mm.layers import Int4Linear
-from gplq_mm.layers.int4_block import Int4EncoderLayer, Int4SwinBlock, fuse_blocks, window_maps
+from gplq_mm.layers.int4_block import (
+    Int4EncoderLayer,
+    Int4PatchMerging,
+    Int4SwinBlock,
+    fuse_blocks,
+    window_maps,
+)
 
 
 @pytest.fixture(scope='module')
@@ -101,6 +115,40 @@ def test_swin_block(models, options, size):
     # A second time, and another batch: the maps are kept.
     agrees(simulated, deployed, x)
     agrees(simulated, deployed, x[:1])
+
+
+class Merging(nn.Module):
+    """Patch merging on images."""
+
+    def __init__(self, cls, **options):
+        super().__init__()
+        self.merging = cls(3, 8, **options)
+
+    def forward(self, x):
+        return self.merging(x.flatten(2).transpose(1, 2), x.shape[2:])
+
+
+MERGINGS = [m.PatchMerging for m in (mmpretrain_embed, mmdet_transformer, mmcv_transformer)]
+    module.PatchMerging for module in (mmpretrain_embed, mmdet_transformer, mmcv_transformer)
+]
+
+
+@pytest.mark.parametrize('cls', MERGINGS, ids=lambda cls: cls.__module__)
+@pytest.mark.parametrize(
+    ('options', 'fused'),
+    [({}, True), (dict(kernel_size=3), True), (dict(padding=0), True), (dict(stride=1), False)],
+)
+def test_patch_merging(cls, options, fused):
+    torch.manual_seed(0)
+    simulated = finish(Merging(cls, **options))
+    deployed = convert(simulated)
+    assert isinstance(deployed.merging, Int4PatchMerging) == fused
+    with torch.no_grad():
+        for size in ((6, 8), (7, 5), (3, 3)):
+            x = nn.functional.interpolate(images(2, seed=6), size)
+            (expected, expected_size), (out, out_size) = simulated(x), deployed(x)
+            assert tuple(out_size) == tuple(expected_size)
+            assert torch.equal(out, expected)
 
 
 def test_map_smaller_than_a_window(models):

@@ -24,6 +24,8 @@ def calls(dtype=torch.float32):
     image = torch.randn(2, 3, 9, 8, dtype=dtype)
     return {
         'quantize_codes': (x, *FIRST.layer[:2], FIRST.grid),
+        'layer_norm': (x, ONES, ONES, EPS),
+        'gelu': (x,),
         'int4_accumulate': (x, *first),
         'int4_linear': (x, *first),
         'int4_linear_add': (hidden, *second, x, ONES),

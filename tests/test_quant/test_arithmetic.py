@@ -1,4 +1,4 @@
-"""The float operations against float64, and that their order of summation decides nothing."""
+"""The float operations against float64."""
 
 import pytest
 import torch
@@ -41,25 +41,42 @@ def test_exp2_is_accurate_and_exact_at_integers():
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 400), st.sampled_from([0.0, 3.0, 100.0]), st.integers(0, 2**31))
-def test_layer_norm_is_accurate_and_does_not_depend_on_the_order(columns, mean, seed):
+def test_layer_norm_is_accurate(columns, mean, seed):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(4, columns, generator=generator) + mean
     weight, bias = torch.randn(2, columns, generator=generator)
     out = arithmetic.layer_norm(x, weight, bias, 1e-6)
-    order = torch.randperm(columns, generator=generator)
-    shuffled = arithmetic.layer_norm(x[:, order], weight[order], bias[order], 1e-6)
-    assert torch.equal(out[:, order], shuffled)
     exact = F.layer_norm(x.double(), (columns,), weight.double(), bias.double(), 1e-6)
     spread = x.double().var(-1, keepdim=True, correction=0).add(1e-6).sqrt()
-    allowed = weight.abs() * (2e-6 + 2e-7 * (mean + 5) / spread) + 1e-6
+    allowed = weight.abs() * (2e-6 + 4e-7 * (mean + 5) / spread) + 1e-6
     assert ((out - exact).abs() <= allowed).all()
 
 
-def test_gelu_is_rounded_once():
+def test_sums_have_the_order_that_the_kernels_have():
+    # A one is lost where it meets 2**24 alone; two that met each other first are kept.
+    # Columns 0 and 16 are added first; of 16, those two apart, then one, eight, four.
+    for near, far in ((16, 2), (2, 1), (1, 8), (8, 4)):
+        for partner, expected in ((near, 2.0**24), (far + near, 2.0**24 + 2)):
+            row = torch.zeros(32)
+            row[0], row[far], row[partner] = 2.0**24, 1.0, 1.0
+            assert arithmetic._softmax_sum(row).item() == expected
+
+
+def test_gelu_is_accurate():
     x = torch.linspace(-9, 9, 200_003)
-    assert torch.equal(arithmetic.gelu(x), F.gelu(x.double()).float())
+    exact = F.gelu(x.double())
+    allowed = 1.5e-7 * x.abs().clamp_min(1)
+    assert ((arithmetic.gelu(x) - exact).abs() < allowed.clamp_min(5.3e-7 * (x < -5))).all()
     strided = x[:200_000].reshape(200, 1000).T
-    assert torch.equal(arithmetic.gelu(strided), F.gelu(strided.double()).float())
+    assert torch.equal(arithmetic.gelu(strided), arithmetic.gelu(strided.contiguous()))
+
+
+def test_gelu_at_the_ends():
+    out = arithmetic.gelu(torch.tensor([INF, 1e30, 0.0, -1e30, -INF, NAN]))
+    assert out[:3].tolist() == [INF, pytest.approx(1e30), 0.0]
+    assert out[3] == out[4] < 0
+    assert out[4] > -1e-6
+    assert out[5].isnan()
 
 
 @pytest.mark.parametrize('windows', [None, 1, 3])

@@ -13,10 +13,6 @@ struct Vectors256 {
   using Real = __m256;
   using Ints = __m256i;
   using Bad = __m256;
-  // Sums in float64.
-  struct Wide {
-    __m256d low, high;
-  };
 
   // Ones in the first `count` lanes, at most 8.
   static Ints mask(int64_t count) {
@@ -50,32 +46,33 @@ struct Vectors256 {
   static __m128 max(__m128 a, __m128 b) { return _mm_max_ps(a, b); }
   static __m128 add(__m128 a, __m128 b) { return _mm_add_ps(a, b); }
 
-  // Each of four vectors to one number.
+  // Each half of four vectors to one number.
   template <class Both>
-  static void reduce(const Real (&rows)[kRows], float* out, const Both& both) {
+  static Real reduce_halves(const Real (&rows)[kRows], const Both& both) {
     const Real ab = both(_mm256_unpacklo_ps(rows[0], rows[1]), _mm256_unpackhi_ps(rows[0], rows[1]));
     const Real cd = both(_mm256_unpacklo_ps(rows[2], rows[3]), _mm256_unpackhi_ps(rows[2], rows[3]));
     const __m256d ab_pd = _mm256_castps_pd(ab), cd_pd = _mm256_castps_pd(cd);
     // Both 128 bits: a, b, c, d.
-    const Real all = both(_mm256_castpd_ps(_mm256_unpacklo_pd(ab_pd, cd_pd)),
-                          _mm256_castpd_ps(_mm256_unpackhi_pd(ab_pd, cd_pd)));
+    return both(_mm256_castpd_ps(_mm256_unpacklo_pd(ab_pd, cd_pd)),
+                _mm256_castpd_ps(_mm256_unpackhi_pd(ab_pd, cd_pd)));
+  }
+  template <class Both>
+  static void reduce(Real all, float* out, const Both& both) {
     _mm_storeu_ps(out, both(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
   }
+  // Each of four vectors to one number.
   static void largest(const Real (&rows)[kRows], float* out) {
-    reduce(rows, out, [](auto a, auto b) { return max(a, b); });
+    const auto both = [](auto a, auto b) { return max(a, b); };
+    reduce(reduce_halves(rows, both), out, both);
   }
   static void sums(const Real (&rows)[kRows], float* out) {
-    reduce(rows, out, [](auto a, auto b) { return add(a, b); });
+    const auto both = [](auto a, auto b) { return add(a, b); };
+    reduce(reduce_halves(rows, both), out, both);
   }
-
-  static void accumulate(Wide& sum, Real x) {
-    sum.low = _mm256_add_pd(sum.low, _mm256_cvtps_pd(_mm256_castps256_ps128(x)));
-    sum.high = _mm256_add_pd(sum.high, _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)));
-  }
-  static double total(const Wide& sum) {
-    alignas(32) double part[4];
-    _mm256_store_pd(part, _mm256_add_pd(sum.low, sum.high));
-    return (part[0] + part[1]) + (part[2] + part[3]);
+  // The same of 16 numbers in two vectors.
+  static void totals(const Real (&parts)[2][kRows], float* out) {
+    const auto both = [](auto a, auto b) { return add(a, b); };
+    reduce(add(reduce_halves(parts[0], both), reduce_halves(parts[1], both)), out, both);
   }
 
   // x <= 0, -inf or NaN. What is below the smallest normal number becomes that.

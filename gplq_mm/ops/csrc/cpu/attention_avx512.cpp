@@ -21,10 +21,6 @@ struct Avx512 {
   using Real = __m512;
   using Ints = __m512i;
   using Bad = __mmask16;
-  // Sums in float64.
-  struct Wide {
-    __m512d low, high;
-  };
 
   static __mmask16 mask(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
 
@@ -69,13 +65,7 @@ struct Avx512 {
     reduce(rows, out, [](auto a, auto b) { return add(a, b); });
   }
 
-  static void accumulate(Wide& sum, Real x) {
-    sum.low = _mm512_add_pd(sum.low, _mm512_cvtps_pd(_mm512_castps512_ps256(x)));
-    sum.high = _mm512_add_pd(sum.high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)));
-  }
-  static double total(const Wide& sum) {
-    return _mm512_reduce_add_pd(_mm512_add_pd(sum.low, sum.high));
-  }
+  static void totals(const Real (&sums_of)[1][kRows], float* out) { sums(sums_of[0], out); }
 
   // x <= 0, -inf or NaN. What is below the smallest normal number becomes that.
   static Real exp2(Real x) {

@@ -27,6 +27,9 @@ constexpr int kRows = 4;
 // Bytes of one token that are transposed at a time: four steps.
 constexpr int64_t kChunk = 16;
 constexpr int64_t kAlignment = 64;
+// A softmax's sum runs in as many columns of its own, whatever the vectors' width: so it is the
+// same on every machine, and that of gplq_mm/quant/arithmetic.py.
+constexpr int64_t kSums = 16;
 constexpr int64_t kLine = 16;  // floats
 
 // 2^f = 1 + f (c1 + f (c2 + ...)) for f in [0, 1], relative error below 1.5e-7 with all rounding;
@@ -442,26 +445,36 @@ class Attention {
       return plain ? M::bits(M::add(M::min(M::mul(value, grid.inverse), grid.high), grid.rounder))
                    : code(value, grid);
     };
-    float top[kRows];
+    constexpr int64_t parts = kSums / kWidth;
+    float top[kRows], totals[kRows];
+    Real sums[parts][kRows];
     M::largest(best_, top);
     for (int64_t r = 0; r < kRows; ++r) {
       const Real subtract = M::set(top[r]);
       float* scores = s_.scores + r * s_.columns;
       uint8_t* codes = s_.codes + r * s_.codes_stride;
-      typename M::Wide sum = {};
-      for (int64_t i = 0; i < s_.columns; i += kWidth) {
-        Real exponent = M::sub(M::load(scores + i), subtract);
-        if (added) exponent = M::mul(exponent, M::set(kLog2E));
-        const Real numerator = M::exp2(exponent);
-        M::accumulate(sum, numerator);
-        if (relative) {
-          M::store_bytes(codes + i, to_codes(numerator));
-        } else {
-          M::store(scores + i, numerator);
+      Real sum[parts];
+      for (Real& part : sum) part = M::set(0.0f);
+      for (int64_t from = 0; from < s_.columns; from += kSums) {
+#pragma GCC unroll 4
+        for (int64_t part = 0; part < parts; ++part) {
+          const int64_t i = from + part * kWidth;
+          if (part > 0 && i >= s_.columns) break;
+          Real exponent = M::sub(M::load(scores + i), subtract);
+          if (added) exponent = M::mul(exponent, M::set(kLog2E));
+          const Real numerator = M::exp2(exponent);
+          sum[part] = M::add(sum[part], numerator);
+          if (relative) {
+            M::store_bytes(codes + i, to_codes(numerator));
+          } else {
+            M::store(scores + i, numerator);
+          }
         }
       }
-      row_factor_[r] = 1.0f / static_cast<float>(M::total(sum));
+      for (int64_t part = 0; part < parts; ++part) sums[part][r] = sum[part];
     }
+    M::totals(sums, totals);
+    for (int64_t r = 0; r < kRows; ++r) row_factor_[r] = 1.0f / totals[r];
     if (relative) return;
     for (int64_t r = 0; r < kRows; ++r) {
       const Real factor = M::set(row_factor_[r]);

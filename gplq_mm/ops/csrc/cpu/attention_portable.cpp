@@ -9,7 +9,6 @@ namespace {
 
 typedef float Float4 __attribute__((vector_size(16)));
 typedef int32_t Int4 __attribute__((vector_size(16)));
-typedef double Double4 __attribute__((vector_size(32)));
 
 struct Portable {
   static constexpr int64_t kWidth = 4;
@@ -17,10 +16,6 @@ struct Portable {
   using Real = Float4;
   using Ints = Int4;
   using Bad = Int4;
-  // Sums in float64.
-  struct Wide {
-    Double4 lanes;
-  };
 
   static Real set(float x) { return Real{x, x, x, x}; }
   static Ints set_int(int32_t x) { return Ints{x, x, x, x}; }
@@ -69,9 +64,13 @@ struct Portable {
     for (int r = 0; r < kRows; ++r) out[r] = (rows[r][0] + rows[r][2]) + (rows[r][1] + rows[r][3]);
   }
 
-  static void accumulate(Wide& sum, Real x) { sum.lanes += __builtin_convertvector(x, Double4); }
-  static double total(const Wide& sum) {
-    return (sum.lanes[0] + sum.lanes[1]) + (sum.lanes[2] + sum.lanes[3]);
+  // The same of 16 numbers in four vectors.
+  static void totals(const Real (&parts)[4][kRows], float* out) {
+    float quarter[4][kRows];
+    for (int i = 0; i < 4; ++i) sums(parts[i], quarter[i]);
+    for (int r = 0; r < kRows; ++r) {
+      out[r] = (quarter[0][r] + quarter[2][r]) + (quarter[1][r] + quarter[3][r]);
+    }
   }
 
   // x <= 0, -inf or NaN. What is below the smallest normal number becomes that.

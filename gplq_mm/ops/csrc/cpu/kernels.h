@@ -89,6 +89,11 @@ struct Kernels {
   void (*norm_quantize)(const float* x, int64_t rows, int64_t columns, const float* weight,
                         const float* bias, float eps, const ActGrid& grid, uint8_t* codes,
                         int64_t stride);
+  // layer_norm(x) * weight + bias, (rows, columns), and gelu(x), as arithmetic.py defines them.
+  // fused: as in Epilogue.
+  void (*layer_norm)(const float* x, int64_t rows, int64_t columns, const float* weight,
+                     const float* bias, float eps, bool fused, float* out);
+  void (*gelu)(const float* x, int64_t count, float* out);
   // Panel of stored columns to the operand described above.
   void (*unpack)(const PackedPanel& packed, int8_t* panel);
   void (*multiply)(const Product& product, const Epilogue& epilogue);

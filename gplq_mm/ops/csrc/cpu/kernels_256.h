@@ -20,35 +20,19 @@ struct Machine256 {
   static Real sub(Real a, Real b) { return _mm256_sub_ps(a, b); }
   static Real mul(Real a, Real b) { return _mm256_mul_ps(a, b); }
   static Real fma(Real a, Real b, Real c) { return _mm256_fmadd_ps(a, b, c); }
-  static Real multiply_add(Real a, Real b, Real c) { return fma(a, b, c); }
   static Real min(Real a, Real b) { return _mm256_min_ps(a, b); }
   static Real max(Real a, Real b) { return _mm256_max_ps(a, b); }
-  static Real abs(Real x) { return _mm256_andnot_ps(set(-0.0f), x); }
-  static Real round(Real x) {
-    return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  }
-  static uint32_t positive(Real x) {
-    const Real above = _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ);
-    return static_cast<uint32_t>(_mm256_movemask_ps(above));
-  }
 
-  struct Wide {
-    __m256d low, high;
-  };
-  static __m256d low_half(Real x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x)); }
-  static __m256d high_half(Real x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)); }
-  static void accumulate(Wide& sum, Real x) {
-    sum.low = _mm256_add_pd(sum.low, low_half(x));
-    sum.high = _mm256_add_pd(sum.high, high_half(x));
-  }
-  static void accumulate_square(Wide& sum, Real x) {
-    sum.low = _mm256_fmadd_pd(low_half(x), low_half(x), sum.low);
-    sum.high = _mm256_fmadd_pd(high_half(x), high_half(x), sum.high);
-  }
-  static double total(const Wide& sum) {
-    alignas(32) double part[4];
-    _mm256_store_pd(part, _mm256_add_pd(sum.low, sum.high));
-    return (part[0] + part[1]) + (part[2] + part[3]);
+  static float total(const Real (&sums)[kSums / kWidth]) {
+    // Eight numbers of each half of 16.
+    Real low = add(add(sums[0], sums[4]), add(sums[2], sums[6]));
+    Real high = add(add(sums[1], sums[5]), add(sums[3], sums[7]));
+    low = add(low, _mm256_permute_ps(low, 0x4E));
+    high = add(high, _mm256_permute_ps(high, 0x4E));
+    low = add(low, _mm256_permute_ps(low, 0xB1));
+    high = add(high, _mm256_permute_ps(high, 0xB1));
+    const Real all = add(low, high);
+    return _mm_cvtss_f32(_mm_add_ss(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
   }
   static Real difference(const int32_t* a, const int32_t* b) {
     return _mm256_cvtepi32_ps(

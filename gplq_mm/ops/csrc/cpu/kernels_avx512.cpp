@@ -32,32 +32,15 @@ struct Avx512 {
   static Real sub(Real a, Real b) { return _mm512_sub_ps(a, b); }
   static Real mul(Real a, Real b) { return _mm512_mul_ps(a, b); }
   static Real fma(Real a, Real b, Real c) { return _mm512_fmadd_ps(a, b, c); }
-  static Real multiply_add(Real a, Real b, Real c) { return fma(a, b, c); }
   static Real min(Real a, Real b) { return _mm512_min_ps(a, b); }
   static Real max(Real a, Real b) { return _mm512_max_ps(a, b); }
-  static Real abs(Real x) { return _mm512_abs_ps(x); }
-  static Real round(Real x) {
-    return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  }
-  static uint32_t positive(Real x) {
-    return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
-  }
 
-  struct Wide {
-    __m512d low, high;
-  };
-  static __m512d low_half(Real x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
-  static __m512d high_half(Real x) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)); }
-  static void accumulate(Wide& sum, Real x) {
-    sum.low = _mm512_add_pd(sum.low, low_half(x));
-    sum.high = _mm512_add_pd(sum.high, high_half(x));
-  }
-  static void accumulate_square(Wide& sum, Real x) {
-    sum.low = _mm512_fmadd_pd(low_half(x), low_half(x), sum.low);
-    sum.high = _mm512_fmadd_pd(high_half(x), high_half(x), sum.high);
-  }
-  static double total(const Wide& sum) {
-    return _mm512_reduce_add_pd(_mm512_add_pd(sum.low, sum.high));
+  static float total(const Real (&sums)[kSums / kWidth]) {
+    Real all = add(add(sums[0], sums[2]), add(sums[1], sums[3]));
+    all = add(all, _mm512_permute_ps(all, 0x4E));
+    all = add(all, _mm512_permute_ps(all, 0xB1));
+    all = add(all, _mm512_shuffle_f32x4(all, all, 0x4E));
+    return _mm512_cvtss_f32(add(all, _mm512_shuffle_f32x4(all, all, 0xB1)));
   }
   static Real difference(const int32_t* a, const int32_t* b) {
     return _mm512_cvtepi32_ps(

@@ -16,12 +16,8 @@ namespace {
 //   Real                     kWidth floats
 //   set, load, add, sub, mul
 //   fma(a, b, c)             a * b + c rounded once
-//   multiply_add(a, b, c)    the same, rounded once or twice, whichever is cheap
 //   min, max                 give the second operand where one is NaN
-//   abs, round               the latter half to even
-//   positive(Real)           a bit for every lane above 0
-//   Wide                     sums in float64, zero if value-initialized
-//   accumulate(Wide&, Real), accumulate_square(Wide&, Real), total(Wide)
+//   total(const Real (&)[kSums / kWidth])   sum of kSums numbers in the order of `arithmetic.py`
 //   difference(const int32_t* a, const int32_t* b)   a - b, wrapping, as floats
 //   narrow<count>(const Real* steps, Limits, uint8_t* codes)   codes of 1 or 4 vectors of steps
 // and the product:
@@ -39,6 +35,10 @@ struct Limits {
   float low, high;
   int32_t code_min;
 };
+
+// Sums of a row run in as many columns of their own, whatever the vectors' width: so they are the
+// same on every machine.
+constexpr int64_t kSums = 64;
 
 // Vectors that are worked on together: enough independent operations to fill the pipelines.
 constexpr int kBlock = 4;
@@ -114,54 +114,73 @@ void quantize(const float* x, int64_t rows, int64_t columns, const ActGrid& grid
   rows_of(x, rows, columns, grid, codes, stride);
 }
 
-// Mean of x, or of (x - center)^2, summed in float64: rounded to float32 it is the same in any
-// order.
+// Mean of x, or of (x - center)^2.
 template <typename Machine, bool squared>
 inline float mean_of(const float* x, int64_t columns, float center) {
   using Real = typename Machine::Real;
-  constexpr int64_t kWidth = Machine::kWidth;
+  constexpr int64_t kWidth = Machine::kWidth, kVectorsOfSums = kSums / kWidth;
   const Real centers = Machine::set(center);
-  typename Machine::Wide sums[kBlock] = {};
-  const auto add = [&](typename Machine::Wide& sum, int64_t k) {
-    const Real value = Machine::load(x + k);
+  Real sums[kVectorsOfSums];
+  for (Real& sum : sums) sum = Machine::set(0.0f);
+  const auto add = [&](Real& sum, const float* from) {
+    const Real value = Machine::load(from);
     if (squared) {
-      Machine::accumulate_square(sum, Machine::sub(value, centers));
+      const Real distance = Machine::sub(value, centers);
+      sum = Machine::fma(distance, distance, sum);
     } else {
-      Machine::accumulate(sum, value);
+      sum = Machine::add(sum, value);
     }
   };
   int64_t k = 0;
-  for (; k + kBlock * kWidth <= columns; k += kBlock * kWidth) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kBlock; ++i) add(sums[i], k + i * kWidth);
+  for (; k + kSums <= columns; k += kSums) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kVectorsOfSums; ++i) add(sums[i], x + k + i * kWidth);
   }
-  for (; k + kWidth <= columns; k += kWidth) add(sums[0], k);
-  double total = 0;
-  for (const auto& sum : sums) total += Machine::total(sum);
-  for (; k < columns; ++k) {
-    const double part = squared ? x[k] - center : x[k];
-    total += squared ? part * part : part;
+  if (k < columns) {
+    // Beyond the last column stands what adds nothing.
+    alignas(64) float rest[kSums];
+    for (int64_t i = 0; i < kSums; ++i) rest[i] = k + i < columns ? x[k + i] : center;
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kVectorsOfSums; ++i) add(sums[i], rest + i * kWidth);
   }
-  return static_cast<float>(total / static_cast<double>(columns));
+  return Machine::total(sums) * static_cast<float>(1.0 / static_cast<double>(columns));
 }
+
+// (x - mean) / sqrt(variance + eps) * weight + bias of one row: a vector from a column on, or one
+// number. The order of operations is that of gplq_mm/quant/arithmetic.py.
+template <typename Machine, bool fused>
+class NormedRow {
+ public:
+  NormedRow(const float* x, int64_t columns, const float* weight, const float* bias, float eps)
+      : x_(x), weight_(weight), bias_(bias), mean_(mean_of<Machine, false>(x, columns, 0.0f)) {
+    factor_ = 1.0f / __builtin_sqrtf(mean_of<Machine, true>(x, columns, mean_) + eps);
+    means_ = Machine::set(mean_);
+    factors_ = Machine::set(factor_);
+  }
+
+  typename Machine::Real vector(int64_t k) const {
+    const auto normed = Machine::mul(Machine::sub(Machine::load(x_ + k), means_), factors_);
+    return affine<Machine, fused>(normed, Machine::load(weight_ + k), Machine::load(bias_ + k));
+  }
+  float scalar(int64_t k) const {
+    return affine_one<fused>((x_[k] - mean_) * factor_, weight_[k], bias_[k]);
+  }
+
+ private:
+  const float *x_, *weight_, *bias_;
+  float mean_, factor_;
+  typename Machine::Real means_, factors_;
+};
 
 template <typename Machine, bool fused>
 void norm_quantize_rows(const float* x, int64_t rows, int64_t columns, const float* weight,
                         const float* bias, float eps, const ActGrid& grid, uint8_t* codes,
                         int64_t stride) {
   for (int64_t row = 0; row < rows; ++row, x += columns, codes += stride) {
-    const float mean = mean_of<Machine, false>(x, columns, 0.0f);
-    const float factor = 1.0f / __builtin_sqrtf(mean_of<Machine, true>(x, columns, mean) + eps);
-    const auto means = Machine::set(mean), factors = Machine::set(factor);
-    // The order of operations is that of gplq_mm/quant/arithmetic.py.
+    const NormedRow<Machine, fused> normed(x, columns, weight, bias, eps);
     write_codes<Machine, fused>(
-        columns, grid, codes,
-        [&](int64_t k) {
-          const auto normed = Machine::mul(Machine::sub(Machine::load(x + k), means), factors);
-          return affine<Machine, fused>(normed, Machine::load(weight + k),
-                                        Machine::load(bias + k));
-        },
-        [&](int64_t k) { return affine_one<fused>((x[k] - mean) * factor, weight[k], bias[k]); });
+        columns, grid, codes, [&](int64_t k) { return normed.vector(k); },
+        [&](int64_t k) { return normed.scalar(k); });
     for (int64_t k = columns; k < stride; ++k) codes[k] = 0;
   }
 }
@@ -175,12 +194,29 @@ void norm_quantize(const float* x, int64_t rows, int64_t columns, const float* w
   rows_of(x, rows, columns, weight, bias, eps, grid, codes, stride);
 }
 
-// About x * Phi(x), Phi the normal distribution function, as nn.GELU has it. Phi(x) - 1/2 is x times a
-// polynomial of degree 14 in x^2 (mapped to -1..1; fitted by weighted least squares so that the
-// error of x * Phi(x) is level), and beyond 5.2 it is +-1/2. Error at most 1.5e-7 * max(1, |x|).
+template <typename Machine, bool fused>
+void layer_norm_rows(const float* x, int64_t rows, int64_t columns, const float* weight,
+                     const float* bias, float eps, float* out) {
+  constexpr int64_t kWidth = Machine::kWidth;
+  for (int64_t row = 0; row < rows; ++row, x += columns, out += columns) {
+    const NormedRow<Machine, fused> normed(x, columns, weight, bias, eps);
+    int64_t k = 0;
+    for (; k + kWidth <= columns; k += kWidth) Machine::store(out + k, normed.vector(k));
+    for (; k < columns; ++k) out[k] = normed.scalar(k);
+  }
+}
+
+template <typename Machine>
+void layer_norm(const float* x, int64_t rows, int64_t columns, const float* weight,
+                const float* bias, float eps, bool fused, float* out) {
+  const auto rows_of = fused ? layer_norm_rows<Machine, true> : layer_norm_rows<Machine, false>;
+  rows_of(x, rows, columns, weight, bias, eps, out);
+}
+
+// x * Phi(x), Phi the normal distribution function, as `arithmetic.gelu` defines it. NaN stays.
 template <typename Machine>
 inline void gelu(typename Machine::Real (&x)[kBlock]) {
-  constexpr float kEnd = 5.2f;
+  constexpr float kEnd = 5.2f, kFactor = 0.07396451f;
   constexpr float kPolynomial[] = {
       1.359499842e-01f, -6.774380058e-02f, 5.002609640e-02f, -3.992566466e-02f,
       3.196270391e-02f, -2.476078086e-02f, 1.813056692e-02f, -1.236457378e-02f,
@@ -191,23 +227,41 @@ inline void gelu(typename Machine::Real (&x)[kBlock]) {
   typename Machine::Real z[kBlock], t[kBlock], value[kBlock];
 #pragma GCC unroll 4
   for (int i = 0; i < kBlock; ++i) {
-    z[i] = Machine::min(Machine::max(x[i], Machine::set(-kEnd)), Machine::set(kEnd));
-    t[i] = Machine::multiply_add(Machine::mul(z[i], z[i]), Machine::set(2.0f / (kEnd * kEnd)),
-                                 Machine::set(-1.0f));
+    x[i] = Machine::max(Machine::set(-kEnd), x[i]);
+    z[i] = Machine::min(Machine::set(kEnd), x[i]);
+    t[i] = Machine::fma(Machine::mul(z[i], z[i]), Machine::set(kFactor), Machine::set(-1.0f));
     value[i] = Machine::set(kPolynomial[kDegree]);
   }
 #pragma GCC unroll 16
   for (int degree = kDegree - 1; degree >= 0; --degree) {
     const typename Machine::Real coefficient = Machine::set(kPolynomial[degree]);
 #pragma GCC unroll 4
-    for (int i = 0; i < kBlock; ++i) {
-      value[i] = Machine::multiply_add(value[i], t[i], coefficient);
-    }
+    for (int i = 0; i < kBlock; ++i) value[i] = Machine::fma(value[i], t[i], coefficient);
   }
 #pragma GCC unroll 4
   for (int i = 0; i < kBlock; ++i) {
-    x[i] = Machine::mul(x[i], Machine::multiply_add(z[i], value[i], Machine::set(0.5f)));
+    x[i] = Machine::mul(x[i], Machine::fma(z[i], value[i], Machine::set(0.5f)));
   }
+}
+
+template <typename Machine>
+void gelu_all(const float* x, int64_t count, float* out) {
+  constexpr int64_t kWidth = Machine::kWidth, kTogether = kBlock * kWidth;
+  const auto block = [](const float* from, float* to) {
+    typename Machine::Real value[kBlock];
+#pragma GCC unroll 4
+    for (int i = 0; i < kBlock; ++i) value[i] = Machine::load(from + i * kWidth);
+    gelu<Machine>(value);
+#pragma GCC unroll 4
+    for (int i = 0; i < kBlock; ++i) Machine::store(to + i * kWidth, value[i]);
+  };
+  int64_t i = 0;
+  for (; i + kTogether <= count; i += kTogether) block(x + i, out + i);
+  if (i == count) return;
+  alignas(64) float rest[kTogether] = {};
+  std::memcpy(rest, x + i, static_cast<size_t>(count - i) * 4);
+  block(rest, rest);
+  std::memcpy(out + i, rest, static_cast<size_t>(count - i) * 4);
 }
 
 // The epilogue's per-column numbers, padded to a whole panel.
@@ -218,9 +272,6 @@ struct Columns {
   alignas(64) float gamma[kPanel];
   alignas(64) float inverse[kPanel];
   alignas(64) float shift[kPanel];
-  // |steps| may be off by |x| * slope + margin where GELU is not computed exactly.
-  alignas(64) float slope[kPanel];
-  alignas(64) float margin[kPanel];
 
   explicit Columns(const Epilogue& epilogue) {
     std::memset(this, 0, sizeof(*this));
@@ -233,15 +284,6 @@ struct Columns {
     if (epilogue.kind == Output::gelu_codes) {
       std::memcpy(inverse, epilogue.next.inverse, count);
       std::memcpy(shift, epilogue.next.shift, count);
-      // Twice the error of gelu(), and of a few roundings of steps between the limits.
-      constexpr float kGeluError = 5e-7f, kStepError = 2.5e-7f;
-      const auto low = static_cast<float>(epilogue.next.code_min);
-      const auto high = static_cast<float>(epilogue.next.code_max);
-      const float limit = __builtin_fabsf(low) + __builtin_fabsf(high);
-      for (int64_t j = 0; j < epilogue.columns; ++j) {
-        slope[j] = kGeluError * inverse[j];
-        margin[j] = slope[j] + kStepError * (__builtin_fabsf(shift[j]) + limit);
-      }
     }
   }
 };
@@ -281,57 +323,24 @@ inline void finish_residual(const int32_t* sums, const Columns& columns, const f
   }
 }
 
-// Code of gelu(x) with GELU in float64, rounded once.
-template <bool fused>
-inline uint8_t exact_gelu_code(float x, float inverse, float shift, const Limits& limits) {
-  constexpr double kSqrtHalf = 0.70710678118654752440;
-  const double wide = x;
-  const auto value = static_cast<float>(0.5 * wide * (1.0 + std::erf(wide * kSqrtHalf)));
-  return code_of(affine_one<fused>(value, inverse, shift), limits);
-}
-
-// Codes of gelu(x). The vectors compute it nearly; the few values so close to the border of two
-// codes that this could decide are computed again, exactly.
 template <typename Machine, bool fused>
 inline void finish_gelu(const int32_t* sums, const Columns& columns, const Limits& limits,
                         uint8_t* out) {
-  using Real = typename Machine::Real;
   constexpr int64_t kWidth = Machine::kWidth;
-  const Real low = Machine::set(limits.low), high = Machine::set(limits.high);
   for (int64_t j = 0; j < kPanel; j += kBlock * kWidth) {
-    Real x[kBlock], value[kBlock];
+    typename Machine::Real value[kBlock];
 #pragma GCC unroll 4
     for (int i = 0; i < kBlock; ++i) {
-      x[i] = value[i] = real_of<Machine, fused>(sums, columns, j + i * kWidth);
+      value[i] = real_of<Machine, fused>(sums, columns, j + i * kWidth);
     }
     gelu<Machine>(value);
-    uint32_t close[kBlock], any = 0;
 #pragma GCC unroll 4
     for (int i = 0; i < kBlock; ++i) {
       const int64_t at = j + i * kWidth;
       value[i] = affine<Machine, fused>(value[i], Machine::load(columns.inverse + at),
                                         Machine::load(columns.shift + at));
-      const Real inside = Machine::min(Machine::max(value[i], low), high);
-      const Real distance = Machine::abs(Machine::sub(inside, Machine::round(inside)));
-      const Real error = Machine::multiply_add(
-          Machine::abs(x[i]), Machine::load(columns.slope + at), Machine::load(columns.margin + at));
-      close[i] = Machine::positive(
-          Machine::sub(Machine::add(distance, error), Machine::set(0.5f)));
-      any |= close[i];
     }
     Machine::template narrow<kBlock>(value, limits, out + j);
-    if (__builtin_expect(any != 0, 0)) {
-      alignas(64) float real[kWidth];
-      for (int i = 0; i < kBlock; ++i) {
-        Machine::store(real, x[i]);
-        for (uint32_t rest = close[i]; rest != 0; rest &= rest - 1) {
-          const int lane = __builtin_ctz(rest);
-          const int64_t at = j + i * kWidth + lane;
-          out[at] = exact_gelu_code<fused>(real[lane], columns.inverse[at], columns.shift[at],
-                                           limits);
-        }
-      }
-    }
   }
 }
 
@@ -440,8 +449,8 @@ void multiply(const Product& product, const Epilogue& epilogue) {
 
 template <typename Machine>
 const Kernels* kernel_table() {
-  static const Kernels table = {quantize<Machine>, norm_quantize<Machine>, Machine::unpack,
-                                multiply<Machine>};
+  static const Kernels table = {quantize<Machine>, norm_quantize<Machine>, layer_norm<Machine>,
+                                gelu_all<Machine>, Machine::unpack,        multiply<Machine>};
   return &table;
 }
 

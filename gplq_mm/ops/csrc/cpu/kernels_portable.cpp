@@ -40,43 +40,21 @@ struct Portable {
   static Real fma(const Real& a, const Real& b, const Real& c) {
     return each([&](int64_t i) { return __builtin_fmaf(a.lane[i], b.lane[i], c.lane[i]); });
   }
-  static Real multiply_add(const Real& a, const Real& b, const Real& c) {
-    return add(mul(a, b), c);
-  }
   static Real min(const Real& a, const Real& b) {
     return each([&](int64_t i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
   }
   static Real max(const Real& a, const Real& b) {
     return each([&](int64_t i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
   }
-  static Real abs(const Real& a) {
-    return each([&](int64_t i) { return __builtin_fabsf(a.lane[i]); });
-  }
-  static Real round(const Real& a) {
-    return each([&](int64_t i) { return __builtin_rintf(a.lane[i]); });
-  }
-  static uint32_t positive(const Real& a) {
-    uint32_t bits = 0;
-    for (int64_t i = 0; i < kWidth; ++i) bits |= static_cast<uint32_t>(a.lane[i] > 0.0f) << i;
-    return bits;
-  }
 
-  struct Wide {
-    double lane[kWidth];
-  };
-  static void accumulate(Wide& sum, const Real& x) {
-    for (int64_t i = 0; i < kWidth; ++i) sum.lane[i] += static_cast<double>(x.lane[i]);
-  }
-  static void accumulate_square(Wide& sum, const Real& x) {
-    for (int64_t i = 0; i < kWidth; ++i) {
-      const double part = x.lane[i];
-      sum.lane[i] += part * part;
+  static float total(const Real (&sums)[kSums / kWidth]) {
+    const Real all = add(add(sums[0], sums[2]), add(sums[1], sums[3]));
+    float quarter[4];
+    for (int64_t i = 0; i < 4; ++i) {
+      const float* lane = all.lane + 4 * i;
+      quarter[i] = (lane[0] + lane[2]) + (lane[1] + lane[3]);
     }
-  }
-  static double total(const Wide& sum) {
-    double all = 0;
-    for (const double lane : sum.lane) all += lane;
-    return all;
+    return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
   }
   static Real difference(const int32_t* a, const int32_t* b) {
     return each([&](int64_t i) {

@@ -17,17 +17,7 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Elements that are worth a thread of their own.
-constexpr int64_t kGrainElements = 1 << 14;
-
 Tensor real_tensor(const Tensor& x) { return x.to(at::kFloat).contiguous(); }
-
-// body(first, count) over ranges of rows.
-template <typename Body>
-void for_rows(int64_t rows, int64_t columns, const Body& body) {
-  const int64_t grain = std::max<int64_t>(1, kGrainElements / columns);
-  parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { body(begin, end - begin); });
-}
 
 using InputCodes = Codes<Use::codes>;
 using HiddenCodes = Codes<Use::hidden_codes>;
@@ -139,6 +129,41 @@ Tensor quantize_codes(const Tensor& x, const Tensor& inverse, const Tensor& shif
     kernel.quantize(from + first * columns, count, columns, act, to + first * columns, columns);
   });
   return codes;
+}
+
+Tensor layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps) {
+  check_float(x);
+  TORCH_CHECK_VALUE(x.dim() > 0, "the input must have at least one axis.");
+  const int64_t columns = x.size(-1);
+  check_norm(weight, bias, columns);
+  Tensor out = at::empty(x.sizes(), at::kFloat);
+  if (x.numel() == 0) return out.to(x.scalar_type());
+  const Tensor real = real_tensor(x), scales = weight.contiguous(), shifts = bias.contiguous();
+  const float* from = real.const_data_ptr<float>();
+  const float* scale = scales.const_data_ptr<float>();
+  const float* shift = shifts.const_data_ptr<float>();
+  auto* to = out.mutable_data_ptr<float>();
+  const Kernels& kernel = kernels();
+  const bool fused = torch_fuses();
+  for_rows(x.numel() / columns, columns, [&](int64_t first, int64_t count) {
+    kernel.layer_norm(from + first * columns, count, columns, scale, shift,
+                      static_cast<float>(eps), fused, to + first * columns);
+  });
+  return out.to(x.scalar_type());
+}
+
+Tensor gelu(const Tensor& x) {
+  check_float(x);
+  Tensor out = at::empty(x.sizes(), at::kFloat);
+  if (x.numel() == 0) return out.to(x.scalar_type());
+  const Tensor real = real_tensor(x);
+  const float* from = real.const_data_ptr<float>();
+  auto* to = out.mutable_data_ptr<float>();
+  const Kernels& kernel = kernels();
+  for_rows(x.numel(), 1, [&](int64_t first, int64_t count) {
+    kernel.gelu(from + first, count, to + first);
+  });
+  return out.to(x.scalar_type());
 }
 
 Tensor int4_accumulate(const Tensor& x, at::TensorList tensors, at::IntArrayRef grid) {
@@ -260,6 +285,8 @@ Tensor int4_conv2d(const Tensor& x, at::TensorList tensors, at::IntArrayRef grid
 
 TORCH_LIBRARY_IMPL(gplq_mm, CPU, m) {
   m.impl("quantize_codes", gplq_mm::quantize_codes);
+  m.impl("layer_norm", gplq_mm::layer_norm);
+  m.impl("gelu", gplq_mm::gelu);
   m.impl("int4_accumulate", gplq_mm::int4_accumulate);
   m.impl("int4_linear", gplq_mm::int4_linear);
   m.impl("int4_linear_add", gplq_mm::int4_linear_add);

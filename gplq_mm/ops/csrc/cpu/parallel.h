@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/c/shim.h>
 
 #include <c10/util/Exception.h>
+
+#include <algorithm>
 #include <cstdint>
 
 namespace gplq_mm {
@@ -23,6 +25,14 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
   };
   const auto status = torch_parallel_for(begin, end, grain, call, const_cast<Body*>(&body));
   TORCH_CHECK(status == 0, "gplq_mm: a parallel loop failed, see the message above.");
+}
+
+// body(first, count) over ranges of rows, each large enough to be worth a thread of its own.
+template <typename Body>
+void for_rows(int64_t rows, int64_t columns, const Body& body) {
+  constexpr int64_t kGrainElements = 1 << 14;
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / columns);
+  parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { body(begin, end - begin); });
 }
 
 }  // namespace gplq_mm
