@@ -281,7 +281,7 @@ def fuse_swin_block(block: nn.Module) -> bool:
 
 
 class Int4PatchMerging:
-    """Mixin over mmpretrain's, mmdet's or mmcv's ``PatchMerging`` with LayerNorm before the reduction."""
+    """Mixin over the ``PatchMerging`` of mmpretrain, mmdet or mmcv whose LayerNorm comes first."""
 
     def forward(self, x: Tensor, input_size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
         """``(B, H * W, C)`` and ``(H, W)`` to ``(B, h * w, D)`` and ``(h, w)``."""

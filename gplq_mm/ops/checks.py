@@ -193,8 +193,8 @@ def check_norm(norm_weight: Tensor, norm_bias: Tensor, columns: int, device) -> 
     Raises:
         ValueError: What is wrong, in one sentence.
     """
-    check_tensor('norm_weight', norm_weight, (torch.float32,), (columns,), device)
-    check_tensor('norm_bias', norm_bias, (torch.float32,), (columns,), device)
+    check_tensor('norm_weight', norm_weight, FLOATS, (columns,), device)
+    check_tensor('norm_bias', norm_bias, FLOATS, (columns,), device)
 
 
 def check_residual(x: Tensor, residual: Tensor, rows: int) -> None:

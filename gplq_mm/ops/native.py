@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ['announce_reference', 'available_isas', 'backend', 'is_loaded', 'use_isa']
+__all__ = ['announce', 'announce_reference', 'available_isas', 'backend', 'is_loaded', 'use_isa']
 
 _logger = logging.getLogger(__name__)
 _loaded = False
@@ -81,14 +81,21 @@ def use_isa(name: str) -> Iterator[None]:
         torch.ops.gplq_mm._set_cpu_isa(previous)
 
 
+def announce(what: str, reason: str) -> None:
+    """Says once that something runs in plain torch, and why."""
+    if what in _announced:
+        return
+    _announced.add(what)
+    _logger.warning('%s run in plain torch, slowly: %s.', what, reason)
+
+
 def announce_reference(device: torch.device) -> None:
     """Says, once per kind of device, that an op runs in plain torch."""
-    if device.type in _announced or device.type == 'meta':
+    if device.type == 'meta':
         return
-    _announced.add(device.type)
     reason = (
         'gplq_mm was installed without its compiled kernels'
         if device.type == 'cpu' and not _loaded
         else 'there is no kernel for it'
     )
-    _logger.warning('int4 ops on %s run in plain torch, slowly: %s.', device.type, reason)
+    announce(f'int4 ops on {device.type}', reason)

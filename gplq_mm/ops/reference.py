@@ -69,7 +69,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     checks.check_float(x)
     checks.require(x.dim() > 0, 'the input must have at least one axis.')
     checks.check_norm(weight, bias, x.shape[-1], x.device)
-    return arithmetic.layer_norm(x.float(), weight, bias, eps).to(x.dtype)
+    return arithmetic.layer_norm(x.float(), weight.float(), bias.float(), eps).to(x.dtype)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def int4_norm_linear(
     checks.check_layer(layer, grid, x.device)
     checks.check_input(x, layer[0].numel())
     checks.check_norm(norm_weight, norm_bias, layer[0].numel(), x.device)
-    normed = arithmetic.layer_norm(x.float(), norm_weight, norm_bias, eps)
+    normed = layer_norm(x.float(), norm_weight, norm_bias, eps)
     return int4_linear(normed, layer, grid).to(x.dtype)
 
 

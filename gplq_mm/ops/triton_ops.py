@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import checks, reference
+from . import checks, native, reference
 from .attention_checks import check_attention
 from .reference import gelu, layer_norm
 from .triton_kernels import (
@@ -362,7 +362,7 @@ def int4_norm_linear(
     with torch.cuda.device_of(x):
         prepared = _prepare(x, layer, grid)
         checks.check_norm(norm_weight, norm_bias, prepared.columns, x.device)
-        norm = (norm_weight, norm_bias, eps)
+        norm = (norm_weight.float(), norm_bias.float(), eps)
         codes = _quantize(x.contiguous(), prepared, _rows_of(x), norm)
         return _multiply(codes, prepared, _new(x, prepared, x.dtype))
 
@@ -385,7 +385,7 @@ def int4_mlp(
         checks.check_gamma(gamma, second.rows, x.device)
         x = x.contiguous()
         rows = _rows_of(x)
-        codes = _quantize(x, first, rows, (norm_weight, norm_bias, eps))
+        codes = _quantize(x, first, rows, (norm_weight.float(), norm_bias.float(), eps))
         hidden = torch.empty(rows, second.row_bytes, dtype=torch.int8, device=x.device)
         _multiply(codes, first, hidden, gelu=True, follow=(inverse, shift, second))
         out = _new(x, second, x.dtype)
@@ -426,6 +426,10 @@ def int4_attention(
     keys = max(triton.next_power_of_2(tokens), 32)
     depth_block = max(triton.next_power_of_2(depth), 32)
     if keys * depth_block > MAX_KEY_VALUES:
+        native.announce(
+            f'attentions over {tokens} tokens with {depth} channels a head on {qkv.device.type}',
+            'their keys and values do not fit the shared memory',
+        )
         return reference.int4_attention(
             qkv, heads, scale, grids, limits, row_relative, bias, mask, rows, out_rows
         )

@@ -231,7 +231,7 @@ BAD_CALLS = [
     ('int4_linear_add', (X, *LAYER, X.double(), None), 'residual must be float32 or float16 or'),
     ('int4_linear_add', (X, *LAYER, X, ONES[:7]), r'gamma must have shape \[8\], got \[7\]'),
     ('int4_norm_linear', (X, ONES[1:], ONES, EPS, *LAYER), r'norm_weight must have shape \[8\]'),
-    ('int4_norm_linear', (X, ONES, ONES.half(), EPS, *LAYER), 'norm_bias must be float32, got flo'),
+    ('int4_norm_linear', (X, ONES, ONES.double(), EPS, *LAYER), 'norm_bias must be float32 or'),
     (
         'int4_mlp',
         (X, ONES, ONES, EPS, *LAYER, random_layer(8, 9).layer, CASE.grid, None),

@@ -190,8 +190,8 @@ void check_input(const at::Tensor& x, int64_t columns) {
 
 void check_norm(const at::Tensor& weight, const at::Tensor& bias, int64_t columns) {
   const std::array<int64_t, 1> shape = {columns};
-  check_tensor("norm_weight", weight, kFloat32, shape);
-  check_tensor("norm_bias", bias, kFloat32, shape);
+  check_tensor("norm_weight", weight, kFloats, shape);
+  check_tensor("norm_bias", bias, kFloats, shape);
 }
 
 void check_residual(const at::Tensor& x, const at::Tensor& residual, int64_t rows) {

@@ -41,7 +41,7 @@ InputCodes norm_codes_of(const Tensor& x, const Tensor& weight, const Tensor& bi
                          const Layer& layer) {
   const int64_t columns = layer.columns();
   InputCodes codes(x.numel() / columns, columns);
-  const Tensor real = real_tensor(x), scales = weight.contiguous(), shifts = bias.contiguous();
+  const Tensor real = real_tensor(x), scales = real_tensor(weight), shifts = real_tensor(bias);
   const float* from = real.const_data_ptr<float>();
   const float* scale = scales.const_data_ptr<float>();
   const float* shift = shifts.const_data_ptr<float>();
@@ -138,7 +138,7 @@ Tensor layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, dou
   check_norm(weight, bias, columns);
   Tensor out = at::empty(x.sizes(), at::kFloat);
   if (x.numel() == 0) return out.to(x.scalar_type());
-  const Tensor real = real_tensor(x), scales = weight.contiguous(), shifts = bias.contiguous();
+  const Tensor real = real_tensor(x), scales = real_tensor(weight), shifts = real_tensor(bias);
   const float* from = real.const_data_ptr<float>();
   const float* scale = scales.const_data_ptr<float>();
   const float* shift = shifts.const_data_ptr<float>();
