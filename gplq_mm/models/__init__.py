@@ -3,6 +3,7 @@
 from .gplq import GPLQ, FeatureTap, NonFiniteLossError, Stage
 from .pca_mimic_loss import PCAMimicLoss
 from .quant_backbone import QuantBackbone
+from .simple_feature_pyramid import SimpleFeaturePyramid
 from .timm_conversion import convert_timm_vit_state_dict
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     'NonFiniteLossError',
     'PCAMimicLoss',
     'QuantBackbone',
+    'SimpleFeaturePyramid',
     'Stage',
     'convert_timm_vit_state_dict',
 ]
