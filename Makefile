@@ -9,11 +9,11 @@ INSTALL_INPUTS := requirements.txt constraints.txt setup.py gplq_mm/version.py \
 	$(wildcard gplq_mm/ops/csrc/*.h gplq_mm/ops/csrc/cpu/*.h gplq_mm/ops/csrc/cpu/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-asan lint format clean distclean
+.PHONY: help install quickstart quickstart-det test test-slow test-asan lint format clean distclean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | \
-		while IFS='|' read -r name text; do printf '  make %-11s %s\n' "$$name" "$$text"; done
+		while IFS='|' read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
 
 $(INSTALLED): $(INSTALL_INPUTS)
 	@$(PYTHON) tools/dev/install.py
@@ -24,6 +24,9 @@ install: $(INSTALLED) ## Create .venv and install everything into it.
 
 quickstart: $(INSTALLED) ## Train FP32, then GPLQ, on the embedded data set; print the table.
 	@$(RUN) tools/quickstart.py $(ARGS)
+
+quickstart-det: $(INSTALLED) ## The same with a detector, on scenes of the digits.
+	@$(RUN) tools/quickstart.py --model mask-rcnn $(ARGS)
 
 test: $(INSTALLED) ## Run the tests that are not slow (more options: ARGS='-k name').
 	@$(RUN) -m pytest -m 'not slow' $(ARGS)

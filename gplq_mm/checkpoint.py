@@ -121,18 +121,23 @@ def state_dict_of(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return {key.removeprefix('module.'): value for key, value in state.items()}
 
 
-def load_float_weights(model: nn.Module, path: str | os.PathLike) -> None:
+def load_float_weights(model: nn.Module, path: str | os.PathLike, quantizers: bool = True) -> None:
     """Loads FP32 weights into ``model``, which may already be quantized.
 
     Args:
         model: Float or quantized model; the keys of both are the same.
         path: As in :func:`read_checkpoint`. ``architecture.`` in front of keys is dropped.
+        quantizers: Whether the entries of quantizers are loaded, too, where the file has some.
 
     Raises:
         CheckpointError: If a parameter of the model is missing or has another shape.
     """
     state = state_dict_of(read_checkpoint(path))
-    state = {key.removeprefix('architecture.'): value for key, value in state.items()}
+    state = {
+        key.removeprefix('architecture.'): value
+        for key, value in state.items()
+        if quantizers or not _is_quantizer_key(key)
+    }
     own = dict(model.named_parameters())
     # Statistics of BatchNorm are weights too: with the initial ones the model would be another.
     own |= {

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.registry import DefaultScope
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -18,9 +19,15 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def fixed_seed() -> None:
-    """Every test starts from the same random state."""
+def fixed_state(request) -> None:
+    """Every test starts from the same random state, and in the scope of mmpretrain.
+
+    A runner leaves its scope behind.
+    """
     torch.manual_seed(0)
+    current = DefaultScope.get_current_instance()
+    if current is None or current.scope_name != 'mmpretrain':
+        DefaultScope.get_instance(request.node.nodeid, scope_name='mmpretrain')
 
 
 @pytest.fixture(scope='session')

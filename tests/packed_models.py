@@ -15,6 +15,8 @@ from gplq_mm.layers import Compensation, QuantConv2d, QuantLinear, QwT, quantize
 from gplq_mm.ptq import RoundToNearest, quantize_weights
 from gplq_mm.quant import ActSpec, QuantPolicy, SiteSpec, WeightSpec
 
+ROOT = Path(__file__).resolve().parent.parent
+
 MMDET_SWIN = dict(
     type='mmdet.SwinTransformer',
     embed_dims=16,

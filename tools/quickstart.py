@@ -1,4 +1,7 @@
-"""The main job on the embedded digits: train a ViT in FP32, quantize it with GPLQ, show the table.
+"""The main job on the embedded digits: train in FP32, quantize with GPLQ, show the table.
+
+``--model`` is a ViT or a Swin that classifies digits, or a Mask R-CNN with a
+Swin that finds them in scenes.
 
 Every step is an ordinary call of tools/train.py; the commands are printed.
 """
@@ -17,6 +20,12 @@ from rich.console import Console
 from gplq_mm.engine import print_summary
 
 ROOT = Path(__file__).resolve().parent.parent
+# Model -> folder of its configs, name of its FP32 config, folder of its results.
+MODELS = {
+    'vit': ('quickstart', 'vit_mnist', 'quickstart'),
+    'swin': ('quickstart', 'swin_mnist', 'quickstart-swin'),
+    'mask-rcnn': ('quickstart-det', 'mask-rcnn_mnist', 'quickstart-det'),
+}
 # Lines of the log that tell a reader how far it is.
 TELLING = re.compile(
     r'Epoch\((train|val)\)|calibrat|PCA|Weight-PTQ|evaluation of|Error|resumed|compensation'
@@ -53,23 +62,25 @@ def run(config: Path, work_dir: Path, options: list[str], resume: bool, console:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--model', choices=['vit', 'swin'], default='vit')
-    parser.add_argument('--work-dir', help='defaults to work_dirs/quickstart')
+    parser.add_argument('--model', choices=list(MODELS), default='vit')
+    parser.add_argument(
+        '--work-dir', help='defaults to work_dirs/quickstart, -swin or -det behind it'
+    )
     parser.add_argument('--resume', action='store_true', help='continue a run that was interrupted')
     args = parser.parse_args()
-    default = 'quickstart' if args.model == 'vit' else f'quickstart-{args.model}'
+    folder, name, default = MODELS[args.model]
     work_dir = Path(args.work_dir or ROOT / 'work_dirs' / default).resolve()
-    configs = ROOT / 'configs' / 'quickstart'
+    configs = ROOT / 'configs' / folder
     console = Console()
 
-    fp32_config = configs / f'{args.model}_mnist_fp32.py'
+    fp32_config = configs / f'{name}_fp32.py'
     fp32_dir = work_dir / 'fp32'
     checkpoint = fp32_dir / f'epoch_{Config.fromfile(fp32_config).train_cfg.max_epochs}.pth'
     start = time.monotonic()
     if not (args.resume and checkpoint.is_file()):
         run(fp32_config, fp32_dir, [], args.resume, console)
     run(
-        configs / f'gplq_{args.model}_mnist.py',
+        configs / f'gplq_{name}.py',
         work_dir,
         [f'model.pretrained={checkpoint}'],
         args.resume,

@@ -28,11 +28,17 @@ gplq_policy_strict = dict(
     ],
 )
 
+# Beyond the paper, off by default: mimicking of the pyramid's levels. Switched on by
+#   feature_layer='neck', mimic=_base_.gplq_mimic_maps
+gplq_mimic_maps = dict(loss_weight=0.1, explained=0.9, multiple=32)
+
 # One image a GPU: they differ in size.
 gplq_train_cfg = dict(weight_ptq=dict(num_images=32, batch_size=1))
 gplq_hooks = [
     dict(type='gplq_mm.CalibrationHook', num_images=32, batch_size=1),
     dict(type='gplq_mm.QuantStatsHook', interval=100),
+    # Does nothing without model.mimic.
+    dict(type='gplq_mm.PCABasisHook', num_images=64, batch_size=1),
 ]
 gplq_zoo = 'https://download.openmmlab.com/mmdetection/v2.0/'
 gplq_sampler = dict(type='gplq_mm.ResumableSampler', shuffle=True)

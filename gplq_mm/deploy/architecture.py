@@ -99,21 +99,27 @@ def decode(value: Any) -> Any:
     return [decode(item) for item in value] if isinstance(value, list) else value
 
 
-def inference_architecture(config: Any) -> Any:
+def inference_architecture(config: Any, scope: str) -> Any:
     """Copy of a config without what only training needs.
 
-    A ``gplq_mm.QuantBackbone`` is replaced by the backbone inside it.
+    A ``gplq_mm.QuantBackbone`` is replaced by the backbone inside it. mmengine marks what a config
+    inherits from another package with ``_scope_``; where that is not ``scope`` it becomes a prefix
+    of the type.
     """
     if isinstance(config, Mapping):
         if config.get('type') in ('gplq_mm.QuantBackbone', 'QuantBackbone'):
             config = config['backbone']
-        return {
-            key: None if key in TRAINING_ONLY else inference_architecture(item)
+        found = {
+            key: None if key in TRAINING_ONLY else inference_architecture(item, scope)
             for key, item in config.items()
-            if key not in LEFT_OUT
+            if key not in (*LEFT_OUT, '_scope_')
         }
+        name, given = found.get('type'), config.get('_scope_', scope)
+        if given != scope and isinstance(name, str) and name not in OPERATORS and '.' not in name:
+            found['type'] = f'{given}.{name}'
+        return found
     if isinstance(config, (list, tuple)):
-        return type(config)(inference_architecture(item) for item in config)
+        return type(config)(inference_architecture(item, scope) for item in config)
     return config
 
 

@@ -5,10 +5,17 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..layers import QuantAttention, QuantConv2d, QuantLinear, quant_layers
+from ..layers import (
+    QuantAttention,
+    QuantConv2d,
+    QuantConvTranspose2d,
+    QuantLinear,
+    quant_layers,
+)
 from ..layers.int4_attention import pack_attention
 from ..layers.int4_block import fuse_blocks
 from ..layers.int4_conv import Int4Conv2d
+from ..layers.int4_conv_transpose import Int4ConvTranspose2d
 from ..layers.int4_linear import Int4Linear
 from ..layers.int4_weight import DeployError, Int4WeightLayer
 from ..layers.replace import set_module
@@ -16,13 +23,19 @@ from ..models import GPLQ, QuantBackbone, Stage
 
 __all__ = ['DeployReport', 'convert', 'convert_in_place', 'strip_wrappers']
 
+PACKED = {
+    QuantLinear: Int4Linear,
+    QuantConv2d: Int4Conv2d,
+    QuantConvTranspose2d: Int4ConvTranspose2d,
+}
+
 
 @dataclass
 class DeployReport:
     """What became of the layers: full names.
 
     Attributes:
-        layers: Packed Linear and Conv2d layers.
+        layers: Packed Linear and convolution layers.
         attention: Attention layers whose products run in one op on codes.
         simulated: Attention layers that stay in float arithmetic on rounded values, and why.
         fused: Blocks with a fused forward.
@@ -85,8 +98,8 @@ def convert_in_place(model: nn.Module) -> DeployReport:
     """
     report = DeployReport()
     for name, layer in quant_layers(model).items():
-        packed = Int4Conv2d if isinstance(layer, QuantConv2d) else Int4Linear
-        if not isinstance(layer, QuantConv2d | QuantLinear):
+        packed = PACKED.get(type(layer))
+        if packed is None:
             raise DeployError(f'{name}: {type(layer).__name__} has no packed form.')
         set_module(model, name, packed.from_quantized(layer))
         report.layers.append(name)

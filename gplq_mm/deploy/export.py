@@ -107,20 +107,23 @@ def _model_config(cfg: Mapping) -> tuple[dict, str]:
     architecture = model
     if str(model.get('type')).rpartition('.')[2] == 'GPLQ':
         architecture = model['architecture']
-    architecture = dict(inference_architecture(architecture))
+    scope = cfg.get('default_scope') or 'mmengine'
+    architecture = dict(inference_architecture(architecture, scope))
     for owner in (model, cfg):
         preprocessor = owner.get('data_preprocessor')
         if preprocessor is not None:
-            architecture.setdefault('data_preprocessor', inference_architecture(preprocessor))
-    return architecture, cfg.get('default_scope') or 'mmengine'
+            architecture.setdefault(
+                'data_preprocessor', inference_architecture(preprocessor, scope)
+            )
+    return architecture, scope
 
 
-def _test_pipeline(cfg: Mapping) -> list | None:
+def _test_pipeline(cfg: Mapping, scope: str) -> list | None:
     loader = cfg.get('test_dataloader') or cfg.get('val_dataloader') or {}
     dataset = loader.get('dataset')
     while isinstance(dataset, Mapping):
         if 'pipeline' in dataset:
-            return list(dataset['pipeline'])
+            return inference_architecture(list(dataset['pipeline']), scope)
         dataset = dataset.get('dataset')
     return None
 
@@ -171,7 +174,7 @@ def save(
     model = strip_wrappers(model)
     architecture, scope = _model_config(cfg)
     check_config(architecture, scope)
-    pipeline = _test_pipeline(cfg)
+    pipeline = _test_pipeline(cfg, scope)
     if pipeline is not None:
         check_pipeline(pipeline, scope)
 

@@ -10,13 +10,11 @@ from torch import Tensor, nn
 
 from ..layers import (
     DeployError,
-    QuantConv2d,
-    QuantLinear,
     attach_compensation,
     quant_layers,
 )
 from ..layers.attention import OPERANDS, attention_adapter_of
-from ..layers.replace import set_module
+from ..layers.replace import kind_of, set_module, twin_of
 from ..layers.reproducible import make_reproducible
 from ..ops.device import resolve_device
 from ..quant import PolicyError, SiteSpec
@@ -115,19 +113,18 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
 
 
 def _swap_layers(model: nn.Module, entries: dict) -> None:
-    twins = {'linear': (nn.Linear, QuantLinear), 'conv': (nn.Conv2d, QuantConv2d)}
     if not entries:
         raise DeployError(f'the header names no quantized layer. {AGAIN}')
     for name, entry in entries.items():
         kind = entry.get('kind') if isinstance(entry, dict) else None
         module = _submodule(model, name)
-        if not isinstance(kind, str) or kind not in twins or not isinstance(module, twins[kind][0]):
+        if kind is None or kind != kind_of(module):
             raise DeployError(f'{name} is no {kind} layer of the architecture. {AGAIN}')
         act = act_spec_of(entry.get('activation'), name)
         _check_site(act, kind, name)
         spec = SiteSpec(act, weight_spec_of(entry.get('weight'), name))
         try:
-            set_module(model, name, twins[kind][1].from_float(module, spec, name))
+            set_module(model, name, twin_of(module).from_float(module, spec, name))
         except (PolicyError, ValueError) as error:
             raise DeployError(f'{error} {AGAIN}') from error
 

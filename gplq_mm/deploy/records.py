@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..layers import DeployError, QuantAttention, QuantWeightLayer, build_compensation
 from ..layers.attention import OPERANDS
+from ..layers.replace import kind_of
 from ..quant import (
     ActQuantizer,
     ActSpec,
@@ -148,9 +149,8 @@ def layer_record(name: str, layer: QuantWeightLayer) -> tuple[dict, dict[str, Te
     """Header entry and tensors of a layer after Stage 2."""
     quantizer = layer.weight_quantizer
     value = quantizer.value
-    kind = 'conv' if isinstance(layer, nn.Conv2d) else 'linear'
     entry = {
-        'kind': kind,
+        'kind': kind_of(layer),
         'activation': _plain(layer.act_quantizer.spec),
         'weight': _plain(quantizer.spec),
     }

@@ -1,6 +1,7 @@
 """Runner, loops, hooks and optimizer settings of the two stages."""
 
 from .calibration_set import CalibrationError, CalibrationSet
+from .class_count import ClassCountError, ClassCountHook, check_class_count
 from .errors import one_line_errors
 from .hooks import (
     CalibrationHook,
@@ -21,6 +22,8 @@ __all__ = [
     'CalibrationError',
     'CalibrationHook',
     'CalibrationSet',
+    'ClassCountError',
+    'ClassCountHook',
     'GPLQCheckpointHook',
     'GPLQOptimWrapperConstructor',
     'GPLQRunner',
@@ -28,6 +31,7 @@ __all__ = [
     'PCABasisHook',
     'QuantStatsHook',
     'RunRecord',
+    'check_class_count',
     'headline_metrics',
     'load_run_weights',
     'one_line_errors',

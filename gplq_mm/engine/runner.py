@@ -14,6 +14,7 @@ from mmengine.runner import Runner
 
 from ..checkpoint import atomic_write, read_checkpoint, to_plain
 from ..registry import RUNNERS
+from .class_count import ClassCountHook
 from .weights import load_run_weights
 
 __all__ = ['GPLQRunner']
@@ -69,6 +70,7 @@ class GPLQRunner(Runner):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.register_hook(PlainCheckpointHook())
+        self.register_hook(ClassCountHook())
 
     def setup_env(self, env_cfg: dict) -> None:
         """As in mmengine, and ``--launcher pytorch`` works on machines without a GPU, too."""

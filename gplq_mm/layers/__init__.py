@@ -6,6 +6,7 @@ from .conv import QuantConv2d
 from .conv_transpose import QuantConvTranspose2d
 from .int4_attention import Int4Attention
 from .int4_conv import Int4Conv2d
+from .int4_conv_transpose import Int4ConvTranspose2d
 from .int4_linear import Int4Linear
 from .int4_weight import DeployError, Int4WeightLayer
 from .linear import QuantLinear
@@ -26,6 +27,7 @@ __all__ = [
     'DeployError',
     'Int4Attention',
     'Int4Conv2d',
+    'Int4ConvTranspose2d',
     'Int4Linear',
     'Int4WeightLayer',
     'QuantAttention',

@@ -1,4 +1,4 @@
-"""What packed Linear and Conv2d share: the buffers that an op takes, made from a quantized layer.
+"""What packed layers share: the buffers that an op takes, made from a quantized layer.
 
 A packed layer computes in inference only. It has no parameters, and its buffers keep their types
 under ``.half()``: a code must not depend on the precision around it.

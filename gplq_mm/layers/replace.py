@@ -65,13 +65,15 @@ def set_module(root: nn.Module, name: str, module: nn.Module) -> None:
         root.get_submodule(parent)._modules[child] = module
 
 
-def _kind_of(module: nn.Module) -> str | None:
+def kind_of(module: nn.Module) -> str | None:
+    """Kind of site of a policy: ``'linear'``, ``'conv'`` or None."""
     if isinstance(module, nn.Linear):
         return 'linear'
     return 'conv' if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) else None
 
 
-def _twin_of(module: nn.Module) -> type[QuantWeightLayer]:
+def twin_of(module: nn.Module) -> type[QuantWeightLayer]:
+    """Quantized class for a module of a known kind."""
     if isinstance(module, nn.Linear):
         return QuantLinear
     return QuantConv2d if isinstance(module, nn.Conv2d) else QuantConvTranspose2d
@@ -94,13 +96,13 @@ def _check_supported(name: str, module: nn.Module, policy: QuantPolicy) -> None:
     unsupported = isinstance(module, UNSUPPORTED)
     if isinstance(module, nn.ConvTranspose2d):
         unsupported |= not QuantConvTranspose2d.supports(module)
-    unsupported |= bool(_kind_of(module)) and _computes_something_else(module)
+    unsupported |= bool(kind_of(module)) and _computes_something_else(module)
     if not unsupported and looks_like_attention(module) and not attention_adapter_of(module):
         # A wrapper like ShiftWindowMSA is fine: the products are in its adapted child.
         unsupported = not any(
             attention_adapter_of(child) or isinstance(child, QuantAttention)
             for child in module.modules()
-        ) and any(_kind_of(child) for child in module.modules())
+        ) and any(kind_of(child) for child in module.modules())
     if unsupported and policy.resolve(name, 'linear').weight is not None:
         raise PolicyError(
             f'{name}: a layer of type {type(module).__name__} cannot be quantized. Exclude it '
@@ -132,7 +134,7 @@ def quantize_model(
     modules = list(model.named_modules())
     sites: list[str] = []
     for name, module in modules:
-        if _kind_of(module):
+        if kind_of(module):
             sites.append(name)
         elif attention_adapter_of(module):
             sites.extend(f'{name}.{operand}' for operand in OPERANDS)
@@ -148,13 +150,13 @@ def quantize_model(
 
     done: dict[str, list[str]] = {'linear': [], 'conv': [], 'attention': [], 'excluded': []}
     for name, module in modules:
-        kind = _kind_of(module)
+        kind = kind_of(module)
         if kind:
             spec = policy.resolve(name, kind)
             if spec.weight is None:
                 done['excluded'].append(name)
                 continue
-            twin = _twin_of(module).from_float(module, spec, name)
+            twin = twin_of(module).from_float(module, spec, name)
             set_module(model, name, twin)
             done[kind].append(name)
         adapter = attention_adapter_of(module)

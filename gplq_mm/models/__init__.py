@@ -1,7 +1,7 @@
 """Models: the GPLQ wrapper, the quantized backbone, the mimic loss."""
 
 from .gplq import GPLQ, FeatureTap, NonFiniteLossError, Stage
-from .pca_mimic_loss import PCAMimicLoss
+from .pca_mimic_loss import PCAMimicLoss, feature_rows
 from .quant_backbone import QuantBackbone
 from .simple_feature_pyramid import SimpleFeaturePyramid
 from .timm_conversion import convert_timm_vit_state_dict
@@ -15,4 +15,5 @@ __all__ = [
     'SimpleFeaturePyramid',
     'Stage',
     'convert_timm_vit_state_dict',
+    'feature_rows',
 ]

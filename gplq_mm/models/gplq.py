@@ -38,21 +38,23 @@ class Stage(IntEnum):
 
 
 class FeatureTap:
-    """Keeps input and output of one layer's last forward, as long as it is open.
+    """Keeps feature and output of one layer's last forward, as long as it is open.
 
     Args:
-        layer: The layer, whose first input is the feature.
+        layer: The layer. The feature is the first input of a Linear, and the output of any other
+            layer (a tensor or a tuple of them).
     """
 
     def __init__(self, layer: nn.Module):
         self.is_open = False
-        self.feature: Tensor | None = None
-        self.output: Tensor | None = None
+        self.of_output = not isinstance(layer, nn.Linear)
+        self.feature: Tensor | tuple[Tensor, ...] | None = None
+        self.output: Tensor | tuple[Tensor, ...] | None = None
         layer.register_forward_hook(self._keep)
 
     def _keep(self, _layer: nn.Module, args: tuple, output: Tensor) -> None:
         if self.is_open:
-            self.feature, self.output = args[0], output
+            self.feature, self.output = output if self.of_output else args[0], output
 
     def __enter__(self) -> 'FeatureTap':
         self.is_open = True
@@ -63,23 +65,33 @@ class FeatureTap:
         self.is_open, self.feature, self.output = False, None, None
 
 
-def _final_linear(model: nn.Module, feature_layer: str | None) -> nn.Linear:
-    """The layer whose input is the penultimate feature."""
-    if feature_layer is not None:
+def _feature_layer(model: nn.Module, name: str | None) -> nn.Module:
+    """The named layer, or the last Linear of the head, whose input is the penultimate feature."""
+    if name is not None:
         try:
-            return model.get_submodule(feature_layer)
+            return model.get_submodule(name)
         except AttributeError as error:
-            raise ValueError(
-                f'feature_layer={feature_layer!r} is no layer of the architecture.'
-            ) from error
+            raise ValueError(f'feature_layer={name!r} is no layer of the architecture.') from error
     head = getattr(model, 'head', None)
     linears = [m for m in head.modules() if isinstance(m, nn.Linear)] if head is not None else []
     if not linears:
         raise ValueError(
             'the architecture has no head with a Linear layer, so there are no penultimate '
-            'features to mimic; set feature_layer, or mimic=None and distill=None.'
+            "features to mimic; set feature_layer (for a detector 'neck'), or mimic=None and "
+            'distill=None.'
         )
     return linears[-1]
+
+
+def _feature_width(layer: nn.Module, name: str | None, mimic: dict) -> int:
+    """Width of the features of :func:`_feature_layer`: ``mimic.dim``, or what the layer says."""
+    key = 'in_features' if isinstance(layer, nn.Linear) else 'out_channels'
+    width = mimic.get('dim', getattr(layer, key, None))
+    if not isinstance(width, int):
+        raise ValueError(
+            f'feature_layer={name!r} does not tell the width of its features; set mimic.dim.'
+        )
+    return width
 
 
 @MODELS.register_module()
@@ -99,8 +111,10 @@ class GPLQ(BaseModel):
             the quantizers.
         teacher: Whether to keep a teacher. Training needs one for ``mimic`` and ``distill``,
             evaluation does not.
-        feature_layer: Name of the layer whose input is the penultimate feature. Defaults to
-            the last Linear of the head.
+        feature_layer: Name of the layer with the features to mimic. Of a Linear it is the input,
+            the penultimate feature of a classifier; of any other layer the output, one map or
+            several ``(N, D, H, W)``, as ``'neck'`` gives the levels of a detector's pyramid.
+            Defaults to the last Linear of the head.
         data_preprocessor: As in every OpenMMLab model; handed on to the architecture.
         init_cfg: Not used; the weights come from ``pretrained``.
 
@@ -138,13 +152,15 @@ class GPLQ(BaseModel):
         self.mimic_loss = None
         needs_features = mimic is not None or self.distill is not None
         if needs_features or getattr(student, 'head', None) is not None:
-            layer = _final_linear(student, feature_layer)
+            layer = _feature_layer(student, feature_layer)
             self.tap = FeatureTap(layer)
+            self._check_maps(feature_layer)
             if float_model is not None:
-                self.teacher_tap = FeatureTap(_final_linear(float_model, feature_layer))
+                self.teacher_tap = FeatureTap(_feature_layer(float_model, feature_layer))
             if mimic is not None:
+                dim = _feature_width(layer, feature_layer, mimic)
                 self.mimic_loss = MODELS.build(
-                    {'type': 'gplq_mm.PCAMimicLoss', 'dim': layer.in_features, **mimic}
+                    {'type': 'gplq_mm.PCAMimicLoss', **mimic, 'dim': dim}
                 )
         if not train_weights:
             learned = {id(p) for q in act_quantizers(student).values() for p in q.parameters()}
@@ -158,6 +174,25 @@ class GPLQ(BaseModel):
         if data_preprocessor is not None:
             architecture['data_preprocessor'] = data_preprocessor
         return architecture
+
+    @property
+    def taps_maps(self) -> bool:
+        """Whether the features are maps of a detector: without one decision for the image."""
+        return self.tap is not None and self.tap.of_output
+
+    def _check_maps(self, feature_layer: str | None) -> None:
+        if not self.taps_maps:
+            return
+        if self.distill is not None:
+            raise ValueError(
+                f'distill needs class logits, and feature_layer={feature_layer!r} gives maps; set '
+                'distill=None.'
+            )
+        if not hasattr(self.architecture, 'extract_feat'):
+            raise ValueError(
+                f'feature_layer={feature_layer!r} gives maps, but the architecture has no '
+                'extract_feat that computes them; mimic=None trains without.'
+            )
 
     @staticmethod
     def _check_distill(distill: dict | None) -> dict | None:
@@ -301,8 +336,8 @@ class GPLQ(BaseModel):
         }
 
     @torch.no_grad()
-    def teacher_outputs(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Penultimate features ``(N, D)`` and logits ``(N, classes)`` of the teacher.
+    def teacher_outputs(self, inputs: Tensor) -> tuple:
+        """Features ``(N, D)`` of the teacher and its logits ``(N, classes)``; or its maps, twice.
 
         Raises:
             RuntimeError: If the model was built without a teacher.
@@ -311,15 +346,20 @@ class GPLQ(BaseModel):
             raise RuntimeError(
                 'this step needs the FP32 teacher; build the model with teacher=True.'
             )
-        with self.teacher_tap as tap:
-            self.teacher(inputs, mode='tensor')
-            return tap.feature, tap.output
+        return self._outputs(self.teacher, self.teacher_tap, inputs)
 
     @torch.no_grad()
-    def student_outputs(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Penultimate features and logits of the student as it is now."""
-        with self.tap as tap:
-            self.architecture(inputs, mode='tensor')
+    def student_outputs(self, inputs: Tensor) -> tuple:
+        """As :meth:`teacher_outputs`, of the student as it is now."""
+        return self._outputs(self.architecture, self.tap, inputs)
+
+    def _outputs(self, model: nn.Module, open_tap: FeatureTap, inputs: Tensor) -> tuple:
+        with open_tap as tap:
+            if self.taps_maps:
+                # The heads of a detector need boxes, and cost more than the maps.
+                model.extract_feat(inputs)
+            else:
+                model(inputs, mode='tensor')
             return tap.feature, tap.output
 
     def _distill_loss(self, student: Tensor, teacher: Tensor) -> Tensor:

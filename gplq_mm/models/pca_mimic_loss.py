@@ -7,7 +7,23 @@ from torch import Tensor, nn
 
 from ..registry import MODELS
 
-__all__ = ['PCAMimicLoss']
+__all__ = ['PCAMimicLoss', 'feature_rows']
+
+
+def feature_rows(features: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    """Feature vectors of images, or of the places of every level of a pyramid.
+
+    Args:
+        features: ``(N, D)``, or a map or several ``(N, D, H, W)``.
+
+    Returns:
+        For every level a matrix ``(rows, D)``.
+    """
+    levels = (features,) if torch.is_tensor(features) else features
+    return [
+        level.permute(0, 2, 3, 1).flatten(0, 2) if level.dim() == 4 else level.flatten(1)
+        for level in levels
+    ]
 
 
 @MODELS.register_module()
@@ -17,6 +33,10 @@ class PCAMimicLoss(nn.Module):
     ``mu_t`` and ``V`` are mean and leading principal components of the teacher's penultimate
     features. The buffers have their final shapes from the start; unused columns of ``V`` are
     zero.
+
+    Of a detector the features are the maps of its pyramid. Every place of a map counts as a
+    sample, all levels share one basis, since the heads that read them share their weights, and
+    the loss is the mean over the levels, so that the finest one does not outweigh the others.
 
     Args:
         dim: Width D of the features.
@@ -101,19 +121,22 @@ class PCAMimicLoss(nn.Module):
             'spectrum': share.tolist(),
         }
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(
+        self, student: Tensor | tuple[Tensor, ...], teacher: Tensor | tuple[Tensor, ...]
+    ) -> Tensor:
         """Scalar loss, ``loss_weight`` included.
 
         Args:
-            student: Features ``(N, D)`` with gradient.
-            teacher: Features ``(N, D)``.
+            student: Features ``(N, D)``, or a map or several ``(N, D, H, W)``, with gradient.
+            teacher: Features of the same shapes.
 
         Raises:
             RuntimeError: Before :meth:`fit`.
         """
         if not self.is_fitted:
             raise RuntimeError('PCAMimicLoss has no basis; add the PCABasisHook to the config.')
+        basis = self.components[:, : int(self.num_components)]
+        pairs = list(zip(feature_rows(student), feature_rows(teacher), strict=True))
         # mu_t cancels in the difference.
-        difference = student.float().flatten(1) - teacher.float().flatten(1)
-        projected = difference @ self.components[:, : int(self.num_components)]
-        return self.loss_weight * projected.square().sum(1).mean()
+        losses = [((a.float() - b.float()) @ basis).square().sum(1).mean() for a, b in pairs]
+        return self.loss_weight * torch.stack(losses).mean()

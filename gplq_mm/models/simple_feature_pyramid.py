@@ -47,6 +47,7 @@ class SimpleFeaturePyramid(BaseModule):
         if num_outs < 4:
             raise ValueError(f'num_outs={num_outs} must be at least 4.')
         norm_cfg = norm_cfg or dict(type='mmpretrain.LN2d', eps=1e-6)
+        self.out_channels = out_channels
         self.num_outs = num_outs
         half, quarter = in_channels // 2, in_channels // 4
         self.scales = nn.ModuleList(

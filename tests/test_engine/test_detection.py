@@ -1,27 +1,40 @@
 """Both stages on a detector: shared heads, images of several sizes, AP after each stage."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import cv2
 import numpy as np
 import pytest
+import torch
 from tiny_detection import detection_config, train_fp32, write_coco
 from tiny_runs import (
+    ROOT,
     Killed,
     KillHook,
     assert_same_weights,
     build_runner,
+    load,
     read_summary,
     run,
     weights,
 )
 
 from gplq_mm.checkpoint import CheckpointError
+from gplq_mm.engine import ClassCountError
 from gplq_mm.layers import QuantConvTranspose2d, quant_layers
 from gplq_mm.quant import PolicyError
 
 STAGES = {'fp32', 'ptq_w4a4', 'w32a4', 'latent_fp32', 'w4a4'}
+
+
+def mimicking(cfg):
+    """Switches the mimicking of the pyramid's levels on."""
+    cfg.model.update(feature_layer='neck', mimic=dict(cfg.gplq_mimic_maps, num_components=4))
+    return cfg
 
 
 @pytest.fixture(scope='module')
@@ -42,7 +55,7 @@ def pretrained(data, tmp_path_factory):
 @pytest.fixture(scope='module')
 def whole(data, pretrained, tmp_path_factory):
     work_dir = tmp_path_factory.mktemp('whole')
-    runner = run(detection_config(work_dir, data, pretrained))
+    runner = run(mimicking(detection_config(work_dir, data, pretrained)))
     return work_dir, runner.model
 
 
@@ -74,13 +87,80 @@ def test_everything_is_quantized_and_predictors_have_8_bits(whole):
 
 
 def test_a_killed_run_ends_like_an_undisturbed_one(whole, data, pretrained, tmp_path):
-    cfg = detection_config(tmp_path, data, pretrained)
+    cfg = mimicking(detection_config(tmp_path, data, pretrained))
     with pytest.raises(Killed):
         run(cfg, KillHook(6))
     run(cfg, resume=True)
     assert_same_weights(weights(tmp_path), weights(whole[0]))
     for name in ('bbox_mAP', 'segm_mAP'):
         assert read_summary(tmp_path)[name] == read_summary(whole[0])[name]
+
+
+def test_mimicking_has_one_basis_for_all_levels(whole):
+    summary = read_summary(whole[0])
+    assert summary['pca']['num_components'] == 4
+    assert len(summary['pca']['spectrum']) == 16
+    assert 0 < summary['pca']['explained_variance'] <= 1
+    # No single decision to compare.
+    assert summary['feature_distance'] == {}
+
+
+def test_mimicking_reads_the_neck(whole, data, pretrained, tmp_path):
+    model = build_runner(mimicking(detection_config(tmp_path, data, pretrained))).model
+    model.init_weights()
+    image = torch.randn(1, 3, 64, 96)
+    maps, again = model.eval().teacher_outputs(image)
+    assert [tuple(m.shape[1:]) for m in maps][:2] == [(16, 16, 24), (16, 8, 12)]
+    assert all(torch.equal(a, b) for a, b in zip(maps, again, strict=True))
+    wanted = model.teacher.neck(model.teacher.backbone(image))
+    assert all(torch.equal(a, b) for a, b in zip(maps, wanted, strict=True))
+
+
+def test_mimicking_is_off_by_default(data, pretrained, tmp_path):
+    model = build_runner(detection_config(tmp_path, data, pretrained)).model
+    assert model.mimic_loss is None
+    assert model.tap is None
+
+
+@pytest.mark.parametrize(
+    ('settings', 'text'),
+    [
+        (dict(mimic={}), "set feature_layer .for a detector 'neck'"),
+        (dict(mimic={}, feature_layer='second_neck'), 'no layer of the architecture'),
+        (dict(mimic={}, feature_layer='backbone'), r'set mimic\.dim'),
+        (dict(distill={}, feature_layer='neck'), 'distill=None'),
+    ],
+)
+def test_mimicking_of_what_there_is_not(settings, text, data, pretrained, tmp_path):
+    cfg = detection_config(tmp_path, data, pretrained)
+    cfg.model.update(settings)
+    with pytest.raises(ValueError, match=text):
+        build_runner(cfg)
+
+
+def test_two_ranks_have_the_basis_of_one(data, pretrained, tmp_path):
+    """Ranks see images of other sizes, so other numbers of places."""
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+    environment['CUDA_VISIBLE_DEVICES'] = ''
+    for ranks in (1, 2):
+        cfg = mimicking(detection_config(tmp_path / str(ranks), data, pretrained))
+        cfg.env_cfg.dist_cfg.backend = 'gloo'
+        cfg.train_cfg.update(baseline=None)
+        cfg.custom_hooks[-1].num_images = 7
+        path = tmp_path / f'{ranks}.py'
+        cfg.dump(path)
+        command = [sys.executable, str(ROOT / 'tests' / 'pca_ranks.py'), str(path)]
+        if ranks == 2:
+            torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+            command[1:1] = torchrun
+        result = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=280
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+    one, two = (load(tmp_path / str(ranks) / 'basis.pth') for ranks in (1, 2))
+    assert int(one['num_components']) == 4
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-5, msg=key)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +187,26 @@ def test_policy_that_names_a_missing_neck(data, pretrained, tmp_path):
         build_runner(cfg)
 
 
+def test_neck_policy_on_a_model_without_neck(data, pretrained, tmp_path):
+    cfg = detection_config(tmp_path, data, pretrained)
+    cfg.model.policy = cfg.gplq_policy_backbone_neck
+    cfg.model.architecture.neck = None
+    with pytest.raises(PolicyError, match=r"'\^neck.*matches"):
+        build_runner(cfg)
+
+
+@pytest.mark.parametrize('part', ['train', 'val'])
+def test_data_set_with_another_number_of_classes(part, data, pretrained, tmp_path):
+    cfg = detection_config(tmp_path, data, pretrained)
+    dataset = cfg[f'{part}_dataloader'].dataset
+    dataset = dataset.dataset if part == 'train' else dataset
+    dataset.metainfo = dict(classes=('bright', 'dark', 'grey'))
+    wanted = rf'bbox_head predicts 2 classes .* {part}_dataloader has 3 \(bright, dark, grey\)'
+    with pytest.raises(ClassCountError, match=wanted):
+        build_runner(cfg).train()
+    assert not list(tmp_path.glob('*.pth'))
+
+
 def test_batch_sampler_of_mmdet_is_refused(data, pretrained, tmp_path):
     cfg = detection_config(tmp_path, data, pretrained)
     cfg.train_dataloader.batch_sampler = dict(type='AspectRatioBatchSampler')
@@ -123,15 +223,15 @@ def test_checkpoint_with_another_number_of_classes(data, pretrained, tmp_path):
 
 
 def test_images_without_and_with_odd_annotations(data, pretrained, tmp_path):
-    """Nothing to find, a box outside of the image, a mask of no area, one pixel, a long strip."""
-    write_coco(tmp_path, 'train', 5, seed=3)
+    """Nothing to find, box outside, mask of no area, one pixel, a long strip, 12 megapixels."""
+    write_coco(tmp_path, 'train', 6, seed=3)
     shutil.copytree(data / 'val', tmp_path / 'val')
     shutil.copy(data / 'val.json', tmp_path)
     content = json.loads((tmp_path / 'train.json').read_text())
     kept = [a for a in content['annotations'] if a['image_id'] != 0]
     kept[0].update(bbox=[500, 500, 20, 20], segmentation=[[500, 500, 520, 500, 520, 520]])
     kept[1].update(segmentation=[[10, 10, 10, 10, 10, 10]])
-    for number, (height, width) in ((3, (1, 1)), (4, (8, 900))):
+    for number, (height, width) in ((3, (1, 1)), (4, (8, 900)), (5, (3000, 4000))):
         image = content['images'][number]
         image.update(height=height, width=width)
         cv2.imwrite(
@@ -141,4 +241,4 @@ def test_images_without_and_with_odd_annotations(data, pretrained, tmp_path):
     (tmp_path / 'train.json').write_text(json.dumps(content))
     cfg = detection_config(tmp_path / 'run', tmp_path, pretrained)
     run(cfg)
-    assert read_summary(tmp_path / 'run')['act_qat_iterations'] == 5
+    assert read_summary(tmp_path / 'run')['act_qat_iterations'] == 6

@@ -11,7 +11,7 @@ from mmpretrain.structures import DataSample
 
 from gplq_mm.checkpoint import CheckpointError
 from gplq_mm.layers import act_quantizers, calibrate, quant_layers
-from gplq_mm.models import GPLQ, NonFiniteLossError, PCAMimicLoss, Stage
+from gplq_mm.models import GPLQ, NonFiniteLossError, PCAMimicLoss, Stage, feature_rows
 from gplq_mm.ptq import RoundToNearest, quantize_weights
 
 
@@ -328,6 +328,23 @@ def test_the_basis_is_deterministic_and_survives_saving():
     three.load_state_dict(one.state_dict())
     x, y = torch.randn(4, 16), torch.randn(4, 16)
     assert torch.equal(three(x, y), one(x, y))
+
+
+def test_maps_of_several_levels_share_a_basis_and_count_alike():
+    loss = PCAMimicLoss(6, loss_weight=2.0, num_components=2)
+    teacher = (torch.randn(2, 6, 8, 5), torch.randn(2, 6, 1, 1))
+    student = tuple(torch.randn_like(level) for level in teacher)
+    rows = torch.cat(feature_rows(teacher))
+    assert rows.shape == (2 * 8 * 5 + 2, 6)
+    assert torch.equal(rows[1], teacher[0][0, :, 0, 1])
+    loss.fit(rows.mean(0), torch.cov(rows.T))
+    expected = 0.0
+    for a, b in zip(student, teacher, strict=True):
+        projected = torch.einsum('nchw,ck->nhwk', a - b, loss.components[:, :2])
+        expected += 2.0 / 2 * projected.square().sum(-1).mean()
+    torch.testing.assert_close(loss(student, teacher), expected)
+    single = loss(student[0], teacher[0]) + loss(student[1], teacher[1])
+    torch.testing.assert_close(loss(student, teacher), single / 2)
 
 
 def test_mimic_loss_refuses():

@@ -3,6 +3,7 @@
 import torch
 from mmengine.hooks import Hook
 
+from ...models import feature_rows
 from ...ptq import SecondMoment
 from ...registry import HOOKS
 from ..calibration_set import CalibrationSet
@@ -13,7 +14,7 @@ __all__ = ['PCABasisHook']
 
 @HOOKS.register_module()
 class PCABasisHook(Hook):
-    """Mean and principal components of the teacher's penultimate features.
+    """Mean and principal components of the teacher's features, or of its maps' places.
 
     The features are streamed: what is kept is a ``(D, D)`` sum, whatever the number of images.
     Skipped where the model has no mimic loss, and on resume.
@@ -47,7 +48,8 @@ class PCABasisHook(Hook):
             for batch in images.batches(description='PCA of teacher features'):
                 data = model.data_preprocessor(batch, False)
                 feature, _ = model.teacher_outputs(data['inputs'])
-                moment.update(feature)
+                for rows in feature_rows(feature):
+                    moment.update(rows)
             moment.reduce()
             result = mimic.fit(moment.mean, moment.covariance())
         if record is not None:

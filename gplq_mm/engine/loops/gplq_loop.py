@@ -293,7 +293,9 @@ class GPLQTrainLoop(EpochBasedTrainLoop):
         else:
             self.record.metrics[name] = {}
         # At the start student and teacher are the same.
-        measurable = self.model.teacher_tap is not None and self.runner.val_loop is not None
+        # Maps of a detector are too large to keep, and lead to no single decision to compare.
+        measurable = self.model.teacher_tap is not None and not self.model.taps_maps
+        measurable &= self.runner.val_loop is not None
         if measurable and name != self.names['fp32']:
             self.model.eval()
             self.record.feature_distance[name] = feature_distance(self._feature_pairs())
