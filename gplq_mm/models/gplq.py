@@ -101,6 +101,10 @@ class GPLQ(BaseModel):
     Args:
         architecture: Config of the float model.
         pretrained: Checkpoint of the float model, a file or URL. Needed for training.
+        backbone_from: Instead of ``pretrained``, for another task than that of the weights: a
+            checkpoint with FP32 weights or of a GPLQ run before Stage 2 (``w32a4.pth``). The
+            backbone begins with its weights, all else as the architecture initializes it, and
+            the quantizers are calibrated on the new data.
         policy: Arguments of :class:`gplq_mm.quant.QuantPolicy`.
         mimic: Arguments of :class:`PCAMimicLoss`, or None to train without it.
         distill: ``dict(loss_weight=..., temperature=...)`` adds the Kullback-Leibler distance
@@ -135,12 +139,14 @@ class GPLQ(BaseModel):
         train_weights: bool = True,
         teacher: bool = True,
         feature_layer: str | None = None,
+        backbone_from: str | None = None,
         data_preprocessor: dict | nn.Module | None = None,
         init_cfg: dict | None = None,
     ):
         student = MODELS.build(self._with_preprocessor(architecture, data_preprocessor))
         super().__init__(data_preprocessor=student.data_preprocessor, init_cfg=init_cfg)
-        self.pretrained = pretrained
+        self.pretrained, self.backbone_from = pretrained, backbone_from
+        self._check_start(mimic, distill)
         self.task_weight = task_weight
         self.distill = self._check_distill(distill)
         float_model = copy.deepcopy(student) if teacher else None
@@ -174,6 +180,17 @@ class GPLQ(BaseModel):
         if data_preprocessor is not None:
             architecture['data_preprocessor'] = data_preprocessor
         return architecture
+
+    def _check_start(self, mimic: dict | None, distill: dict | None) -> None:
+        if self.backbone_from is None:
+            return
+        if self.pretrained is not None:
+            raise ValueError('set pretrained or backbone_from, not both.')
+        if mimic is not None or distill is not None:
+            raise ValueError(
+                'backbone_from starts a new task, for which there is no teacher; set mimic=None '
+                'and distill=None.'
+            )
 
     @property
     def taps_maps(self) -> bool:
@@ -277,12 +294,22 @@ class GPLQ(BaseModel):
     # -- weights --------------------------------------------------------------------------
 
     def init_weights(self) -> None:
-        """Loads ``pretrained`` into student and teacher.
+        """Loads ``pretrained`` or ``backbone_from`` into student and teacher.
 
         Raises:
-            ValueError: If there is no ``pretrained``.
+            ValueError: If there is neither.
             CheckpointError: If it cannot be read or is of another architecture.
         """
+        if self.backbone_from is not None:
+            self.architecture.init_weights()
+            # Under the name that the weights have in the file.
+            part = nn.ModuleDict({'backbone': self.architecture.backbone})
+            load_float_weights(part, self.backbone_from, quantizers=False)
+            if self.teacher is not None:
+                own = self.architecture.state_dict()
+                self.teacher.load_state_dict({key: own[key] for key in self.teacher.state_dict()})
+            self._is_init = True
+            return
         if self.pretrained is None:
             raise ValueError(
                 'GPLQ quantizes a trained model: set model.pretrained to its checkpoint, for '

@@ -10,7 +10,7 @@ from mmengine.registry import MODELS
 from mmpretrain.structures import DataSample
 
 from gplq_mm.checkpoint import CheckpointError
-from gplq_mm.layers import act_quantizers, calibrate, quant_layers
+from gplq_mm.layers import act_quantizers, calibrate, is_calibrated, quant_layers
 from gplq_mm.models import GPLQ, NonFiniteLossError, PCAMimicLoss, Stage, feature_rows
 from gplq_mm.ptq import RoundToNearest, quantize_weights
 
@@ -360,3 +360,40 @@ def test_mimic_loss_refuses():
         PCAMimicLoss(8)(torch.zeros(2, 8), torch.zeros(2, 8))
     with pytest.raises(ValueError, match='same features'):
         PCAMimicLoss(8).fit(torch.ones(8), torch.zeros(8, 8))
+
+
+def test_a_new_task_begins_with_the_backbone_of_a_run(checkpoint, tmp_path):
+    source = build(checkpoint)
+    with torch.no_grad():
+        for parameter in source.architecture.backbone.parameters():
+            parameter.add_(0.01)
+    path = tmp_path / 'w32a4.pth'
+    torch.save({'state_dict': source.state_dict(), 'gplq': {}}, path)
+    other = vit_cfg()
+    other['head']['num_classes'] = NUM_CLASSES + 2
+    torch.manual_seed(9)
+    model = GPLQ(other, backbone_from=str(path))
+    model.init_weights()
+    assert is_calibrated(source.architecture)
+    assert not is_calibrated(model.architecture)
+    for name, value in source.teacher.backbone.named_parameters():
+        begun = model.architecture.backbone.get_parameter(name)
+        assert torch.equal(begun, source.architecture.backbone.get_parameter(name))
+        assert not torch.equal(begun, value)
+    for name, value in model.teacher.named_parameters():
+        assert torch.equal(model.architecture.get_parameter(name), value)
+    assert model.teacher.head(model.teacher.extract_feat(images())).shape[1] == NUM_CLASSES + 2
+
+
+@pytest.mark.parametrize('options', [dict(pretrained='a.pth'), dict(mimic={}), dict(distill={})])
+def test_a_new_task_has_no_teacher(options):
+    with pytest.raises(ValueError, match=r'not both|no teacher'):
+        GPLQ(vit_cfg(), backbone_from='b.pth', **options)
+
+
+def test_a_new_task_needs_the_whole_backbone(checkpoint, tmp_path):
+    state = torch.load(checkpoint, weights_only=True)['state_dict']
+    path = tmp_path / 'half.pth'
+    torch.save({'state_dict': {k: v for k, v in state.items() if 'layers.1' not in k}}, path)
+    with pytest.raises(CheckpointError, match='another architecture'):
+        GPLQ(vit_cfg(), backbone_from=str(path)).init_weights()
