@@ -17,7 +17,7 @@ _accumulate = torch.ops.gplq_mm.int4_accumulate.default
 class Int4Conv2d(Int4WeightLayer):
     """Quantizes its input, multiplies integers and rescales, in one op.
 
-    Input ``(N, in, H, W)``, output ``(N, out, H', W')`` in channels-last memory, same dtype.
+    Input ``(N, in, H, W)``, output ``(N, out, H', W')`` of the same dtype and memory format.
     """
 
     @classmethod
@@ -36,7 +36,10 @@ class Int4Conv2d(Int4WeightLayer):
         return packed.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        return _conv2d(x, self.operands(), self.grid, self.geometry)
+        out = _conv2d(x, self.operands(), self.grid, self.geometry)
+        # The op writes channels last. Readers such as mmcv's RoIAlign take the memory of a map as
+        # they expect it, so it is that of the input, as with torch's own convolution.
+        return out.contiguous() if x.is_contiguous() else out
 
     def accumulate(self, x: Tensor) -> Tensor:
         """int32 ``(N, out, H', W')``."""
