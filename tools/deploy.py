@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from mmdet.models import BaseDetector
+from mmdet.structures import DetDataSample
 from mmengine.config import Config, DictAction
 from mmengine.registry import DefaultScope
 from mmpretrain.models import BaseClassifier
@@ -71,10 +73,24 @@ def random_images(model: nn.Module, size: tuple[int, int]) -> Tensor:
 
 
 def outputs(model: nn.Module, images: Tensor):
-    """Logits of a classifier, features of any other model."""
+    """Logits of a classifier, maps and heads' outputs of a detector, features of other models."""
     if isinstance(model, BaseClassifier):
         return model(images, mode='tensor')
-    return model.extract_feat(images)
+    if not isinstance(model, BaseDetector):
+        return model.extract_feat(images)
+    meta = dict(img_shape=tuple(images.shape[-2:]), scale_factor=(1.0, 1.0))
+    samples = [DetDataSample(metainfo=meta) for _ in images]
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        heads = model(images, samples, mode='tensor')
+    # Proposals of nearly the same score may change places, so only the values are compared.
+    return [*model.extract_feat(images), *(leaf.flatten().sort().values for leaf in leaves(heads))]
+
+
+def leaves(nested) -> list[Tensor]:
+    """The tensors in nested lists and tuples."""
+    if torch.is_tensor(nested):
+        return [nested]
+    return [leaf for item in nested for leaf in leaves(item)]
 
 
 def print_sizes(report: deploy.SizeReport, console: Console) -> None:

@@ -17,16 +17,19 @@ class Agreement:
     """Result of :func:`compare`.
 
     Attributes:
-        layers: Layers whose integer accumulators were compared.
+        layers: Packed layers.
+        compared: Those whose integer accumulators were compared: the ones that the run reached.
         unequal: Names of those where any accumulator differs.
         block_error: Largest relative error of a residual block that gets the simulation's input,
             0 without blocks.
-        relative_error: L2 norm of the outputs' difference over that of the simulated outputs.
+        relative_error: L2 norm of an output's difference over that of the simulated output, the
+            largest of all outputs.
         max_difference: Largest absolute difference of outputs.
         max_output: Largest absolute simulated output.
     """
 
     layers: int
+    compared: int
     unequal: list[str]
     block_error: float
     relative_error: float
@@ -54,8 +57,13 @@ class Agreement:
 
     def __str__(self) -> str:
         return (
-            f'{self.layers - len(self.unequal)} of {self.layers} layers have equal integers; '
-            f'a block differs by {self.block_error:.3g} relative at most; '
+            f'{self.compared - len(self.unequal)} of {self.compared} layers have equal integers'
+            + (
+                f' ({self.layers - self.compared} not reached); '
+                if self.compared < self.layers
+                else '; '
+            )
+            + f'a block differs by {self.block_error:.3g} relative at most; '
             f'outputs differ by {self.max_difference:.3g} at most (largest output '
             f'{self.max_output:.3g}), {self.relative_error:.3g} relative'
         )
@@ -65,6 +73,12 @@ def _flat(outputs: Tensor | tuple | list) -> Tensor:
     if torch.is_tensor(outputs):
         return outputs.detach().double().flatten()
     return torch.cat([_flat(output) for output in outputs])
+
+
+def _leaves(outputs: Tensor | tuple | list) -> list[Tensor]:
+    if torch.is_tensor(outputs):
+        return [_flat(outputs)]
+    return [leaf for output in outputs for leaf in _leaves(output)]
 
 
 def _relative_error(expected: Tensor, found: Tensor) -> float:
@@ -90,15 +104,17 @@ def compare(
         run: Runs a model on some images and returns its outputs.
     """
     simulated = strip_wrappers(simulated).eval()
-    unequal: list[str] = []
+    unequal: set[str] = set()
+    compared: set[str] = set()
     layers = quant_layers(simulated)
     for name, layer in layers.items():
         packed = deployed.get_submodule(name)
 
         def check(layer, args, name=name, packed: Int4WeightLayer = packed):
+            compared.add(name)
             sums = layer.accumulate(args[0])
             if not torch.equal(sums.to(torch.int64), packed.accumulate(args[0]).to(torch.int64)):
-                unequal.append(name)
+                unequal.add(name)
 
         layer.register_forward_pre_hook(check)
     errors = [0.0]
@@ -110,12 +126,14 @@ def compare(
 
         # Last of all hooks: behind the one that adds the compensation.
         simulated.get_submodule(name).register_forward_hook(check_block, with_kwargs=True)
-    expected, found = _flat(run(simulated)), _flat(run(deployed))
+    expected, found = _leaves(run(simulated)), _leaves(run(deployed))
+    pairs = list(zip(expected, found, strict=True))
     return Agreement(
         layers=len(layers),
-        unequal=unequal,
+        compared=len(compared),
+        unequal=sorted(unequal),
         block_error=max(errors),
-        relative_error=_relative_error(expected, found),
-        max_difference=float((found - expected).abs().max()),
-        max_output=float(expected.abs().max()),
+        relative_error=max(_relative_error(a, b) for a, b in pairs),
+        max_difference=max(float((b - a).abs().max()) for a, b in pairs),
+        max_output=max(float(a.abs().max()) for a, _ in pairs),
     )
