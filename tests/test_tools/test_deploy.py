@@ -118,3 +118,22 @@ def test_detector(tmp_path, capsys):
     out = deploy(tmp_path, cfg, path, '--size', '48', '60')
     assert 'have equal integers' in capsys.readouterr().out
     assert type(load(out).backbone).__name__ == 'SwinTransformer'
+
+
+def test_the_heads_of_a_detector_are_compared(tmp_path, monkeypatch):
+    cfg = detector_config()
+    path, out = tmp_path / 'detector.pth', tmp_path / 'model.safetensors'
+    torch.save({'state_dict': quantized_detector(cfg).state_dict(), 'meta': {}}, path)
+    cfg.dump(tmp_path / 'config.py')
+    tool = load_tool('deploy')
+
+    def damaged(source):
+        model = load(source)
+        model.roi_head.bbox_head.fc_cls.weight.data *= 3
+        return model
+
+    monkeypatch.setattr(tool.deploy, 'load', damaged)
+    arguments = [tmp_path / 'config.py', path, '--out', out, '--size', '48', '60']
+    with pytest.raises(SystemExit, match='does not compute what its simulation computes'):
+        tool.main([str(argument) for argument in arguments])
+    assert not out.exists()
