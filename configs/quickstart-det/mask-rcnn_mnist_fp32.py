@@ -5,7 +5,7 @@ _base_ = [
     'mmdet::_base_/default_runtime.py',
 ]
 
-max_epochs = 9
+max_epochs = 8
 
 optim_wrapper = dict(
     type='OptimWrapper',
