@@ -14,7 +14,7 @@ from gplq_mm.engine import PCABasisHook
 
 def main(path: str) -> None:
     cfg = Config.fromfile(path)
-    cfg.launcher = 'pytorch' if 'LOCAL_RANK' in os.environ else 'none'
+    cfg.launcher = 'pytorch' if 'RANK' in os.environ else 'none'
     runner = RUNNERS.build(cfg)
     runner._train_loop = runner.build_train_loop(runner._train_loop)
     runner._val_loop = runner.build_val_loop(runner._val_loop)
