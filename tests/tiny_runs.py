@@ -4,6 +4,9 @@ import copy
 import importlib.util
 import itertools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -195,6 +198,28 @@ def comparable(summary: dict) -> dict:
     keys = ('top1', 'weight_drift', 'ptq_error', 'feature_distance', 'calibration')
     keys += ('weight_ptq', 'act_qat_iterations', 'policy')
     return {key: _rounded(summary[key]) for key in keys}
+
+
+def run_ranks(
+    ranks: int, folder: Path, script: Path, *arguments: str
+) -> subprocess.CompletedProcess:
+    """Runs a script on the CPU in one process, or in several by torchrun.
+
+    Args:
+        ranks: Number of processes.
+        folder: Working directory.
+        script: The script.
+        *arguments: Of the script.
+    """
+    command = [sys.executable]
+    if ranks > 1:
+        command += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}']
+    command += [str(script), *arguments]
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    environment['PYTHONPATH'] = str(ROOT)
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=280, cwd=folder
+    )
 
 
 def load_tool(name: str):

@@ -1,10 +1,7 @@
 """Both stages on a detector: shared heads, images of several sizes, AP after each stage."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import cv2
 import numpy as np
@@ -20,6 +17,7 @@ from tiny_runs import (
     load,
     read_summary,
     run,
+    run_ranks,
     weights,
 )
 
@@ -140,8 +138,6 @@ def test_mimicking_of_what_there_is_not(settings, text, data, pretrained, tmp_pa
 
 def test_two_ranks_have_the_basis_of_one(data, pretrained, tmp_path):
     """Ranks see images of other sizes, so other numbers of places."""
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
-    environment['CUDA_VISIBLE_DEVICES'] = ''
     for ranks in (1, 2):
         cfg = mimicking(detection_config(tmp_path / str(ranks), data, pretrained))
         cfg.env_cfg.dist_cfg.backend = 'gloo'
@@ -149,13 +145,7 @@ def test_two_ranks_have_the_basis_of_one(data, pretrained, tmp_path):
         cfg.custom_hooks[-1].num_images = 7
         path = tmp_path / f'{ranks}.py'
         cfg.dump(path)
-        command = [sys.executable, str(ROOT / 'tests' / 'pca_ranks.py'), str(path)]
-        if ranks == 2:
-            torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-            command[1:1] = torchrun
-        result = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=280
-        )
+        result = run_ranks(ranks, tmp_path, ROOT / 'tests' / 'pca_ranks.py', str(path))
         assert result.returncode == 0, result.stderr[-3000:]
     one, two = (load(tmp_path / str(ranks) / 'basis.pth') for ranks in (1, 2))
     assert int(one['num_components']) == 4

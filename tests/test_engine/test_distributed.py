@@ -2,11 +2,10 @@
 
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
-from tiny_runs import ROOT, gplq_config, load, read_summary, run
+from tiny_runs import ROOT, gplq_config, load, read_summary, run, run_ranks
 
 
 def _config(work_dir, pretrained, ranks: int):
@@ -30,13 +29,8 @@ def _config(work_dir, pretrained, ranks: int):
 def torchrun(cfg, folder, *options) -> subprocess.CompletedProcess:
     path = folder / 'two_ranks.py'
     cfg.dump(path)
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    command += [str(ROOT / 'tools' / 'train.py'), str(path), '--launcher', 'pytorch', *options]
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
-    environment['PYTHONPATH'] = str(ROOT)
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=280, cwd=folder
-    )
+    arguments = (str(path), '--launcher', 'pytorch', *options)
+    return run_ranks(2, folder, ROOT / 'tools' / 'train.py', *arguments)
 
 
 @pytest.fixture(scope='module')
