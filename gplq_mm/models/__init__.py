@@ -1,6 +1,7 @@
 """Models: the GPLQ wrapper, the quantized backbone, the mimic loss."""
 
-from .gplq import GPLQ, FeatureTap, NonFiniteLossError, Stage
+from .feature_tap import FeatureTap
+from .gplq import GPLQ, NonFiniteLossError, Stage
 from .pca_mimic_loss import PCAMimicLoss, feature_rows
 from .quant_backbone import QuantBackbone
 from .simple_feature_pyramid import SimpleFeaturePyramid

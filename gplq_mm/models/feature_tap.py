@@ -1,0 +1,62 @@
+"""Where features are taken from a model, and how."""
+
+from torch import Tensor, nn
+
+__all__ = ['FeatureTap', 'feature_layer_of', 'feature_width']
+
+
+class FeatureTap:
+    """Keeps feature and output of one layer's last forward, as long as it is open.
+
+    Args:
+        layer: The layer. The feature is the first input of a Linear, and the output of any other
+            layer (a tensor or a tuple of them).
+    """
+
+    def __init__(self, layer: nn.Module):
+        self.is_open = False
+        self.of_output = not isinstance(layer, nn.Linear)
+        self.feature: Tensor | tuple[Tensor, ...] | None = None
+        self.output: Tensor | tuple[Tensor, ...] | None = None
+        layer.register_forward_hook(self._keep)
+
+    def _keep(self, _layer: nn.Module, args: tuple, output: Tensor) -> None:
+        if self.is_open:
+            self.feature, self.output = output if self.of_output else args[0], output
+
+    def __enter__(self) -> 'FeatureTap':
+        self.is_open = True
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        # Holding on would keep the graph of the last iteration alive.
+        self.is_open, self.feature, self.output = False, None, None
+
+
+def feature_layer_of(model: nn.Module, name: str | None) -> nn.Module:
+    """The named layer, or the last Linear of the head, whose input is the penultimate feature."""
+    if name is not None:
+        try:
+            return model.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(f'feature_layer={name!r} is no layer of the architecture.') from error
+    head = getattr(model, 'head', None)
+    linears = [m for m in head.modules() if isinstance(m, nn.Linear)] if head is not None else []
+    if not linears:
+        raise ValueError(
+            'the architecture has no head with a Linear layer, so there are no penultimate '
+            "features to mimic; set feature_layer (for a detector 'neck'), or mimic=None and "
+            'distill=None.'
+        )
+    return linears[-1]
+
+
+def feature_width(layer: nn.Module, name: str | None, mimic: dict) -> int:
+    """Width of the features of :func:`feature_layer_of`: ``mimic.dim``, or what the layer says."""
+    key = 'in_features' if isinstance(layer, nn.Linear) else 'out_channels'
+    width = mimic.get('dim', getattr(layer, key, None))
+    if not isinstance(width, int):
+        raise ValueError(
+            f'feature_layer={name!r} does not tell the width of its features; set mimic.dim.'
+        )
+    return width
