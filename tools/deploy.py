@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gplq_mm import deploy
 from gplq_mm.checkpoint import read_checkpoint
-from gplq_mm.deploy.verify import compare
+from gplq_mm.deploy.verify import compare, tensors_in
 from gplq_mm.engine import headline_metrics, load_run_weights, one_line_errors
 from gplq_mm.registry import MODELS
 
@@ -83,14 +83,7 @@ def outputs(model: nn.Module, images: Tensor):
     with DefaultScope.overwrite_default_scope('mmdet'):
         heads = model(images, samples, mode='tensor')
     # Proposals of nearly the same score may change places, so only the values are compared.
-    return [*model.extract_feat(images), *(leaf.flatten().sort().values for leaf in leaves(heads))]
-
-
-def leaves(nested) -> list[Tensor]:
-    """The tensors in nested lists and tuples."""
-    if torch.is_tensor(nested):
-        return [nested]
-    return [leaf for item in nested for leaf in leaves(item)]
+    return [*model.extract_feat(images), *(t.flatten().sort().values for t in tensors_in(heads))]
 
 
 def print_sizes(report: deploy.SizeReport, console: Console) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..layers import DeployError, Int4WeightLayer, find_blocks, quant_layers
 from .convert import strip_wrappers
 
-__all__ = ['Agreement', 'compare']
+__all__ = ['Agreement', 'compare', 'tensors_in']
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,15 @@ class Agreement:
         )
 
 
+def tensors_in(outputs: Tensor | tuple | list) -> list[Tensor]:
+    """The tensors in nested lists and tuples, in order."""
+    if torch.is_tensor(outputs):
+        return [outputs]
+    return [tensor for output in outputs for tensor in tensors_in(output)]
+
+
 def _flat(outputs: Tensor | tuple | list) -> Tensor:
-    if torch.is_tensor(outputs):
-        return outputs.detach().double().flatten()
-    return torch.cat([_flat(output) for output in outputs])
-
-
-def _leaves(outputs: Tensor | tuple | list) -> list[Tensor]:
-    if torch.is_tensor(outputs):
-        return [_flat(outputs)]
-    return [leaf for output in outputs for leaf in _leaves(output)]
+    return torch.cat([tensor.detach().double().flatten() for tensor in tensors_in(outputs)])
 
 
 def _relative_error(expected: Tensor, found: Tensor) -> float:
@@ -126,8 +125,8 @@ def compare(
 
         # Last of all hooks: behind the one that adds the compensation.
         simulated.get_submodule(name).register_forward_hook(check_block, with_kwargs=True)
-    expected, found = _leaves(run(simulated)), _leaves(run(deployed))
-    pairs = list(zip(expected, found, strict=True))
+    expected, found = tensors_in(run(simulated)), tensors_in(run(deployed))
+    pairs = [(_flat(a), _flat(b)) for a, b in zip(expected, found, strict=True)]
     return Agreement(
         layers=len(layers),
         compared=len(compared),
