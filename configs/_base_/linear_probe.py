@@ -2,7 +2,7 @@
 # Frozen includes drop path, so the paper's 0.1 is not in effect.
 _base_ = ['./default_runtime.py']
 
-probe_model = dict(
+model = dict(
     type='ImageClassifier',
     backbone=dict(
         type='gplq_mm.QuantBackbone',
@@ -11,7 +11,6 @@ probe_model = dict(
         compensation=dict(type='QwT'),
         frozen=True,
     ),
-    neck=None,
     head=dict(type='LinearClsHead', loss=dict(type='CrossEntropyLoss', loss_weight=1.0)),
 )
 # For comparison: the same frozen backbone with nothing quantized.

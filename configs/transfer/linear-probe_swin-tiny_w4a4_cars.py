@@ -1,25 +1,9 @@
 # Linear probe on StanfordCars: python tools/train.py THIS_FILE --cfg-options \
 #     model.backbone.checkpoint=work_dirs/gplq_swin-tiny_w4a4_8xb16-1e_in1k/w4a4.pth
-_base_ = ['../_base_/linear_probe.py']
+_base_ = ['../_base_/linear_probe_swin-tiny.py']
 
 data = dict(type='StanfordCars', data_root='data/stanford-cars')
-model = dict(
-    **{
-        **_base_.probe_model,
-        'backbone': dict(
-            **_base_.probe_model.backbone,
-            backbone=dict(type='SwinTransformer', arch='tiny', img_size=224),
-        ),
-        'neck': dict(type='GlobalAveragePooling'),
-        'head': dict(**_base_.probe_model.head, in_channels=768, num_classes=196),
-        'data_preprocessor': dict(
-            num_classes=196,
-            mean=[123.675, 116.28, 103.53],
-            std=[58.395, 57.12, 57.375],
-            to_rgb=True,
-        ),
-    }
-)
+model = dict(head=dict(num_classes=196), data_preprocessor=dict(num_classes=196))
 train_dataloader = dict(dataset=dict(**data, split='train', pipeline=_base_.train_pipeline))
 val_dataloader = dict(
     dataset=dict(**data, split='test', pipeline=_base_.test_pipeline, test_mode=True)

@@ -7,21 +7,14 @@ _base_ = ['../_base_/linear_probe.py']
 
 data = dict(type='CustomDataset', data_root='{{$GPLQ_PROBE_DATA:data/folder}}', with_label=True)
 model = dict(
-    **{
-        **_base_.probe_model,
-        'backbone': dict(
-            **_base_.probe_model.backbone,
-            backbone=dict(type='VisionTransformer', arch='deit-tiny', img_size=224, patch_size=16),
-        ),
-        'head': dict(**_base_.probe_model.head, in_channels=192, num_classes=10),
-        # timm's weights: pixels scaled to -1..1.
-        'data_preprocessor': dict(
-            num_classes=10,
-            mean=[127.5, 127.5, 127.5],
-            std=[127.5, 127.5, 127.5],
-            to_rgb=True,
-        ),
-    }
+    backbone=dict(
+        backbone=dict(type='VisionTransformer', arch='deit-tiny', img_size=224, patch_size=16)
+    ),
+    head=dict(in_channels=192, num_classes=10),
+    # timm's weights: pixels scaled to -1..1.
+    data_preprocessor=dict(
+        num_classes=10, mean=[127.5, 127.5, 127.5], std=[127.5, 127.5, 127.5], to_rgb=True
+    ),
 )
 train_dataloader = dict(dataset=dict(**data, data_prefix='train', pipeline=_base_.train_pipeline))
 val_dataloader = dict(

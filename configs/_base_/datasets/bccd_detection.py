@@ -1,6 +1,8 @@
 # Blood cells (BCCD): 205 + 87 photos of 640 x 480 pixels, read at half that size, with boxes of
 # three classes in COCO's format. Folder layout: $GPLQ_BCCD/images/*.jpg and
 # $GPLQ_BCCD/annotations/instances_{train,val}.json
+_base_ = ['./coco_format.py']
+
 data_root = '{{$GPLQ_BCCD:data/bccd}}/'
 metainfo = dict(
     classes=('RBC', 'WBC', 'Platelets'), palette=[(220, 20, 60), (0, 0, 142), (119, 200, 32)]
@@ -25,40 +27,12 @@ test_pipeline = [
     ),
 ]
 
+data = dict(data_root=data_root, metainfo=metainfo)
 train_dataloader = dict(
-    batch_size=4,
-    num_workers=0,
-    dataset=dict(
-        type='gplq_mm.SeededDataset',
-        dataset=dict(
-            type='CocoDataset',
-            data_root=data_root,
-            ann_file='annotations/instances_train.json',
-            data_prefix=dict(img='images/'),
-            metainfo=metainfo,
-            filter_cfg=dict(filter_empty_gt=True),
-            pipeline=train_pipeline,
-        ),
-    ),
-    sampler=dict(type='gplq_mm.ResumableSampler', shuffle=True),
+    dataset=dict(dataset=dict(**data, data_prefix=dict(img='images/'), pipeline=train_pipeline))
 )
-val_dataloader = dict(
-    batch_size=1,
-    num_workers=0,
-    dataset=dict(
-        type='CocoDataset',
-        data_root=data_root,
-        ann_file='annotations/instances_val.json',
-        data_prefix=dict(img='images/'),
-        metainfo=metainfo,
-        test_mode=True,
-        pipeline=test_pipeline,
-    ),
-    sampler=dict(type='DefaultSampler', shuffle=False),
-)
-val_evaluator = dict(
-    type='CocoMetric', ann_file=data_root + 'annotations/instances_val.json', metric='bbox'
-)
+val_dataloader = dict(dataset=dict(**data, data_prefix=dict(img='images/'), pipeline=test_pipeline))
+val_evaluator = dict(ann_file=data_root + 'annotations/instances_val.json', metric='bbox')
 
 test_dataloader = val_dataloader
 test_evaluator = val_evaluator

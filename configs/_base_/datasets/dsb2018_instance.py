@@ -1,6 +1,8 @@
 # Nuclei of the 2018 Data Science Bowl: 240 + 80 microscopy images of 256 x 256 pixels with 9,165
 # masks, in COCO's format. Folder layout: $GPLQ_DSB2018/{train,val}/*.jpg and
 # $GPLQ_DSB2018/annotations/instances_{train,val}.json
+_base_ = ['./coco_format.py']
+
 data_root = '{{$GPLQ_DSB2018:data/dsb2018}}/'
 metainfo = dict(classes=('nucleus',), palette=[(220, 20, 60)])
 
@@ -22,42 +24,12 @@ test_pipeline = [
     ),
 ]
 
+data = dict(data_root=data_root, metainfo=metainfo)
 train_dataloader = dict(
-    batch_size=4,
-    num_workers=0,
-    dataset=dict(
-        type='gplq_mm.SeededDataset',
-        dataset=dict(
-            type='CocoDataset',
-            data_root=data_root,
-            ann_file='annotations/instances_train.json',
-            data_prefix=dict(img='train/'),
-            metainfo=metainfo,
-            filter_cfg=dict(filter_empty_gt=True),
-            pipeline=train_pipeline,
-        ),
-    ),
-    sampler=dict(type='gplq_mm.ResumableSampler', shuffle=True),
+    dataset=dict(dataset=dict(**data, data_prefix=dict(img='train/'), pipeline=train_pipeline))
 )
-val_dataloader = dict(
-    batch_size=1,
-    num_workers=0,
-    dataset=dict(
-        type='CocoDataset',
-        data_root=data_root,
-        ann_file='annotations/instances_val.json',
-        data_prefix=dict(img='val/'),
-        metainfo=metainfo,
-        test_mode=True,
-        pipeline=test_pipeline,
-    ),
-    sampler=dict(type='DefaultSampler', shuffle=False),
-)
-val_evaluator = dict(
-    type='CocoMetric',
-    ann_file=data_root + 'annotations/instances_val.json',
-    metric=['bbox', 'segm'],
-)
+val_dataloader = dict(dataset=dict(**data, data_prefix=dict(img='val/'), pipeline=test_pipeline))
+val_evaluator = dict(ann_file=data_root + 'annotations/instances_val.json', metric=['bbox', 'segm'])
 
 test_dataloader = val_dataloader
 test_evaluator = val_evaluator
