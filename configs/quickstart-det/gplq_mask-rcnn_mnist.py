@@ -10,7 +10,7 @@ model = dict(
     _delete_=True,
     type='gplq_mm.GPLQ',
     architecture=_base_.model,
-    pretrained='work_dirs/quickstart-det/fp32/epoch_8.pth',
+    pretrained='work_dirs/quickstart-det/fp32/epoch_7.pth',
     policy=_base_.gplq_policy,
     compensation=_base_.gplq_compensation,
 )

@@ -5,7 +5,7 @@ _base_ = [
     'mmdet::_base_/default_runtime.py',
 ]
 
-max_epochs = 8
+max_epochs = 7
 
 optim_wrapper = dict(
     type='OptimWrapper',
@@ -30,7 +30,7 @@ param_scheduler = [
 ]
 
 runner_type = 'gplq_mm.GPLQRunner'
-train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=max_epochs // 2)
+train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=max_epochs)
 val_cfg = {}
 test_cfg = {}
 default_hooks = dict(
