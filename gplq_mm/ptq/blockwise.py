@@ -363,7 +363,8 @@ def _process_unit(
     """Quantizes the layers of one unit, fits its compensation, and gives its outputs."""
     layers = _rank_layers(unit)
     moments = {
-        name: SecondMoment(layer.weight_quantizer.shape[1]) for name, layer in layers.items()
+        name: SecondMoment(layer.weight_quantizer.shape[1], not method.needs_second_moment)
+        for name, layer in layers.items()
     }
     compensation = getattr(unit, 'compensation', None)
     targets = stream.store()

@@ -21,19 +21,23 @@ class SecondMoment:
 
     Args:
         features: Length K of a row.
+        mean_only: Leaves the outer products out: ``(K, K)`` is 1.2 GB for the box head of a
+            detector, and rounding to nearest does not need them.
 
     Raises:
         ValueError: If ``features`` is not positive.
     """
 
-    def __init__(self, features: int):
+    def __init__(self, features: int, mean_only: bool = False):
         if features < 1:
             raise ValueError(f'features={features!r} must be at least 1.')
         self.features = features
         self.count = 0
         self.is_reduced = False
         self._sum = torch.zeros(features, dtype=torch.float64)
-        self._outer = torch.zeros(features, features, dtype=torch.float64)
+        self._outer: Tensor | None = None
+        if not mean_only:
+            self._outer = torch.zeros(features, features, dtype=torch.float64)
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
@@ -59,6 +63,8 @@ class SecondMoment:
             raise ValueError('the input of the statistics has non-finite values.')
         self.count += len(rows)
         self._sum = self._sum.to(x.device).add_(total)
+        if self._outer is None:
+            return
         self._outer = self._outer.to(x.device)
         for chunk in rows.split(max(1, CHUNK_ELEMENTS // self.features)):
             chunk = chunk.double()
@@ -70,7 +76,8 @@ class SecondMoment:
             return
         count = torch.tensor(float(self.count), dtype=torch.float64, device=self._sum.device)
         for tensor in (count, self._sum, self._outer):
-            all_reduce_sum(tensor)
+            if tensor is not None:
+                all_reduce_sum(tensor)
         self.count = int(count.item())
         self.is_reduced = True
 
@@ -85,8 +92,15 @@ class SecondMoment:
         return self._sum / self.count
 
     def second_moment(self) -> Tensor:
-        """Uncentered ``E[x x^T]``, float64 ``(K, K)``; raises ValueError if no row was seen."""
+        """Uncentered ``E[x x^T]``, float64 ``(K, K)``.
+
+        Raises:
+            ValueError: If no row was seen.
+            RuntimeError: With ``mean_only``.
+        """
         self._require_rows()
+        if self._outer is None:
+            raise RuntimeError('these statistics were made with mean_only=True.')
         moment = self._outer / self.count
         return (moment + moment.T) / 2
 

@@ -190,3 +190,12 @@ def test_other_models_are_refused(tmp_path, float_checkpoints):
     cfg.optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1))
     with pytest.raises(TypeError, match=r'a model of type gplq_mm\.GPLQ'):
         run(cfg)
+
+
+def test_a_new_task_has_no_rows_of_its_untrained_head(float_checkpoints, tmp_path):
+    pretrained = float_checkpoints['vit']
+    cfg = gplq_config(tmp_path, pretrained)
+    cfg.model.update(pretrained=None, backbone_from=str(pretrained), mimic=None, distill=None)
+    run(cfg)
+    assert set(read_summary(tmp_path)['top1']) == {'w32a4', 'latent_fp32', 'w4a4'}
+    assert (tmp_path / 'calibrated.pth').exists()

@@ -57,6 +57,19 @@ def test_leading_dimensions_and_dtypes():
         assert_statistics_of(moment, x)
 
 
+def test_mean_only_keeps_no_outer_products():
+    x = data(300)
+    moment = SecondMoment(24, mean_only=True)
+    for part in x.split(64):
+        moment.update(part)
+    moment.reduce()
+    assert moment.count == len(x)
+    torch.testing.assert_close(moment.mean, x.double().mean(0), rtol=1e-9, atol=1e-9)
+    for result in (moment.second_moment, moment.covariance):
+        with pytest.raises(RuntimeError, match='mean_only'):
+            result()
+
+
 def test_results_are_symmetric_with_a_diagonal_that_is_not_negative():
     moment = SecondMoment(6)
     moment.update(torch.randn(50, 1).expand(50, 6) * 1e-3 + 1e4)

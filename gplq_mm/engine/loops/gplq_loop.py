@@ -176,6 +176,10 @@ class GPLQTrainLoop(EpochBasedTrainLoop):
         names, record = self.names, self.record
         if names['fp32'] in record.metrics:
             return
+        if self.model.backbone_from is not None:
+            # The heads of the new task are untrained: neither row would say anything.
+            self.runner.call_hook('after_stage', name='calibrated', optimizer=False)
+            return
         with self._evaluation(names['fp32']), quantizers_disabled(self.model):
             self._evaluate(names['fp32'])
         if self.baseline is not None:
