@@ -25,7 +25,8 @@ NOT_SHIPPED = shutil.ignore_patterns('__pycache__', '*.pyc', 'dev')
 CSRC = Path('gplq_mm') / 'ops' / 'csrc'
 # fp-contract: a product and a sum are rounded as the source says, on every machine.
 COMPILE_FLAGS = [
-    '-O3', '-g0', '-ffp-contract=off', '-fno-math-errno', '-fvisibility=hidden',
+    '-O3', '-g0', '-ffp-contract=off', '-fno-math-errno', '-fno-trapping-math',
+    '-fvisibility=hidden',
 ]  # fmt: skip
 # Commands that compile; the others must work without torch.
 COMPILING = {'bdist_wheel', 'build', 'build_ext', 'develop', 'editable_wheel', 'install'}

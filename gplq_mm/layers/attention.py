@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..quant import ActQuantizer, ActSpec, PolicyError, QuantState, arithmetic
 from ..quant.quantizers import build_act_quantizer
+from .coded import coded_attention
 
 __all__ = [
     'ATTENTION_ADAPTERS',
@@ -36,6 +37,9 @@ class QuantAttention(nn.Module):
         tokens: Tokens, where the layer knows them; else ``spec.tokens`` counts.
         name: Full name of the attention layer.
     """
+
+    # Whether training keeps codes for backward (:mod:`.coded`), see QuantWeightLayer.
+    saves_codes: bool = True
 
     def __init__(
         self, specs: dict[str, ActSpec | None], num_heads: int, tokens: int | None, name: str
@@ -134,6 +138,38 @@ class QuantAttention(nn.Module):
                     None if mask is None else mask.float(),
                 )
             return out.to(value.dtype)
+        if dropout_p == 0 and self._keeps_codes(query, key, value):
+            quantizers = [getattr(self, operand) for operand in OPERANDS]
+            if any(quantizer.is_watched for quantizer in quantizers):
+                with torch.no_grad():
+                    self._attend_plainly(query, key, value, scale, bias, mask, dropout_p)
+            for quantizer, x in zip(quantizers, (query, key, value), strict=False):
+                quantizer.check_shape(x)
+            return coded_attention(query, key, value, scale, quantizers, bias, mask)
+        return self._attend_plainly(query, key, value, scale, bias, mask, dropout_p)
+
+    def _keeps_codes(self, *operands: Tensor) -> bool:
+        """Whether all four operands are quantized such that backward needs their codes alone."""
+        return (
+            self.saves_codes
+            and torch.is_grad_enabled()
+            and all(isinstance(getattr(self, operand), ActQuantizer) for operand in OPERANDS)
+            and all(
+                getattr(self, name).keeps_codes(x)
+                for name, x in zip(OPERANDS, (*operands, operands[0]), strict=True)
+            )
+        )
+
+    def _attend_plainly(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        dropout_p: float,
+    ) -> Tensor:
         scores = self.scores(query, key, scale)
         if bias is not None:
             scores = scores + bias

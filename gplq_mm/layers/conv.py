@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..quant import PolicyError, SiteSpec
+from .coded import Convolution
 from .weight_layer import QuantWeightLayer
 
 __all__ = ['QuantConv2d']
@@ -48,6 +49,11 @@ class QuantConv2d(QuantWeightLayer, nn.Conv2d):
         channels = module.in_channels if act.granularity == 'channel' else 1
         layer._add_quantizers(act, spec.weight, (channels, 1, 1), name)
         return layer.train(module.training)
+
+    @property
+    def geometry(self) -> Convolution:
+        """Stride, padding and dilation."""
+        return Convolution(self.stride, self.padding, self.dilation)
 
     def column_grid(self) -> tuple[Tensor, Tensor]:
         taps = self.kernel_size[0] * self.kernel_size[1]

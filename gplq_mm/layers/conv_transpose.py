@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..quant import PolicyError, SiteSpec
+from .coded import Convolution
 from .weight_layer import QuantWeightLayer
 
 __all__ = ['QuantConvTranspose2d']
@@ -52,6 +53,11 @@ class QuantConvTranspose2d(QuantWeightLayer, nn.ConvTranspose2d):
         channels = module.in_channels if spec.activation.granularity == 'channel' else 1
         layer._add_quantizers(spec.activation, spec.weight, (channels, 1, 1), name)
         return layer.train(module.training)
+
+    @property
+    def geometry(self) -> Convolution:
+        """Stride, padding and dilation."""
+        return Convolution(self.stride, self.padding, self.dilation, transposed=True)
 
     def column_grid(self) -> tuple[Tensor, Tensor]:
         scale, offset = self.act_quantizer.grid()

@@ -16,6 +16,9 @@ class QuantLinear(QuantWeightLayer, nn.Linear):
     Input ``(..., in_features)``, output ``(..., out_features)``.
     """
 
+    # Whether a ReproducibleGELU before this layer leaves its work to it (:func:`.fuse_gelu`).
+    takes_gelu: bool = False
+
     @classmethod
     def from_float(cls, module: nn.Linear, spec: SiteSpec, name: str) -> 'QuantLinear':
         """Quantized twin of ``module`` that shares its parameters.
@@ -32,6 +35,12 @@ class QuantLinear(QuantWeightLayer, nn.Linear):
         channels = module.in_features if spec.activation.granularity == 'channel' else 1
         layer._add_quantizers(spec.activation, spec.weight, (channels,), name)
         return layer.train(module.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in_features)`` to ``(..., out_features)``."""
+        if self.takes_gelu and self.keeps_codes(x):
+            return self._forward_coded(x, gelu=True)
+        return super().forward(x)
 
     def column_grid(self) -> tuple[Tensor, Tensor]:
         scale, offset = self.act_quantizer.grid()

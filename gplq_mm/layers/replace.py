@@ -16,7 +16,7 @@ from .compensation import attach_compensation, build_compensation
 from .conv import QuantConv2d
 from .conv_transpose import QuantConvTranspose2d
 from .linear import QuantLinear
-from .reproducible import make_reproducible
+from .reproducible import fuse_gelu, make_reproducible
 from .weight_layer import QuantWeightLayer
 
 __all__ = ['QuantReport', 'find_blocks', 'quant_layers', 'quantize_model']
@@ -168,6 +168,7 @@ def quantize_model(
             adapter(module, specs, name)
             done['attention'].append(name)
     make_reproducible(model)
+    fuse_gelu(model)
     blocks = find_blocks(model)
     if compensation is not None:
         for name in blocks:

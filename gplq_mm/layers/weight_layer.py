@@ -1,10 +1,12 @@
 """What quantized Linear and Conv2d share: two quantizers and the life of the weight."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..quant import ActQuantizer, ActSpec, QuantizedWeight, WeightQuantizer, WeightSpec
 from ..quant.quantizers import build_act_quantizer
+from .coded import Convolution, coded_product
 
 __all__ = ['QuantWeightLayer']
 
@@ -24,6 +26,11 @@ class QuantWeightLayer(nn.Module):
 
     act_quantizer: ActQuantizer
     weight_quantizer: WeightQuantizer
+    # Whether training keeps codes for backward (:mod:`.coded`); switched off it keeps floats, as
+    # plain autograd does.
+    saves_codes: bool = True
+    # Geometry of a convolution, None of a Linear.
+    geometry: Convolution | None = None
 
     def _add_quantizers(
         self, act: ActSpec, weight: WeightSpec, act_shape: tuple[int, ...], name: str
@@ -141,8 +148,19 @@ class QuantWeightLayer(nn.Module):
             operand, integers = operand.double(), integers.double()
         return self._multiply(operand, integers, None)
 
+    def keeps_codes(self, x: Tensor) -> bool:
+        """Whether this forward keeps codes of ``x`` for its backward."""
+        return (
+            self.saves_codes
+            and torch.is_grad_enabled()
+            and not self.weight_is_quantized
+            and self.act_quantizer.keeps_codes(x)
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         """Same shapes and dtype as the float layer."""
+        if self.keeps_codes(x):
+            return self._forward_coded(x)
         if not self.weight_is_quantized:
             return self._multiply(self.act_quantizer(x), self.weight, self.bias)
         with torch.autocast(x.device.type, enabled=False):
@@ -153,6 +171,15 @@ class QuantWeightLayer(nn.Module):
             else:
                 out = self._rescale(self.accumulate(x))
         return out.to(x.dtype)
+
+    def _forward_coded(self, x: Tensor, gelu: bool = False) -> Tensor:
+        """Training's forward; with ``gelu`` its input is ``gelu(x)``."""
+        quantizer = self.act_quantizer
+        if quantizer.is_watched:
+            with torch.no_grad():
+                quantizer(F.gelu(x) if gelu else x)
+        quantizer.check_shape(x)
+        return coded_product(x, quantizer, self.weight, self.bias, self.geometry, gelu)
 
     def _rescale(self, accumulator: Tensor) -> Tensor:
         """``accumulator * row_scale + bias``, rows on the layer's output axis, float32."""

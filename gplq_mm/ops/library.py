@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import native, reference
 
-__all__ = ['SCHEMAS']
+__all__ = ['SCHEMAS', 'announced']
 
 SCHEMAS = {
     # codes uint8, shape of x
@@ -109,12 +109,12 @@ _FAKES = {
 }
 
 
-def _announced(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def announced(function: Callable, what: str = 'int4 ops') -> Callable:
     """The reference as what runs for want of a kernel: it says so once."""
 
     @functools.wraps(function)
-    def run(x: Tensor, *args) -> Tensor:
-        native.announce_reference(x.device)
+    def run(x: Tensor, *args):
+        native.announce_reference(x.device, what)
         return function(x, *args)
 
     return run
@@ -123,7 +123,7 @@ def _announced(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _register() -> None:
     for name, schema in SCHEMAS.items():
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, _announced(getattr(reference, name)), 'CompositeExplicitAutograd')
+        _LIBRARY.impl(name, announced(getattr(reference, name)), 'CompositeExplicitAutograd')
         torch.library.register_fake(f'gplq_mm::{name}', _FAKES[name], lib=_LIBRARY)
     native.load()
 

@@ -89,8 +89,8 @@ def announce(what: str, reason: str) -> None:
     _logger.warning('%s run in plain torch, slowly: %s.', what, reason)
 
 
-def announce_reference(device: torch.device) -> None:
-    """Says, once per kind of device, that an op runs in plain torch."""
+def announce_reference(device: torch.device, what: str = 'int4 ops') -> None:
+    """Says, once per kind of device, that ops run in plain torch."""
     if device.type == 'meta':
         return
     reason = (
@@ -98,4 +98,4 @@ def announce_reference(device: torch.device) -> None:
         if device.type == 'cpu' and not _loaded
         else 'there is no kernel for it'
     )
-    announce(f'int4 ops on {device.type}', reason)
+    announce(f'{what} on {device.type}', reason)

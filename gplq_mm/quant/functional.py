@@ -17,11 +17,12 @@ __all__ = [
     'fake_quantize_log_sqrt2',
     'quantize',
     'quantize_log_sqrt2',
+    'to_steps',
 ]
 
 
-def _steps(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
-    """``(x - offset) / scale`` in a single pass over ``x``."""
+def to_steps(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    """``(x - offset) / scale`` in a single pass over ``x``; shapes as in :func:`quantize`."""
     inverse = scale.reciprocal()
     if offset is None:
         return x * inverse
@@ -41,7 +42,7 @@ def quantize(x: Tensor, scale: Tensor, offset: Tensor | None, qmin: int, qmax: i
     Returns:
         Integer codes in the floating dtype of ``x``, same shape.
     """
-    return _steps(x, scale, offset).round_().clamp_(qmin, qmax)
+    return to_steps(x, scale, offset).round_().clamp_(qmin, qmax)
 
 
 def dequantize(codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
@@ -74,7 +75,7 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx, grad):
         x, scale, offset = ctx.saved_tensors
         qmin, qmax, grad_scale = ctx.limits
-        steps = _steps(x, scale, offset)
+        steps = to_steps(x, scale, offset)
         grad_x = _pass_inside(grad, steps, qmin, qmax)
         grad_s = grad_o = None
         if offset is not None and ctx.needs_input_grad[2]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..registry import QUANTIZERS
+from .code_state import level_bits_of
 from .functional import (
     fake_quantize,
     fake_quantize_log_sqrt2,
@@ -26,6 +27,8 @@ __all__ = ['ActQuantizer', 'NotCalibratedError', 'ProbQuantizer', 'QuantState', 
 
 # Scales are learned without a constraint; this floor keeps a bad step from reaching zero.
 MIN_SCALE = 1e-8
+# Dtypes of inputs that the ops of training take; another one is computed in its own precision.
+CODED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class NotCalibratedError(RuntimeError):
@@ -55,6 +58,10 @@ class ActQuantizer(nn.Module):
         name: Full name of the site, for messages.
     """
 
+    # Bytes a value of what backward is given, 1 or 2. With one, 4 bits of it are the rounding
+    # residual, and the gradient of a scale is a few percent off; more than 4 bits take two.
+    saved_bytes: int = 2
+
     def __init__(self, spec: ActSpec, shape: tuple[int, ...], name: str = ''):
         super().__init__()
         self.spec = spec
@@ -82,6 +89,28 @@ class ActQuantizer(nn.Module):
     def state(self) -> QuantState:
         """Where in its life the quantizer is."""
         return self._state
+
+    @property
+    def state_grid(self) -> list[int]:
+        """Smallest and largest code, and the bits beside a code in what backward is given
+        (:mod:`.code_state`)."""
+        num_bytes = self.saved_bytes if self.qmax - self.qmin < 16 else 2
+        return [self.qmin, self.qmax, level_bits_of(self.qmin, self.qmax, num_bytes)]
+
+    def keeps_codes(self, x: Tensor) -> bool:
+        """Whether codes are all that backward needs of ``x``: the quantizer rounds, on a uniform
+        grid, and not in float64. A subclass rounds in its own way."""
+        return (
+            type(self) is ActQuantizer
+            and self.enabled
+            and self._state >= QuantState.LEARNING
+            and x.dtype in CODED_DTYPES
+        )
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether a hook waits for what the quantizer is given and what it makes of it."""
+        return bool(self._forward_hooks)
 
     def _set_state(self, state: QuantState) -> None:
         self._state = QuantState(state)
@@ -161,11 +190,11 @@ class ActQuantizer(nn.Module):
         if not self.enabled:
             return x
         if self._state == QuantState.OBSERVING:
-            self._check_shape(x)
+            self.check_shape(x)
             self.observer.update(x)
             return x
         self._require_scale()
-        self._check_shape(x)
+        self.check_shape(x)
         return self._quantize(x)
 
     def _quantize(self, x: Tensor) -> Tensor:
@@ -178,7 +207,12 @@ class ActQuantizer(nn.Module):
         scale, offset = self.grid()
         return quantize(x.float(), scale, offset, self.qmin, self.qmax)
 
-    def _check_shape(self, x: Tensor) -> None:
+    def check_shape(self, x: Tensor) -> None:
+        """Checks that the scale broadcasts to ``x``.
+
+        Raises:
+            ValueError: If it does not.
+        """
         for axis, size in enumerate(reversed(self.scale.shape), start=1):
             if size not in (1, x.shape[-axis]):
                 raise ValueError(

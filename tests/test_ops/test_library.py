@@ -106,7 +106,7 @@ def test_every_op_has_a_reference_and_a_fake_kernel():
 def test_plain_torch_announces_itself_once(monkeypatch, caplog):
     monkeypatch.setattr(native, '_loaded', False)
     monkeypatch.setattr(native, '_announced', set())
-    run = library._announced(reference.int4_linear)
+    run = library.announced(reference.int4_linear)
     args = calls()['int4_linear']
     with caplog.at_level(logging.WARNING, 'gplq_mm'):
         first, second = run(*args), run(*args)

@@ -1,0 +1,87 @@
+// What the CPU kernels of training offer: fake quantization that keeps a code and a rounding
+// residual for backward in one or two bytes. Plain C++, no ATen.
+//
+// A state is (code - code_min) << level_bits | level. The level is the rounding residual in steps of
+// 1 / (2^level_bits - 1), counted from the middle of the levels: at the lowest code those above the
+// middle, and at the highest code those below, say that the value lay outside of the grid.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace gplq_mm {
+
+// How real values become codes, and back. A scale belongs to a column (per_column) or to a row:
+// row r has number (r / inner) % channels.
+struct LearnedGrid {
+  const float* scale;
+  const float* offset;   // zeros where the grid is symmetric
+  const float* inverse;  // 1 / scale
+  const float* shift;    // -offset / scale
+  bool per_column;
+  int64_t channels, inner;
+  int32_t code_min, code_max;
+  int level_bits;
+  bool fused;  // whether a * b + c is rounded once, as torch does on this machine
+
+  int64_t channel(int64_t row) const { return row / inner % channels; }
+};
+
+// Gradients of scale and offset: per column sums over all rows of a call, per row the row's own.
+struct GridGradient {
+  float* scale;
+  float* offset;
+};
+
+// Row of a softmax: scores (columns,) times factor plus bias plus mask, either may be null. The
+// quantized numbers take the place of the scores.
+struct SoftmaxRow {
+  float* scores;
+  const float* bias;
+  const float* mask;
+  float factor;
+  int64_t columns;
+};
+
+// State is uint8_t where code and level fit a byte, else uint16_t.
+template <typename State>
+struct StateKernels {
+  // `rows` rows from row `first` on, x being the first of them.
+  void (*encode)(const float* x, int64_t stride, int64_t first, int64_t rows, int64_t columns,
+                 const LearnedGrid& grid, float* x_hat, State* state);
+  void (*decode)(const State* state, int64_t first, int64_t rows, int64_t columns,
+                 const LearnedGrid& grid, float* x_hat);
+  void (*backward)(const float* grad, const State* state, int64_t first, int64_t rows,
+                   int64_t columns, const LearnedGrid& grid, float* grad_x, GridGradient sums);
+};
+
+struct TrainingKernels {
+  StateKernels<uint8_t> narrow;
+  StateKernels<uint16_t> wide;
+  // The same of gelu(x); backward computes the quantized values again, and gives them. Scales are
+  // per column.
+  void (*gelu_encode)(const float* x, int64_t rows, int64_t columns, const LearnedGrid& grid,
+                      float* x_hat);
+  void (*gelu_backward)(const float* grad, const float* x, int64_t rows, int64_t columns,
+                        const LearnedGrid& grid, float* grad_x, float* x_hat, GridGradient sums);
+  // Softmax of a row, quantized with the scale of channel `channel`: the numerators
+  // exp(score - maximum) with row_relative, else the probabilities. Gives the denominator.
+  // `space` holds as many numbers as columns rounded up to 16.
+  float (*softmax)(const SoftmaxRow& row, const LearnedGrid& grid, int64_t channel,
+                   bool row_relative, float* space);
+  // grad (columns,) of the quantized numbers becomes that of factor * scores + bias + mask; that of
+  // row_relative numerators is divided by the denominator already. Writes the quantized numbers
+  // again, and the sums of a single channel.
+  void (*softmax_backward)(const SoftmaxRow& row, const LearnedGrid& grid, int64_t channel,
+                           bool row_relative, float* grad, float* space, GridGradient sums);
+};
+
+const TrainingKernels* portable_training();
+const TrainingKernels* avx2_training();
+const TrainingKernels* avx512_training();
+
+// Those of the instruction set in use.
+const TrainingKernels& training_kernels();
+
+}  // namespace gplq_mm

@@ -1,0 +1,24 @@
+// Kernels of training for AVX2.
+#include <cstdint>
+
+#include "training.h"
+
+#if defined(__x86_64__)
+
+#define GPLQ_TARGET "avx2,fma"
+#include "target_begin.h"
+
+#include "training_impl.h"
+
+namespace gplq_mm {
+
+const TrainingKernels* avx2_training() { return training_table(); }
+
+}  // namespace gplq_mm
+
+#include "target_end.h"
+#else
+namespace gplq_mm {
+const TrainingKernels* avx2_training() { return nullptr; }
+}  // namespace gplq_mm
+#endif

@@ -1,0 +1,129 @@
+"""Schemas and fake kernels of the ops that training uses; :mod:`.training_reference` and
+:mod:`.training_attention` say what they compute.
+
+They have no autograd formula of their own: :mod:`gplq_mm.layers.coded` calls forward and backward
+ops from its autograd functions.
+"""
+
+import torch
+from torch import Tensor
+
+from ..quant.code_state import state_dtype
+from . import training_attention, training_reference
+from .library import announced
+
+__all__ = ['SCHEMAS']
+
+SCHEMAS = {
+    # (values float32, state), both of the shape of x
+    'fake_quant': '(Tensor x, Tensor scale, Tensor? offset, int[] grid) -> (Tensor, Tensor)',
+    # values float32
+    'fake_quant_values': '(Tensor state, Tensor scale, Tensor? offset, int[] grid) -> Tensor',
+    # gradients of x, scale and offset
+    'fake_quant_backward': (
+        '(Tensor grad, Tensor state, Tensor scale, Tensor? offset, int[] grid) '
+        '-> (Tensor, Tensor, Tensor)'
+    ),
+    'gelu_fake_quant': '(Tensor x, Tensor scale, Tensor? offset, int[] grid) -> Tensor',
+    # gradient of x, values, gradients of scale and offset
+    'gelu_fake_quant_backward': (
+        '(Tensor grad, Tensor x, Tensor scale, Tensor? offset, int[] grid) '
+        '-> (Tensor, Tensor, Tensor, Tensor)'
+    ),
+    # in place: scores become quantized numbers (B, heads, N, M); denominators (B, heads, N, 1)
+    'softmax_fake_quant_': (
+        '(Tensor(a!) scores, float factor, Tensor? bias, Tensor? mask, Tensor scale, '
+        'Tensor? offset, int[] grid, bool row_relative) -> Tensor'
+    ),
+    # in place: grad becomes that of the scores before the factor, and scores quantized numbers;
+    # gradients of scale and offset
+    'softmax_fake_quant_backward_': (
+        '(Tensor(a!) grad, Tensor(b!) scores, float factor, Tensor? bias, Tensor? mask, '
+        'Tensor scale, Tensor? offset, int[] grid, bool row_relative) -> (Tensor, Tensor)'
+    ),
+    # output, states of q, k and v, denominators
+    'attention_fake_quant': (
+        '(Tensor query, Tensor key, Tensor value, float factor, Tensor? bias, Tensor? mask, '
+        'Tensor[] scales, Tensor?[] offsets, int[] grids, bool row_relative) '
+        '-> (Tensor, Tensor, Tensor, Tensor, Tensor)'
+    ),
+    # gradients of q, k, v and the bias, then of the four scales and the four offsets
+    'attention_fake_quant_backward': (
+        '(Tensor grad, Tensor[] states, Tensor total, float factor, Tensor? bias, Tensor? mask, '
+        'Tensor[] scales, Tensor?[] offsets, int[] grids, bool row_relative) -> Tensor[]'
+    ),
+}
+
+# The library owns the registrations: it must live as long as the process.
+_LIBRARY = torch.library.Library('gplq_mm', 'FRAGMENT')
+
+
+def _real(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.float32)
+
+
+def _fake_fake_quant(x, scale, offset, grid):
+    return _real(x), x.new_empty(x.shape, dtype=state_dtype(*grid))
+
+
+def _fake_gradients(grad, state, scale, offset, grid):
+    return _real(grad), _real(scale), _real(scale)
+
+
+def _fake_softmax(scores, factor, bias, mask, scale, offset, grid, row_relative):
+    return scores.new_empty(*scores.shape[:-1], 1)
+
+
+def _fake_softmax_backward(grad, scores, factor, bias, mask, scale, offset, grid, row_relative):
+    return _real(scale), _real(scale)
+
+
+def _fake_attention(
+    query, key, value, factor, bias, mask, scales, offsets, grids, row_relative
+) -> tuple[Tensor, ...]:
+    states = [
+        x.new_empty(x.shape, dtype=state_dtype(*grids[3 * i : 3 * i + 3]))
+        for i, x in enumerate((query, key, value))
+    ]
+    batch, heads, queries, _ = query.shape
+    out = query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
+    return out, *states, query.new_empty(*query.shape[:-1], 1, dtype=torch.float32)
+
+
+def _fake_attention_backward(
+    grad, states, total, factor, bias, mask, scales, offsets, grids, row_relative
+) -> list[Tensor]:
+    inputs = [state.new_empty(state.shape, dtype=grad.dtype) for state in states]
+    added = grad.new_empty(0) if bias is None else _real(bias)
+    return [*inputs, added, *(_real(scale) for scale in (*scales, *scales))]
+
+
+_FAKES = {
+    'fake_quant': _fake_fake_quant,
+    'fake_quant_values': lambda state, scale, offset, grid: _real(state),
+    'fake_quant_backward': _fake_gradients,
+    'gelu_fake_quant': lambda x, scale, offset, grid: _real(x),
+    'gelu_fake_quant_backward': lambda grad, x, scale, offset, grid: (
+        _real(x),
+        _real(x),
+        _real(scale),
+        _real(scale),
+    ),
+    'softmax_fake_quant_': _fake_softmax,
+    'softmax_fake_quant_backward_': _fake_softmax_backward,
+    'attention_fake_quant': _fake_attention,
+    'attention_fake_quant_backward': _fake_attention_backward,
+}
+
+
+def _register() -> None:
+    for name, schema in SCHEMAS.items():
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        # Attention is made of the other ops and of matrix products, on every device.
+        composed = getattr(training_attention, name, None)
+        function = composed or announced(getattr(training_reference, name), 'training ops')
+        _LIBRARY.impl(name, function, 'CompositeExplicitAutograd')
+        torch.library.register_fake(f'gplq_mm::{name}', _FAKES[name], lib=_LIBRARY)
+
+
+_register()

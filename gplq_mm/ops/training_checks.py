@@ -1,0 +1,108 @@
+"""Checks of what the ops of training are given; those of the C++ kernels use the same words."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..quant.code_state import state_dtype
+from .checks import check_codes, check_tensor, require
+
+__all__ = [
+    'check_learned_grid',
+    'check_same_shape',
+    'check_scores',
+    'check_state',
+]
+
+MAX_LEVEL_BITS = 14
+MAX_STATES = 2**16
+
+
+def check_learned_grid(
+    shape: Sequence[int],
+    scale: Tensor,
+    offset: Tensor | None,
+    grid: Sequence[int],
+    device: torch.device,
+) -> None:
+    """Checks scale, offset and grid against the shape of what they quantize.
+
+    Raises:
+        ValueError: What is wrong, in one sentence.
+    """
+    require(len(shape) > 0, 'the input must have at least one axis.')
+    require(
+        len(grid) == 3, f'grid must be [code_min, code_max, level_bits], got {len(grid)} integers.'
+    )
+    check_codes(grid)
+    count = grid[1] - grid[0] + 1
+    require(
+        1 <= grid[2] <= MAX_LEVEL_BITS and count << grid[2] <= MAX_STATES,
+        f'code and level must fit two bytes, got {count} codes and {grid[2]} bits of level.',
+    )
+    check_tensor('scale', scale, (torch.float32,), scale.shape, device)
+    if offset is not None:
+        check_tensor('offset', offset, (torch.float32,), scale.shape, device)
+    long = [axis for axis in range(1, scale.dim() + 1) if scale.shape[-axis] != 1]
+    fits = not long or (
+        len(long) == 1 and long[0] <= len(shape) and scale.shape[-long[0]] == shape[-long[0]]
+    )
+    require(
+        fits,
+        f'scale of shape {list(scale.shape)} must have at most one axis longer than 1, as long as '
+        f'that of the input {list(shape)}.',
+    )
+
+
+def check_state(state: Tensor, grid: Sequence[int]) -> None:
+    """Checks dtype and memory of a state.
+
+    Raises:
+        ValueError: If it is none of this grid.
+    """
+    require(
+        len(grid) == 3, f'grid must be [code_min, code_max, level_bits], got {len(grid)} integers.'
+    )
+    check_tensor('state', state, (state_dtype(*grid),), state.shape, state.device)
+    require(state.is_contiguous(), 'state must be contiguous.')
+
+
+def check_same_shape(first: str, a: Tensor, second: str, b: Tensor) -> None:
+    """Checks that two tensors have one shape.
+
+    Raises:
+        ValueError: If they have not.
+    """
+    require(a.shape == b.shape, f'{first} has shape {list(a.shape)}, {second} {list(b.shape)}.')
+
+
+def check_scores(
+    scores: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scale: Tensor,
+    offset: Tensor | None,
+    grid: Sequence[int],
+) -> None:
+    """Checks the arguments of a softmax.
+
+    Raises:
+        ValueError: What is wrong, in one sentence.
+    """
+    require(scores.dim() == 4, f'scores must have 4 axes, got {scores.dim()}.')
+    batch, heads, queries, keys = scores.shape
+    check_tensor('scores', scores, (torch.float32,), scores.shape, scores.device)
+    require(scores.is_contiguous(), 'scores must be contiguous.')
+    if bias is not None:
+        check_tensor('bias', bias, (torch.float32,), (heads, queries, keys), scores.device)
+    if mask is not None:
+        windows = mask.shape[0]
+        shape = (windows, queries, keys)
+        check_tensor('mask', mask, (torch.float32,), shape, scores.device)
+        require(
+            windows > 0 and batch % windows == 0,
+            f'the batch of {batch} must be a multiple of the {windows} masks.',
+        )
+    check_learned_grid(scores.shape, scale, offset, grid, scores.device)
+    require(scale.numel() == 1 or scale.shape[-1] == 1, 'scores have no scale a column.')
