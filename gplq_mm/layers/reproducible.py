@@ -4,6 +4,7 @@ They differ from torch's by a rounding error, and by that decide the same codes 
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +90,7 @@ def fuse_gelu(model: nn.Module) -> None:
         if not _is_sequence(module):
             continue
         steps = list(_steps(module))
-        for gelu, layer in zip(steps, steps[1:], strict=False):
+        for gelu, layer in pairwise(steps):
             if type(gelu) is ReproducibleGELU and isinstance(layer, QuantLinear):
                 gelu.__dict__['consumer'] = layer
                 layer.takes_gelu = True

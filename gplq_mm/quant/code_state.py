@@ -2,10 +2,10 @@
 
 The state of a value is ``(code - qmin) * 2**level_bits + level`` in one or two bytes. The code
 gives the exact quantized value, which the gradient of a weight needs. The level is the rounding
-residual ``code - (x - offset) / scale``, which the gradient of a scale needs (LSQ, eq. 3), in steps
-of ``1 / (2**level_bits - 1)`` from ``2**(level_bits - 1)``, which stands for none. A value outside of
-the grid has the lowest code and a level above the middle, or the highest code and a level below it:
-these are free, since beyond the outermost codes nothing counts as inside.
+residual ``code - (x - offset) / scale``, which the gradient of a scale needs (LSQ, eq. 3), in
+steps of ``1 / (2**level_bits - 1)`` from ``2**(level_bits - 1)``, which stands for none. A value
+outside of the grid has the lowest code and a level above the middle, or the highest code and a
+level below it: these are free, since beyond the outermost codes nothing counts as inside.
 """
 
 import torch
