@@ -22,7 +22,14 @@ from .observers import build_observer
 from .quantized_weight import QuantizedWeight
 from .spec import ActSpec, WeightSpec
 
-__all__ = ['ActQuantizer', 'NotCalibratedError', 'ProbQuantizer', 'QuantState', 'WeightQuantizer']
+__all__ = [
+    'ActQuantizer',
+    'LearnedQuantizer',
+    'NotCalibratedError',
+    'ProbQuantizer',
+    'QuantState',
+    'WeightQuantizer',
+]
 
 # Scales are learned without a constraint; this floor keeps a bad step from reaching zero.
 MIN_SCALE = 1e-8
@@ -33,7 +40,7 @@ class NotCalibratedError(RuntimeError):
 
 
 class QuantState(IntEnum):
-    """Life of an activation quantizer, in order."""
+    """Life of a learned quantizer, in order."""
 
     UNCALIBRATED = 0
     OBSERVING = 1
@@ -41,8 +48,42 @@ class QuantState(IntEnum):
     FROZEN = 3
 
 
+class LearnedQuantizer(nn.Module):
+    """A quantizer with parameters that are learned, and the state of its life.
+
+    Args:
+        name: Full name of the site, for messages.
+    """
+
+    def __init__(self, name: str = ''):
+        super().__init__()
+        self.site = name
+        self.register_buffer('state_code', torch.zeros((), dtype=torch.uint8))
+        # Mirror of `state_code`: reading a device tensor in every forward would synchronise.
+        self._state = QuantState.UNCALIBRATED
+
+    @property
+    def state(self) -> QuantState:
+        """Where in its life the quantizer is."""
+        return self._state
+
+    def _set_state(self, state: QuantState) -> None:
+        self._state = QuantState(state)
+        self.state_code.fill_(int(state))
+        for parameter in self.parameters():
+            parameter.requires_grad_(state < QuantState.FROZEN)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        state = int(self.state_code)
+        # A run that was killed while observing starts calibration again.
+        if state == QuantState.OBSERVING:
+            state = QuantState.UNCALIBRATED
+        self._set_state(QuantState(state))
+
+
 @QUANTIZERS.register_module(name='uniform')
-class ActQuantizer(nn.Module):
+class ActQuantizer(LearnedQuantizer):
     """Learned uniform activation quantizer (LSQ, LSQ+).
 
     ``scale`` (and ``offset`` for a float zero-point) are parameters of their final shape from
@@ -56,9 +97,8 @@ class ActQuantizer(nn.Module):
     """
 
     def __init__(self, spec: ActSpec, shape: tuple[int, ...], name: str = ''):
-        super().__init__()
+        super().__init__(name)
         self.spec = spec
-        self.site = name
         self.qmin, self.qmax = spec.code_range
         self.enabled = True
         self.observer = None
@@ -69,25 +109,11 @@ class ActQuantizer(nn.Module):
             self.register_parameter('offset', None)
         if spec.zero_point == 'integer':
             self.register_buffer('zero_point', torch.zeros(shape))
-        self.register_buffer('state_code', torch.zeros((), dtype=torch.uint8))
-        # Mirror of `state_code`: reading a device tensor in every forward would synchronise.
-        self._state = QuantState.UNCALIBRATED
 
     @property
     def row_relative(self) -> bool:
         """Whether the input must be scaled by its row's maximum (attention probabilities)."""
         return self.spec.row_relative
-
-    @property
-    def state(self) -> QuantState:
-        """Where in its life the quantizer is."""
-        return self._state
-
-    def _set_state(self, state: QuantState) -> None:
-        self._state = QuantState(state)
-        self.state_code.fill_(int(state))
-        for parameter in self.parameters():
-            parameter.requires_grad_(state < QuantState.FROZEN)
 
     def observe(self) -> None:
         """Starts calibration: forward passes data through and only looks at it.
@@ -187,14 +213,6 @@ class ActQuantizer(nn.Module):
                     'quantizer works for one input size only; use granularity "head".'
                 )
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        state = int(self.state_code)
-        # A run that was killed while observing starts calibration again.
-        if state == QuantState.OBSERVING:
-            state = QuantState.UNCALIBRATED
-        self._set_state(QuantState(state))
-
     def extra_repr(self) -> str:
         return f'{self.spec.bits} bit, {self.spec.granularity}, {self._state.name}'
 
@@ -242,6 +260,8 @@ class WeightQuantizer(nn.Module):
         self.enabled = True
         for buffer in ('codes', 'row_scale', 'multiplier', 'permutation', 'bias'):
             self.register_buffer(buffer, None)
+        # Direct QAT's learned quantizer (LearnedWeightQuantizer); it simulates before `set`.
+        self.register_module('learned', None)
         # Says where the module is while it is empty, so that loading fills it there.
         self.register_buffer('_anchor', torch.empty(0), persistent=False)
 
