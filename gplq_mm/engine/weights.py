@@ -28,8 +28,7 @@ def load_run_weights(model: nn.Module, checkpoint: Mapping, source: str) -> None
         source: Its name, for messages.
 
     Raises:
-        CheckpointError: If it is of another architecture or policy, or of direct QAT and the model is
-            not.
+        CheckpointError: If it is of another architecture, policy or method (``direct``).
     """
     model = unwrap(model)
     if not isinstance(model, GPLQ) or 'gplq' not in checkpoint:

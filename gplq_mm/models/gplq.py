@@ -227,7 +227,9 @@ class GPLQ(BaseModel):
         if self.stage == Stage.FLOAT:
             return 'fp32'
         names = self.stage_names
-        return names['final'] if self.stage == Stage.WEIGHT_PTQ else names.get('act', names['final'])
+        return (
+            names['final'] if self.stage == Stage.WEIGHT_PTQ else names.get('act', names['final'])
+        )
 
     def advance(self, stage: Stage) -> None:
         """Enters ``stage``.
