@@ -182,16 +182,17 @@ def test_tool_measures_what_the_run_measured(tmp_path, direct, name, options, st
     assert result['state'] == ('latent_fp32' if options else 'w4a4')
 
 
-def test_files_of_the_other_method_are_refused(tmp_path, direct, undisturbed):
+def test_files_of_the_other_method_are_refused(float_checkpoints, direct, undisturbed):
+    pretrained = float_checkpoints['vit']
     pairs = (
         (direct_config, undisturbed['vit'], r'policy \(it differs in weight\)'),
         (gplq_config, direct['vit'], r'policy \(it differs in weight\)'),
     )
     for config, work_dir, message in pairs:
-        cfg = config(work_dir, tmp_path / 'gone.pth')
+        cfg = config(work_dir, pretrained)
         with pytest.raises(CheckpointError, match=message):
             run(cfg, resume=True)
-    cfg = gplq_config(direct['vit'], tmp_path / 'gone.pth')
+    cfg = gplq_config(direct['vit'], pretrained)
     cfg.model.policy.weight = dict(layout='raw')
     with pytest.raises(CheckpointError, match=r"model\.direct={'granularity': 'row'.*has None"):
         run(cfg, resume=True)
