@@ -20,11 +20,11 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATA_SAMPLERS, DATASETS, HOOKS, LOOPS, MODELS, DefaultScope
 
 from gplq_mm.datasets.resumable import ResumableSampler, SeededDataset
-from gplq_mm.engine import GPLQTrainLoop
+from gplq_mm.engine import DirectQATLoop, GPLQTrainLoop
 from gplq_mm.engine.hooks import CalibrationHook, GPLQCheckpointHook, PCABasisHook
-from gplq_mm.layers import calibrate, quant_layers
+from gplq_mm.layers import calibrate, learned_parameters, quant_layers
 from gplq_mm.models import GPLQ
-from gplq_mm.ptq import build_weight_ptq
+from gplq_mm.ptq import build_weight_ptq, init_learned_weights
 from gplq_mm.quant import ActQuantizer
 
 CONFIGS = Path(__file__).resolve().parent.parent / 'configs'
@@ -156,6 +156,8 @@ def tiny_images(backbone: torch.nn.Module) -> torch.Tensor:
 def test_forward_after_calibration(gplq):
     images = tiny_images(gplq.model.architecture.backbone)
     calibrate(gplq.model.architecture, lambda _index, _passes: gplq.model(images))
+    if gplq.model.direct is not None:
+        init_learned_weights(gplq.model.architecture, gplq.model.direct['init'])
     output = gplq.model(images, mode='tensor')
     output = output[-1] if isinstance(output, tuple) else output
     assert output.isfinite().all()
@@ -172,12 +174,7 @@ def test_fp32_model(path):
 
 def test_learning_rates(gplq):
     wrapper = build_optim_wrapper(gplq.model, gplq.cfg.optim_wrapper)
-    quantizers = {
-        id(parameter)
-        for module in gplq.model.modules()
-        if isinstance(module, ActQuantizer)
-        for parameter in module.parameters()
-    }
+    quantizers = {id(parameter) for parameter in learned_parameters(gplq.model)}
     rates = {True: set(), False: set()}
     for group in wrapper.optimizer.param_groups:
         assert group['weight_decay'] == 0.0
@@ -198,9 +195,12 @@ def test_learning_rates(gplq):
 def test_loop_and_hooks(gplq):
     cfg = gplq.cfg
     assert cfg.runner_type == 'gplq_mm.GPLQRunner'
-    assert LOOPS.get(cfg.train_cfg.type) is GPLQTrainLoop
+    is_direct = gplq.path.stem.startswith('direct')
+    loop = LOOPS.get(cfg.train_cfg.type)
+    assert loop is (DirectQATLoop if is_direct else GPLQTrainLoop)
+    assert (cfg.model.get('direct') is not None) == is_direct
     assert not {'by_epoch', 'val_interval'} & set(cfg.train_cfg)
-    for key in ('weight_ptq', 'baseline'):
+    for key in ('baseline',) if is_direct else ('weight_ptq', 'baseline'):
         method = dict(cfg.train_cfg[key])
         for not_of_the_method in ('num_images', 'batch_size', 'seed'):
             method.pop(not_of_the_method, None)

@@ -117,6 +117,17 @@ def gplq_config(work_dir: Path, pretrained: Path, arch: str = 'vit', **options) 
     return cfg
 
 
+def direct_config(work_dir: Path, pretrained: Path, arch: str = 'vit', **options) -> Config:
+    """The same run by direct QAT; arguments as in :func:`gplq_config`."""
+    cfg = gplq_config(work_dir, pretrained, arch)
+    cfg.model.update(direct={}, compensation=None)
+    cfg.model.policy.weight = dict(layout='raw')
+    cfg.train_cfg.type = 'gplq_mm.DirectQATLoop'
+    cfg.train_cfg.pop('weight_ptq')
+    cfg.merge_from_dict({key.replace('__', '.'): value for key, value in options.items()})
+    return cfg
+
+
 def train_fp32(path: Path, arch: str = 'vit', steps: int = 120) -> None:
     """Trains the float model a little and saves it."""
     cfg = fp32_config(arch)

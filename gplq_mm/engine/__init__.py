@@ -1,4 +1,4 @@
-"""Runner, loops, hooks and optimizer settings of the two stages."""
+"""Runner, loops, hooks and optimizer settings of GPLQ and of direct QAT."""
 
 from .calibration_set import CalibrationError, CalibrationSet
 from .class_count import ClassCountError, ClassCountHook, check_class_count
@@ -10,7 +10,7 @@ from .hooks import (
     QuantStatsHook,
     quantizer_statistics,
 )
-from .loops import GPLQTrainLoop
+from .loops import DirectQATLoop, GPLQTrainLoop, QuantTrainLoop
 from .optim import Bf16OptimWrapper, GPLQOptimWrapperConstructor
 from .progress import track
 from .run_record import RunRecord, headline_metrics, print_summary
@@ -24,12 +24,14 @@ __all__ = [
     'CalibrationSet',
     'ClassCountError',
     'ClassCountHook',
+    'DirectQATLoop',
     'GPLQCheckpointHook',
     'GPLQOptimWrapperConstructor',
     'GPLQRunner',
     'GPLQTrainLoop',
     'PCABasisHook',
     'QuantStatsHook',
+    'QuantTrainLoop',
     'RunRecord',
     'check_class_count',
     'headline_metrics',

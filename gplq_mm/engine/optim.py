@@ -1,4 +1,4 @@
-"""Optimizer settings of Stage 1: two learning rates, and bf16 on any device."""
+"""Optimizer settings of training: two learning rates, and bf16 on any device."""
 
 from contextlib import contextmanager
 
@@ -7,7 +7,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.runner import autocast
 from torch import nn
 
-from ..quant import ActQuantizer
+from ..layers import learned_parameters
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 
 __all__ = ['Bf16OptimWrapper', 'GPLQOptimWrapperConstructor']
@@ -37,7 +37,8 @@ class GPLQOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     Args:
         optim_wrapper_cfg: As in mmengine; the key ``quantizer`` holds overrides of optimizer
-            settings (``lr``, ``weight_decay``) for scales and zero-points.
+            settings (``lr``, ``weight_decay``) for scales and zero-points, in direct QAT those of
+            weights too.
         paramwise_cfg: As in mmengine, for the weights.
     """
 
@@ -47,12 +48,7 @@ class GPLQOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         super().__init__(optim_wrapper_cfg, paramwise_cfg or {})
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
-        self._quantizer_ids = {
-            id(parameter)
-            for module in model.modules()
-            if isinstance(module, ActQuantizer)
-            for parameter in module.parameters()
-        }
+        self._quantizer_ids = {id(parameter) for parameter in learned_parameters(model)}
         if not self.paramwise_cfg:
             # mmengine asks the optimizer for one group only when nothing is set per parameter.
             self.paramwise_cfg = {'custom_keys': {}}

@@ -1,4 +1,4 @@
-"""What a two-stage run has measured so far, and the table and JSON made from it."""
+"""What a run has measured so far, and the table and JSON made from it."""
 
 import json
 from dataclasses import dataclass, field
@@ -26,7 +26,8 @@ class RunRecord:
         weight_ptq: Seed and ids of the images of Stage 2, and R^2 of the compensations.
         pca: Number of components, explained variance and spectrum.
         weight_drift: Result of :func:`gplq_mm.evaluation.weight_drift`.
-        ptq_error: ``without_stage1`` and ``with_stage1``, of ``layer_output_error``.
+        ptq_error: ``without_stage1`` and ``with_stage1`` (before and after training), of
+            ``layer_output_error``.
         feature_distance: Stage to the result of :func:`gplq_mm.evaluation.feature_distance`.
         clock: Seconds and peak memory.
     """
@@ -108,6 +109,7 @@ TITLES = {
     'latent_fp32': 'latent FP32 after Stage 1',
     'final': 'Stage 2: weights',
 }
+DIRECT_TITLES = {'latent_fp32': 'latent FP32 after direct QAT', 'final': 'direct QAT'}
 
 
 def print_summary(summary: dict, console: Console | None = None) -> None:
@@ -118,6 +120,7 @@ def print_summary(summary: dict, console: Console | None = None) -> None:
         console: Where to. Defaults to standard output.
     """
     console = console or Console()
+    titles = {**TITLES, **(DIRECT_TITLES if summary.get('direct') else {})}
     headlines = headline_metrics(summary['metrics'])
     table = Table(title='accuracy')
     table.add_column('model')
@@ -131,7 +134,7 @@ def print_summary(summary: dict, console: Console | None = None) -> None:
         distance = summary['feature_distance'].get(stage, {}).get('relative_l2')
         bits = 'W32A32' if row in ('fp32', 'latent_fp32') else stage.removeprefix('ptq_').upper()
         cells = [f'{values[stage]:.2f}' for values in headlines.values()]
-        table.add_row(TITLES[row], bits, *cells, '' if distance is None else f'{distance:.3f}')
+        table.add_row(titles[row], bits, *cells, '' if distance is None else f'{distance:.3f}')
     console.print(table)
 
     costs = Table(title='cost')
@@ -143,8 +146,8 @@ def print_summary(summary: dict, console: Console | None = None) -> None:
     drift = summary['weight_drift']
     if drift:
         console.print(f'weight drift: MAE {drift["mae"]:.3g}, MSE {drift["mse"]:.3g}')
-    final, act = summary['stages']['final'].upper(), summary['stages']['act'].upper()
-    for key, start in (('without_stage1', 'W32A32'), ('with_stage1', act)):
+    final = summary['stages']['final'].upper()
+    for key, start in (('without_stage1', 'W32A32'), ('with_stage1', f'W32{final[2:]}')):
         error = summary['ptq_error'].get(key)
         if error:
             console.print(

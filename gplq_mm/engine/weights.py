@@ -28,7 +28,7 @@ def load_run_weights(model: nn.Module, checkpoint: Mapping, source: str) -> None
         source: Its name, for messages.
 
     Raises:
-        CheckpointError: If it is of another architecture or policy.
+        CheckpointError: If it is of another architecture, policy or method (``direct``).
     """
     model = unwrap(model)
     if not isinstance(model, GPLQ) or 'gplq' not in checkpoint:
@@ -40,6 +40,12 @@ def load_run_weights(model: nn.Module, checkpoint: Mapping, source: str) -> None
         raise CheckpointError(
             f'checkpoint {source} was made under another policy (it differs in '
             f'{", ".join(different)}); use the config that made it, or start a new run.'
+        )
+    direct = checkpoint['gplq'].get('direct')
+    if direct != model.direct:
+        raise CheckpointError(
+            f'checkpoint {source} was made with model.direct={direct}, this config has '
+            f'{model.direct}; use the config that made it, or start a new run.'
         )
     state = state_dict_of(checkpoint)
     try:

@@ -5,15 +5,28 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from ..quant import ActQuantizer, NotCalibratedError, QuantState, WeightQuantizer
+from ..quant import (
+    ActQuantizer,
+    LearnedQuantizer,
+    LearnedWeightQuantizer,
+    NotCalibratedError,
+    QuantState,
+    WeightQuantizer,
+)
 from .compensation import Compensation
+from .weight_layer import QuantWeightLayer
 
 __all__ = [
     'act_quantizers',
     'calibrate',
     'freeze_activations',
+    'freeze_learned_weights',
     'is_calibrated',
+    'learn_weights',
+    'learned_parameters',
     'quantizers_disabled',
+    'require_frozen',
+    'weights_are_learned',
     'weights_disabled',
 ]
 
@@ -25,6 +38,16 @@ def act_quantizers(model: nn.Module) -> dict[str, ActQuantizer]:
     }
 
 
+def learned_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Scales and zero-points of all learned quantizers, of activations and of weights."""
+    return [
+        parameter
+        for module in model.modules()
+        if isinstance(module, LearnedQuantizer)
+        for parameter in module.parameters(recurse=False)
+    ]
+
+
 def is_calibrated(model: nn.Module) -> bool:
     """Whether every activation quantizer has a scale."""
     return all(q.state >= QuantState.LEARNING for q in act_quantizers(model).values())
@@ -33,7 +56,8 @@ def is_calibrated(model: nn.Module) -> bool:
 def calibrate(model: nn.Module, run_pass: Callable[[int, int], None]) -> None:
     """Initialises every activation quantizer from data, in place.
 
-    While it observes, a quantizer passes its input through, so all of them see the float model.
+    While it observes, a quantizer passes its input through, and weights are not quantized, so all
+    of them see the float model.
 
     Args:
         model: Quantized model.
@@ -48,7 +72,8 @@ def calibrate(model: nn.Module, run_pass: Callable[[int, int], None]) -> None:
         quantizer.observe()
     passes = max(quantizer.observer.num_passes for quantizer in quantizers)
     for index in range(passes):
-        run_pass(index, passes)
+        with weights_disabled(model):
+            run_pass(index, passes)
         for quantizer in quantizers:
             if quantizer.observer.finished_passes < quantizer.observer.num_passes:
                 try:
@@ -63,6 +88,43 @@ def freeze_activations(model: nn.Module) -> None:
     """Freezes every activation quantizer; Stage 2 requires it."""
     for quantizer in act_quantizers(model).values():
         quantizer.freeze()
+
+
+def learn_weights(model: nn.Module, granularity: str) -> None:
+    """Gives every weight a learned quantizer, for direct QAT.
+
+    Args:
+        model: Quantized model.
+        granularity: ``'row'`` or ``'tensor'``.
+
+    Raises:
+        PolicyError: If the granularity does not suit a layout.
+    """
+    for quantizer in [m for m in model.modules() if isinstance(m, WeightQuantizer)]:
+        quantizer.learned = LearnedWeightQuantizer(
+            quantizer.spec, quantizer.shape, granularity, quantizer.site
+        )
+
+
+def freeze_learned_weights(model: nn.Module) -> None:
+    """Ends direct QAT: every weight becomes the integers that it was trained as.
+
+    Raises:
+        NotCalibratedError: Unless all activation quantizers are frozen and all weights learned.
+    """
+    require_frozen(model)
+    for layer in model.modules():
+        if isinstance(layer, QuantWeightLayer):
+            layer.freeze_learned_weight()
+
+
+def weights_are_learned(model: nn.Module) -> bool:
+    """Whether every learned weight quantizer has a scale."""
+    return all(
+        module.state >= QuantState.LEARNING
+        for module in model.modules()
+        if isinstance(module, LearnedWeightQuantizer)
+    )
 
 
 def require_frozen(model: nn.Module) -> None:

@@ -17,7 +17,8 @@ EXACT_FLOAT32 = 2**24
 class QuantWeightLayer(nn.Module):
     """Mixin of layers that compute ``operand(x) @ weight.T + bias``.
 
-    Before Stage 2 the operand is the fake-quantized input and the weight is the FP32 parameter.
+    Before Stage 2 the operand is the fake-quantized input and the weight is the FP32 parameter,
+    or in direct QAT its fake-quantized value.
     After it, in the ``folded`` layout, the operand is the integer code itself and the weight the
     integer ``multiplier * code``; scale and bias of a row follow. These are the integers of the
     deployed model, and the arithmetic is exact: the product runs in float64 where float32 could
@@ -124,6 +125,27 @@ class QuantWeightLayer(nn.Module):
                 bias = bias + target.double() @ (offset / scale) + (target - rounded) @ mean
         self.weight_quantizer.set(value, bias)
 
+    def training_weight(self) -> Tensor:
+        """Weight that enters the product before Stage 2; shape and dtype of the parameter.
+
+        The parameter itself, or in direct QAT its learned fake-quantized value.
+        """
+        quantizer = self.weight_quantizer
+        if quantizer.learned is None or not quantizer.enabled:
+            return self.weight
+        matrix = self.as_matrix(self.weight)
+        if not self.is_folded:
+            return self.from_matrix(quantizer.learned(matrix))
+        # Straight through the rounding the activation scale cancels: it has no gradient here.
+        scale, _ = self.column_grid()
+        return self.from_matrix(quantizer.learned(matrix * scale) / scale)
+
+    @torch.no_grad()
+    def freeze_learned_weight(self) -> None:
+        """Ends direct QAT: the integers that forward has simulated are stored for good."""
+        matrix, _ = self.foldable()
+        self.set_quantized_weight(self.weight_quantizer.learned.freeze(matrix), None)
+
     def dequantized_weight(self) -> Tensor:
         """Real quantized weight in its own shape, float32."""
         value = self.weight_quantizer.integers() * self.weight_quantizer.row_scale[:, None]
@@ -162,7 +184,7 @@ class QuantWeightLayer(nn.Module):
         if self.keeps_codes(x):
             return self._forward_coded(x)
         if not self.weight_is_quantized:
-            return self._multiply(self.act_quantizer(x), self.weight, self.bias)
+            return self._multiply(self.act_quantizer(x), self.training_weight(), self.bias)
         with torch.autocast(x.device.type, enabled=False):
             if not self.is_folded or not self.act_quantizer.enabled:
                 out = self._multiply(
@@ -179,7 +201,8 @@ class QuantWeightLayer(nn.Module):
             with torch.no_grad():
                 quantizer(F.gelu(x) if gelu else x)
         quantizer.check_shape(x)
-        return coded_product(x, quantizer, self.weight, self.bias, self.geometry, gelu)
+        weight = self.training_weight()
+        return coded_product(x, quantizer, weight, self.bias, self.geometry, gelu)
 
     def _rescale(self, accumulator: Tensor) -> Tensor:
         """``accumulator * row_scale + bias``, rows on the layer's output axis, float32."""

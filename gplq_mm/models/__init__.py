@@ -1,10 +1,11 @@
 """Models: the GPLQ wrapper, the quantized backbone, the mimic loss."""
 
 from .feature_tap import FeatureTap
-from .gplq import GPLQ, NonFiniteLossError, Stage
+from .gplq import GPLQ, NonFiniteLossError
 from .pca_mimic_loss import PCAMimicLoss, feature_rows
 from .quant_backbone import QuantBackbone
 from .simple_feature_pyramid import SimpleFeaturePyramid
+from .stage import Stage
 from .timm_conversion import convert_timm_vit_state_dict
 
 __all__ = [

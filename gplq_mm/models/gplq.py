@@ -1,7 +1,6 @@
 """The GPLQ model: a quantized student and, while it trains, its frozen FP32 teacher."""
 
 import copy
-from enum import IntEnum
 
 import torch
 import torch.nn.functional as F
@@ -10,32 +9,27 @@ from torch import Tensor, nn
 
 from ..checkpoint import load_float_weights
 from ..layers import (
-    act_quantizers,
     freeze_activations,
+    freeze_learned_weights,
     is_calibrated,
+    learn_weights,
+    learned_parameters,
     quant_layers,
     quantize_model,
     require_frozen,
+    weights_are_learned,
 )
 from ..quant import QuantPolicy
 from ..quant.reduce import is_finite_everywhere
 from ..registry import MODELS
 from .feature_tap import FeatureTap, feature_layer_of, feature_width
+from .stage import Stage, check_order
 
-__all__ = ['GPLQ', 'NonFiniteLossError', 'Stage']
+__all__ = ['GPLQ', 'NonFiniteLossError']
 
 
 class NonFiniteLossError(FloatingPointError):
     """The loss became NaN or infinite; the update was not made."""
-
-
-class Stage(IntEnum):
-    """How far the model has come. The order is enforced, and the stage is saved with it."""
-
-    FLOAT = 0
-    CALIBRATED = 1
-    ACT_QAT = 2
-    WEIGHT_PTQ = 3
 
 
 @MODELS.register_module()
@@ -57,6 +51,11 @@ class GPLQ(BaseModel):
         compensation: ``dict(type='QwT')``, ``dict(type='QwTv2')`` or None.
         train_weights: Whether Stage 1 trains the FP32 weights too (the paper's text) or only
             the quantizers.
+        direct: ``dict(granularity='row', init='observer')`` for direct QAT, the usual baseline:
+            weights and activations are quantized and learned together, for
+            :class:`gplq_mm.engine.DirectQATLoop`. A weight scale belongs to a ``'row'`` or a
+            ``'tensor'`` and starts where the policy's ``weight.observer`` puts it, or by LSQ's
+            rule (``'lsq'``). None for GPLQ.
         teacher: Whether to keep a teacher. Training needs one for ``mimic`` and ``distill``,
             evaluation does not.
         feature_layer: Name of the layer with the features to mimic. Of a Linear it is the input,
@@ -81,6 +80,7 @@ class GPLQ(BaseModel):
         task_weight: float = 1.0,
         compensation: dict | None = None,
         train_weights: bool = True,
+        direct: dict | None = None,
         teacher: bool = True,
         feature_layer: str | None = None,
         backbone_from: str | None = None,
@@ -93,9 +93,12 @@ class GPLQ(BaseModel):
         self._check_start(mimic, distill)
         self.task_weight = task_weight
         self.distill = self._check_distill(distill)
+        self.direct = self._check_direct(direct, compensation)
         float_model = copy.deepcopy(student) if teacher else None
         self.policy = QuantPolicy(**(policy or {}))
         self.quant_report = quantize_model(student, self.policy, compensation)
+        if self.direct is not None:
+            learn_weights(student, self.direct['granularity'])
         self.architecture = student
         self._set_teacher(float_model)
         self.tap = self.teacher_tap = None
@@ -113,7 +116,7 @@ class GPLQ(BaseModel):
                     {'type': 'gplq_mm.PCAMimicLoss', **mimic, 'dim': dim}
                 )
         if not train_weights:
-            learned = {id(p) for q in act_quantizers(student).values() for p in q.parameters()}
+            learned = {id(parameter) for parameter in learned_parameters(student)}
             for parameter in student.parameters():
                 parameter.requires_grad_(id(parameter) in learned)
         self.register_buffer('stage_code', torch.zeros((), dtype=torch.uint8))
@@ -164,6 +167,20 @@ class GPLQ(BaseModel):
             raise ValueError(f'distill has unknown key(s) {sorted(unknown)}.')
         return {'loss_weight': 1.0, 'temperature': 1.0, **distill}
 
+    @staticmethod
+    def _check_direct(direct: dict | None, compensation: dict | None) -> dict | None:
+        if direct is None:
+            return None
+        unknown = set(direct) - {'granularity', 'init'}
+        if unknown:
+            raise ValueError(f'direct has unknown key(s) {sorted(unknown)}.')
+        if compensation is not None:
+            raise ValueError(
+                'direct QAT ends with the weights it has learned, and fits no compensation to '
+                'them; set compensation=None.'
+            )
+        return {'granularity': 'row', 'init': 'observer', **direct}
+
     # -- the teacher lives outside the module tree: it is neither saved nor trained -----------
 
     def _set_teacher(self, teacher: nn.Module | None) -> None:
@@ -192,34 +209,41 @@ class GPLQ(BaseModel):
     def stage_names(self) -> dict[str, str]:
         """Rows of a result table -> name of the stage, for example ``act`` -> ``'w32a4'``."""
         label = self.policy.label
-        return {
+        names = {
             'fp32': 'fp32',
             'ptq': f'ptq_{label}',
             'act': f'w32{label[label.index("a") :]}',
             'latent_fp32': 'latent_fp32',
             'final': label,
         }
+        if self.direct is not None:
+            # There is no moment at which activations alone are quantized.
+            del names['act']
+        return names
 
     @property
     def state_name(self) -> str:
         """What the model computes as it is: ``'fp32'``, ``'w32a4'`` or ``'w4a4'``."""
         if self.stage == Stage.FLOAT:
             return 'fp32'
-        return self.stage_names['final' if self.stage == Stage.WEIGHT_PTQ else 'act']
+        names = self.stage_names
+        return (
+            names['final'] if self.stage == Stage.WEIGHT_PTQ else names.get('act', names['final'])
+        )
 
     def advance(self, stage: Stage) -> None:
         """Enters ``stage``.
 
         Raises:
-            RuntimeError: If that would go back, or skip the calibration.
+            RuntimeError: If that would go back, skip the calibration, or belongs to the other
+                method.
         """
         stage = Stage(stage)
-        if stage < self.stage:
-            raise RuntimeError(
-                f'the model is at {self.stage.name} and cannot go back to {stage.name}.'
-            )
-        if stage >= Stage.CALIBRATED and not is_calibrated(self.architecture):
+        check_order(self.stage, stage, self.direct is not None)
+        if stage != Stage.FLOAT and not is_calibrated(self.architecture):
             raise RuntimeError(f'{stage.name} needs calibrated activation quantizers first.')
+        if stage == Stage.DIRECT_QAT and not weights_are_learned(self.architecture):
+            raise RuntimeError(f'{stage.name} needs initialized weight quantizers first.')
         if stage == Stage.WEIGHT_PTQ:
             require_frozen(self.architecture)
             pending = [
@@ -234,6 +258,10 @@ class GPLQ(BaseModel):
     def freeze_activations(self) -> None:
         """Ends Stage 1: scales and zero-points never change again."""
         freeze_activations(self.architecture)
+
+    def freeze_learned_weights(self) -> None:
+        """Ends direct QAT: weights become the integers that training has simulated."""
+        freeze_learned_weights(self.architecture)
 
     # -- weights --------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from .blockwise import find_units, quantize_weights, round_weights
 from .build import build_weight_ptq
 from .gptq import GPTQ, damped_hessian, gptq_round
+from .learned import init_learned_weights
 from .refinement import coordinate_descent, refit_row_scale
 from .reparam import Reparametrization, reparametrize, reparametrize_
 from .rounding import RoundToNearest
@@ -20,6 +21,7 @@ __all__ = [
     'find_units',
     'gptq_round',
     'group_width',
+    'init_learned_weights',
     'quantize_weights',
     'refit_row_scale',
     'reparametrize',

@@ -8,10 +8,12 @@ from .functional import (
     quantize,
     quantize_log_sqrt2,
 )
+from .learned_weight import LearnedWeightQuantizer
 from .observers import MinMaxObserver, MSEObserver, PercentileObserver, build_observer
 from .quantized_weight import QuantizedWeight
 from .quantizers import (
     ActQuantizer,
+    LearnedQuantizer,
     NotCalibratedError,
     ProbQuantizer,
     QuantState,
@@ -23,6 +25,8 @@ from .spec import ActSpec, PolicyError, QuantPolicy, SiteSpec, WeightSpec
 __all__ = [
     'ActQuantizer',
     'ActSpec',
+    'LearnedQuantizer',
+    'LearnedWeightQuantizer',
     'MSEObserver',
     'MinMaxObserver',
     'NotCalibratedError',

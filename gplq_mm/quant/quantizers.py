@@ -23,7 +23,14 @@ from .observers import build_observer
 from .quantized_weight import QuantizedWeight
 from .spec import ActSpec, WeightSpec
 
-__all__ = ['ActQuantizer', 'NotCalibratedError', 'ProbQuantizer', 'QuantState', 'WeightQuantizer']
+__all__ = [
+    'ActQuantizer',
+    'LearnedQuantizer',
+    'NotCalibratedError',
+    'ProbQuantizer',
+    'QuantState',
+    'WeightQuantizer',
+]
 
 # Scales are learned without a constraint; this floor keeps a bad step from reaching zero.
 MIN_SCALE = 1e-8
@@ -36,7 +43,7 @@ class NotCalibratedError(RuntimeError):
 
 
 class QuantState(IntEnum):
-    """Life of an activation quantizer, in order."""
+    """Life of a learned quantizer, in order."""
 
     UNCALIBRATED = 0
     OBSERVING = 1
@@ -44,8 +51,42 @@ class QuantState(IntEnum):
     FROZEN = 3
 
 
+class LearnedQuantizer(nn.Module):
+    """A quantizer with parameters that are learned, and the state of its life.
+
+    Args:
+        name: Full name of the site, for messages.
+    """
+
+    def __init__(self, name: str = ''):
+        super().__init__()
+        self.site = name
+        self.register_buffer('state_code', torch.zeros((), dtype=torch.uint8))
+        # Mirror of `state_code`: reading a device tensor in every forward would synchronise.
+        self._state = QuantState.UNCALIBRATED
+
+    @property
+    def state(self) -> QuantState:
+        """Where in its life the quantizer is."""
+        return self._state
+
+    def _set_state(self, state: QuantState) -> None:
+        self._state = QuantState(state)
+        self.state_code.fill_(int(state))
+        for parameter in self.parameters():
+            parameter.requires_grad_(state < QuantState.FROZEN)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        state = int(self.state_code)
+        # A run that was killed while observing starts calibration again.
+        if state == QuantState.OBSERVING:
+            state = QuantState.UNCALIBRATED
+        self._set_state(QuantState(state))
+
+
 @QUANTIZERS.register_module(name='uniform')
-class ActQuantizer(nn.Module):
+class ActQuantizer(LearnedQuantizer):
     """Learned uniform activation quantizer (LSQ, LSQ+).
 
     ``scale`` (and ``offset`` for a float zero-point) are parameters of their final shape from
@@ -63,9 +104,8 @@ class ActQuantizer(nn.Module):
     saved_bytes: int = 2
 
     def __init__(self, spec: ActSpec, shape: tuple[int, ...], name: str = ''):
-        super().__init__()
+        super().__init__(name)
         self.spec = spec
-        self.site = name
         self.qmin, self.qmax = spec.code_range
         self.enabled = True
         self.observer = None
@@ -76,19 +116,11 @@ class ActQuantizer(nn.Module):
             self.register_parameter('offset', None)
         if spec.zero_point == 'integer':
             self.register_buffer('zero_point', torch.zeros(shape))
-        self.register_buffer('state_code', torch.zeros((), dtype=torch.uint8))
-        # Mirror of `state_code`: reading a device tensor in every forward would synchronise.
-        self._state = QuantState.UNCALIBRATED
 
     @property
     def row_relative(self) -> bool:
         """Whether the input must be scaled by its row's maximum (attention probabilities)."""
         return self.spec.row_relative
-
-    @property
-    def state(self) -> QuantState:
-        """Where in its life the quantizer is."""
-        return self._state
 
     @property
     def state_grid(self) -> list[int]:
@@ -111,12 +143,6 @@ class ActQuantizer(nn.Module):
     def is_watched(self) -> bool:
         """Whether a hook waits for what the quantizer is given and what it makes of it."""
         return bool(self._forward_hooks)
-
-    def _set_state(self, state: QuantState) -> None:
-        self._state = QuantState(state)
-        self.state_code.fill_(int(state))
-        for parameter in self.parameters():
-            parameter.requires_grad_(state < QuantState.FROZEN)
 
     def observe(self) -> None:
         """Starts calibration: forward passes data through and only looks at it.
@@ -221,14 +247,6 @@ class ActQuantizer(nn.Module):
                     'quantizer works for one input size only; use granularity "head".'
                 )
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        state = int(self.state_code)
-        # A run that was killed while observing starts calibration again.
-        if state == QuantState.OBSERVING:
-            state = QuantState.UNCALIBRATED
-        self._set_state(QuantState(state))
-
     def extra_repr(self) -> str:
         return f'{self.spec.bits} bit, {self.spec.granularity}, {self._state.name}'
 
@@ -276,6 +294,8 @@ class WeightQuantizer(nn.Module):
         self.enabled = True
         for buffer in ('codes', 'row_scale', 'multiplier', 'permutation', 'bias'):
             self.register_buffer(buffer, None)
+        # Direct QAT's learned quantizer (LearnedWeightQuantizer); it simulates before `set`.
+        self.register_module('learned', None)
         # Says where the module is while it is empty, so that loading fills it there.
         self.register_buffer('_anchor', torch.empty(0), persistent=False)
 

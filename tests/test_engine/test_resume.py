@@ -20,6 +20,7 @@ from tiny_runs import (
 
 import gplq_mm.checkpoint as checkpoint_module
 import gplq_mm.engine.loops.gplq_loop as loop_module
+import gplq_mm.engine.loops.quant_loop as quant_loop_module
 
 
 class KillAt(Hook):
@@ -147,7 +148,7 @@ def test_death_before_the_summary(tmp_path, float_checkpoints, undisturbed, monk
     def die(*_args):
         raise Killed
 
-    monkeypatch.setattr(loop_module, 'write_summary', die)
+    monkeypatch.setattr(quant_loop_module, 'write_summary', die)
     kill(cfg)
     monkeypatch.undo()
     assert (tmp_path / 'w4a4.pth').is_file()

@@ -10,9 +10,16 @@ from mmengine.registry import MODELS
 from mmpretrain.structures import DataSample
 
 from gplq_mm.checkpoint import CheckpointError
-from gplq_mm.layers import act_quantizers, calibrate, is_calibrated, quant_layers
+from gplq_mm.layers import (
+    act_quantizers,
+    calibrate,
+    is_calibrated,
+    learned_parameters,
+    quant_layers,
+)
 from gplq_mm.models import GPLQ, NonFiniteLossError, PCAMimicLoss, Stage, feature_rows
-from gplq_mm.ptq import RoundToNearest, quantize_weights
+from gplq_mm.ptq import RoundToNearest, init_learned_weights, quantize_weights
+from gplq_mm.quant import NotCalibratedError, PolicyError
 
 
 def samples(count=4):
@@ -174,6 +181,54 @@ def test_stages_come_in_order(checkpoint):
     with pytest.raises(RuntimeError, match='cannot be trained'):
         model(images(), samples(), mode='loss')
     assert model(images(), samples(), mode='predict')[0].pred_label.numel() == 1
+
+
+def test_stages_of_direct_qat_come_in_order(checkpoint):
+    model = build(checkpoint, direct={}, policy=dict(weight=dict(layout='raw')))
+    assert model.state_name == 'w4a4', 'weights are quantized from the start'
+    assert 'act' not in model.stage_names
+    with pytest.raises(RuntimeError, match=r'ACT_QAT is no stage .* direct=True .*DIRECT_QAT'):
+        model.advance(Stage.ACT_QAT)
+    with pytest.raises(RuntimeError, match='initialized weight quantizers'):
+        model.advance(Stage.DIRECT_QAT)
+    init_learned_weights(model.architecture)
+    model.advance(Stage.DIRECT_QAT)
+    with pytest.raises(RuntimeError, match='cannot go back'):
+        model.advance(Stage.CALIBRATED)
+    with pytest.raises(NotCalibratedError, match='LEARNING'):
+        model.freeze_learned_weights()
+    model.freeze_activations()
+    with pytest.raises(RuntimeError, match='not quantized yet'):
+        model.advance(Stage.WEIGHT_PTQ)
+    model.freeze_learned_weights()
+    model.advance(Stage.WEIGHT_PTQ)
+    with pytest.raises(RuntimeError, match='cannot be trained'):
+        model(images(), samples(), mode='loss')
+    with pytest.raises(RuntimeError, match='DIRECT_QAT is no stage'):
+        build(checkpoint).advance(Stage.DIRECT_QAT)
+
+
+def test_direct_qat_trains_weights_and_all_scales(checkpoint):
+    model = build(checkpoint, direct={}, policy=dict(weight=dict(layout='raw')))
+    init_learned_weights(model.architecture)
+    model(images(), samples(), mode='loss')['loss'].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+    for name, layer in quant_layers(model).items():
+        assert layer.weight_quantizer.learned.ratio.grad.abs().sum() > 0, name
+    scales = build(checkpoint, direct={}, train_weights=False)
+    learned = {id(parameter) for parameter in learned_parameters(scales)}
+    assert {id(p) for p in scales.parameters() if p.requires_grad} == learned
+    assert len(learned) > len(list(quant_layers(scales)))
+
+
+def test_bad_settings_of_direct_qat(checkpoint):
+    with pytest.raises(ValueError, match='compensation=None'):
+        GPLQ(vit_cfg(), direct={}, compensation=dict(type='QwT'))
+    with pytest.raises(ValueError, match='lr'):
+        GPLQ(vit_cfg(), direct=dict(lr=1))
+    with pytest.raises(PolicyError, match='layout="raw"'):
+        GPLQ(vit_cfg(), direct=dict(granularity='tensor'))
 
 
 def test_the_stage_is_saved_with_the_model(checkpoint):

@@ -1,0 +1,316 @@
+"""What all quantization loops share: resumable training, evaluation, the record and the summary."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.runner import EpochBasedTrainLoop
+
+from ...checkpoint import CheckpointError
+from ...evaluation import feature_distance, layer_output_error, weight_drift
+from ...layers import quant_layers, quantizers_disabled
+from ...models import GPLQ, Stage
+from ...ptq import build_weight_ptq, round_weights
+from ...quant import NotCalibratedError
+from ...quant.reduce import rank_and_world_size
+from ..calibration_set import CalibrationSet
+from ..run_record import RunRecord, print_summary, write_summary
+from ..weights import unwrap
+
+__all__ = ['QuantTrainLoop']
+
+
+class _RunStateHook(Hook):
+    """Carries the loop's record and the model's policy in every checkpoint."""
+
+    priority = 'HIGHEST'
+
+    def __init__(self, loop: 'QuantTrainLoop'):
+        self.loop = loop
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        model = self.loop.model
+        checkpoint['gplq'] = {
+            'stage': model.stage.name,
+            'policy': model.policy.to_dict(),
+            'direct': model.direct,
+            'seed': self.loop.seed,
+            'data': self.loop.data,
+            'record': self.loop.record.state_dict(),
+        }
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        if 'gplq' in checkpoint:
+            self.loop.record.load_state_dict(checkpoint['gplq']['record'])
+            if 'optimizer' in checkpoint:
+                self._require_same_data(checkpoint['gplq']['data'])
+
+    def _require_same_data(self, saved: dict) -> None:
+        own = self.loop.data
+        if saved != own:
+            raise CheckpointError(
+                f'the checkpoint was saved amid {saved["images"]} training images in batches of '
+                f'{saved["batch"]} over all ranks, this run has {own["images"]} in batches of '
+                f'{own["batch"]}: resume with the data, batch size and number of ranks that the '
+                'run began with, or start a new run in another work dir.'
+            )
+
+
+class QuantTrainLoop(EpochBasedTrainLoop):
+    """Calibration, then what a subclass does, with evaluation before, between and after.
+
+    Every step is done once and recorded in the next checkpoint, so that a resumed run goes on
+    where the last complete checkpoint stands. While it trains, data order and random numbers
+    depend on the seed and the iteration alone.
+
+    Args:
+        runner: The runner.
+        dataloader: Training data; its sampler must be a ``gplq_mm.ResumableSampler``.
+        max_epochs: Epochs of training; 0 leaves it out.
+        max_iters: Stops training after so many iterations. Defaults to all of the epochs.
+        baseline: PTQ method (a name or config) without data that stands beside the result as
+            plain W4A4 PTQ, or None.
+        num_diagnostic_images: Validation images for the feature distance.
+        error_images: Which training images the PTQ error is measured on: ``num_images``,
+            ``batch_size``, ``seed``.
+
+    Raises:
+        ValueError: If the sampler cannot resume within an epoch, or a batch sampler is set.
+        TypeError: If the model is not a GPLQ model.
+    """
+
+    def __init__(
+        self,
+        runner,
+        dataloader,
+        max_epochs: int = 1,
+        max_iters: int | None = None,
+        baseline: dict | str | None = 'RoundToNearest',
+        num_diagnostic_images: int = 512,
+        error_images: dict | None = None,
+    ):
+        super().__init__(runner, dataloader, max_epochs=max(max_epochs, 1))
+        name = type(self).__name__
+        if not isinstance(unwrap(runner.model), GPLQ):
+            raise TypeError(f'{name} trains a model of type gplq_mm.GPLQ.')
+        if self.dataloader.batch_size is None:
+            raise ValueError(
+                f'{name} counts batches of one size; set train_dataloader.batch_sampler=None.'
+            )
+        if not hasattr(self.dataloader.sampler, 'set_position'):
+            raise ValueError(
+                f'{name} resumes within an epoch; set train_dataloader.sampler='
+                "dict(type='gplq_mm.ResumableSampler', shuffle=True) and wrap the data set in "
+                "dict(type='gplq_mm.SeededDataset', dataset=...)."
+            )
+        self._max_epochs = max_epochs
+        self._max_iters = max_epochs * len(self.dataloader)
+        if max_iters is not None:
+            if max_iters < 0:
+                raise ValueError(f'max_iters={max_iters} must not be negative.')
+            self._max_iters = min(max_iters, self._max_iters)
+        if isinstance(baseline, str):
+            baseline = {'type': baseline}
+        self.baseline = None if baseline is None else build_weight_ptq(baseline)
+        self.num_diagnostic_images = num_diagnostic_images
+        self.error_images = {'num_images': 64, 'batch_size': 32, 'seed': 0, **(error_images or {})}
+        self.seed = runner.seed or 0
+        self.record = RunRecord()
+        self._teacher_outputs: list[tuple] = []
+        runner.register_hook(_RunStateHook(self))
+
+    @property
+    def model(self) -> GPLQ:
+        """The GPLQ model inside any wrapper."""
+        return unwrap(self.runner.model)
+
+    @property
+    def data(self) -> dict[str, int]:
+        """Training images, and how many of them all ranks together take in an iteration."""
+        _, world_size = rank_and_world_size()
+        return {
+            'images': len(self.dataloader.dataset),
+            'batch': self.dataloader.batch_size * world_size,
+        }
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Row of the result table -> name of the stage."""
+        return self.model.stage_names
+
+    # -- the run --------------------------------------------------------------------------
+
+    def run(self) -> torch.nn.Module:
+        """Runs what has not been run yet."""
+        self.runner.call_hook('before_train')
+        if self.model.stage < Stage.CALIBRATED:
+            raise NotCalibratedError(
+                'the activation quantizers are not calibrated; add '
+                "dict(type='gplq_mm.CalibrationHook') to custom_hooks."
+            )
+        if self.model.stage == Stage.CALIBRATED and self._iter == 0:
+            self._start()
+            self._measure_start()
+        if self.model.stage != Stage.WEIGHT_PTQ:
+            self._quantize()
+            self.runner.call_hook('after_stage', name=self.names['final'], optimizer=False)
+        self._measure_end()
+        self.runner.call_hook('after_train')
+        return self.runner.model
+
+    def _start(self) -> None:
+        """What follows calibration and comes before anything is measured or saved."""
+
+    def _quantize(self) -> None:
+        """From the calibrated model to quantized weights (``Stage.WEIGHT_PTQ``)."""
+        raise NotImplementedError
+
+    def _measure_start(self) -> None:
+        names, record = self.names, self.record
+        if names['fp32'] in record.metrics:
+            return
+        if self.model.backbone_from is not None:
+            # The heads of the new task are untrained: neither row would say anything.
+            self.runner.call_hook('after_stage', name='calibrated', optimizer=False)
+            return
+        with self._evaluation(names['fp32']), quantizers_disabled(self.model):
+            self._evaluate(names['fp32'])
+        if self.baseline is not None:
+            # The latent weights are untouched, so the baseline needs no copy of the model.
+            with record.clock.stage('baseline'):
+                round_weights(self.model.architecture, self.baseline)
+            with self._evaluation(names['ptq']):
+                self._evaluate(names['ptq'])
+            with record.clock.stage('diagnostics'):
+                record.ptq_error['without_stage1'] = self._ptq_error(False)
+            for layer in quant_layers(self.model).values():
+                layer.weight_quantizer.clear()
+        self.runner.call_hook('after_stage', name='calibrated', optimizer=False)
+
+    def _train(self, step: str) -> None:
+        """All iterations that are left, booked as ``step``."""
+        with self.record.clock.stage(step):
+            while self._iter < self._max_iters and not self.stop_training:
+                self._epoch = self._iter // len(self.dataloader)
+                self.run_epoch()
+
+    def _measure_latent(self) -> None:
+        """Accuracy of the trained FP32 weights, and how far they have moved."""
+        name, record, model = self.names['latent_fp32'], self.record, self.model
+        with self._evaluation(name), quantizers_disabled(model):
+            self._evaluate(name)
+        if model.teacher is not None:
+            with record.clock.stage('diagnostics'):
+                reference = model.teacher.state_dict()
+                record.weight_drift = weight_drift(model.architecture, reference)
+
+    def _measure_end(self) -> None:
+        names, record = self.names, self.record
+        if names['final'] not in record.metrics:
+            with self._evaluation(names['final']):
+                self._evaluate(names['final'])
+            with record.clock.stage('diagnostics'):
+                record.ptq_error['with_stage1'] = self._ptq_error(True)
+            self.runner.call_hook('after_stage', name=names['final'], optimizer=False)
+        if is_main_process():
+            path = Path(self.runner.work_dir) / 'summary.json'
+            extra = {
+                'stages': names,
+                'policy': self.model.policy.to_dict(),
+                'direct': self.model.direct,
+                'checkpoint': str(Path(self.runner.work_dir) / f'{names["final"]}.pth'),
+                'seed': self.seed,
+                'act_qat_iterations': self._iter,
+            }
+            print_summary(write_summary(path, record, extra))
+            self.runner.logger.info(f'summary: {path}')
+
+    # -- training -------------------------------------------------------------------------
+
+    def run_epoch(self) -> None:
+        """The rest of the current epoch."""
+        length = len(self.dataloader)
+        done = self._iter - self._epoch * length
+        self.runner.call_hook('before_train_epoch')
+        self.runner.model.train()
+        _, world_size = rank_and_world_size()
+        consumed = done * self.dataloader.batch_size * world_size
+        self.dataloader.sampler.set_position(self._epoch, consumed)
+        for index, data_batch in enumerate(self.dataloader, start=done):
+            self._seed_iteration()
+            self.run_iter(index, data_batch)
+            if self._iter >= self._max_iters:
+                break
+        self.runner.call_hook('after_train_epoch')
+        self._epoch += 1
+
+    def _seed_iteration(self) -> None:
+        """Random numbers of an iteration (drop path, mixup) depend on nothing before it."""
+        rank, _ = rank_and_world_size()
+        seed = np.random.SeedSequence((self.seed, rank, self._iter)).generate_state(1)[0].item()
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+
+    # -- evaluation -----------------------------------------------------------------------
+
+    @contextmanager
+    def _evaluation(self, name: str) -> Iterator[None]:
+        self.runner.logger.info(f'evaluation of {name}')
+        with self.record.clock.stage(f'evaluation_{name}'):
+            yield
+        self.runner.model.eval()
+
+    def _evaluate(self, name: str) -> None:
+        """Metrics of the model as it is, and its distance to the teacher."""
+        if self.runner.val_loop is not None:
+            self.record.metrics[name] = dict(self.runner.val_loop.run())
+        else:
+            self.record.metrics[name] = {}
+        # At the start student and teacher are the same.
+        # Maps of a detector are too large to keep, and lead to no single decision to compare.
+        measurable = self.model.teacher_tap is not None and not self.model.taps_maps
+        measurable &= self.runner.val_loop is not None
+        if measurable and name != self.names['fp32']:
+            self.model.eval()
+            self.record.feature_distance[name] = feature_distance(self._feature_pairs())
+
+    def _feature_pairs(self) -> Iterator[tuple]:
+        """Outputs of student and teacher on the first validation images.
+
+        The teacher never changes, so its outputs (a few MB) are computed once a run.
+        """
+        known = self._teacher_outputs
+        seen = 0
+        for index, batch in enumerate(self.runner.val_loop.dataloader):
+            data = self.model.data_preprocessor(batch, False)
+            if index == len(known):
+                known.append(self.model.teacher_outputs(data['inputs']))
+            yield self.model.student_outputs(data['inputs']), known[index]
+            seen += len(data['inputs'])
+            if seen * rank_and_world_size()[1] >= self.num_diagnostic_images:
+                return
+
+    def _prepared(self, batches) -> Iterator[dict]:
+        for batch in batches:
+            yield self.model.data_preprocessor(batch, False)
+
+    @property
+    def _forward(self) -> Callable[[dict], object]:
+        architecture = self.model.architecture
+        return lambda data: architecture(**data, mode='tensor')
+
+    def _ptq_error(self, activations_quantized: bool) -> dict:
+        images = CalibrationSet.from_runner(self.runner, **self.error_images)
+        with torch.no_grad():
+            return layer_output_error(
+                self.model.architecture,
+                self._prepared(images.batches()),
+                self._forward,
+                activations_quantized,
+            )
