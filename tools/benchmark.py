@@ -1,4 +1,4 @@
-"""Measure the packed layers and models against what a user could run instead, in one run.
+"""Measure packed layers and models, and training, against what a user could run instead.
 
 All candidates take turns, on the same number of threads; a row is the median over the rounds.
 """
@@ -30,6 +30,8 @@ from gplq_mm.checkpoint import atomic_write
 from gplq_mm.deploy.peers import PACKAGES, PEERS, PeerUnavailable, build_peer
 from gplq_mm.deploy.synthetic import synthetic_linear, synthetic_model
 from gplq_mm.engine import one_line_errors
+from gplq_mm.engine.train_cost import IMPLS as TRAINING_IMPLS
+from gplq_mm.engine.train_cost import build_step, training_memory
 from gplq_mm.evaluation.timing import Timing, describe_machine, interleave
 from gplq_mm.ops import native
 from gplq_mm.registry import MODELS
@@ -37,6 +39,8 @@ from gplq_mm.registry import MODELS
 OURS = 'gplq_int4'
 LINEAR_IMPLS = (OURS, 'torch_fp32', 'torch_bf16', 'torch_int8')
 MODEL_IMPLS = (OURS, *PEERS)
+# What the others are compared with.
+BASES = {'linear': OURS, 'model': OURS, 'train': 'fp32'}
 CONFIGS = Path(__file__).resolve().parent.parent / 'configs'
 ARCHITECTURES = {
     'vit-tiny': '_base_/models/vit-tiny_p16_224.py',
@@ -90,10 +94,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help='map beside every block of our model',
     )
     model.set_defaults(run=run_model)
+
+    train = commands.add_parser(
+        'train', parents=[shared], help='training steps: memory and time, teacher included'
+    )
+    train.add_argument(
+        '--model',
+        nargs='+',
+        default=['vit-tiny'],
+        help=f'{", ".join(ARCHITECTURES)}, or the config file of a classifier',
+    )
+    train.add_argument('--impls', nargs='+', choices=TRAINING_IMPLS, default=list(TRAINING_IMPLS))
+    train.set_defaults(run=run_train)
     args = parser.parse_args(argv)
-    if OURS not in args.impls:
-        # Ratios are those to ours.
-        args.impls.insert(0, OURS)
+    base = BASES[args.command]
+    if base not in args.impls:
+        args.impls.insert(0, base)
     return args
 
 
@@ -114,8 +130,8 @@ def json_path(text: str) -> Path:
 # -- what is measured ---------------------------------------------------------------------
 
 
-def build_float(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
-    """Float model with random weights, and the shape of its images."""
+def load_architecture(name: str) -> tuple[dict, tuple[int, int, int]]:
+    """Config of a float model, and the shape of its images."""
     path = CONFIGS / ARCHITECTURES[name] if name in ARCHITECTURES else Path(name)
     if name not in ARCHITECTURES and path.suffix != '.py':
         sys.exit(
@@ -128,11 +144,16 @@ def build_float(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
     architecture = copy.deepcopy(cfg.model.get('architecture', cfg.model))
     # Training only, and it says so in the log.
     architecture.pop('train_cfg', None)
-    torch.manual_seed(0)
-    model = MODELS.build(architecture).eval().requires_grad_(False)
     size = architecture.backbone.get('img_size', 224)
     height, width = (size, size) if isinstance(size, int) else size
-    return model, (architecture.backbone.get('in_channels', 3), height, width)
+    return architecture, (architecture.backbone.get('in_channels', 3), height, width)
+
+
+def build_float(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
+    """Float model with random weights, and the shape of its images."""
+    architecture, image = load_architecture(name)
+    torch.manual_seed(0)
+    return MODELS.build(architecture).eval().requires_grad_(False), image
 
 
 @torch.no_grad()
@@ -315,6 +336,62 @@ def run_model(args: argparse.Namespace, console: Console) -> tuple[list[dict], d
     return rows, skipped
 
 
+def run_train(args: argparse.Namespace, console: Console) -> tuple[list[dict], dict]:
+    rows = []
+    for name in args.model:
+        # Plain data: it goes to other processes.
+        architecture, image = load_architecture(name)
+        architecture = architecture.to_dict()
+        for batch in args.batch:
+            label = f'{name if name in ARCHITECTURES else Path(name).stem}, batch {batch}'
+            memory = {}
+            for impl in args.impls:
+                with console.status(f'{label}: memory of {impl}'):
+                    memory[impl] = training_memory(impl, architecture, image, batch, args.threads)
+            steps = {impl: build_step(impl, architecture, image, batch) for impl in args.impls}
+            timings = measure(steps, args.rounds, label, console)
+            base = BASES['train']
+            new = [
+                {
+                    'name': 'train',
+                    'model': label.partition(',')[0],
+                    'batch': batch,
+                    'threads': args.threads,
+                    'impl': impl,
+                    **memory[impl],
+                    'step_ms': timing.median_ms,
+                    **{
+                        f'{key}_ratio': memory[impl][f'{key}_mb'] / memory[base][f'{key}_mb']
+                        for key in ('saved', 'peak')
+                    },
+                    'step_ratio': timing.median_ms / timings[base].median_ms,
+                    'quartile1_ms': timing.quartiles_ms[0],
+                    'quartile3_ms': timing.quartiles_ms[1],
+                    'rounds': len(timing.samples),
+                }
+                for impl, timing in timings.items()
+            ]
+            show_training(new, f'{label}, {args.threads} threads, in multiples of FP32', console)
+            rows += new
+    return rows, {}
+
+
+def show_training(rows: list[dict], title: str, console: Console) -> None:
+    """Prints what training steps cost."""
+    table = Table(title=title, title_justify='left')
+    table.add_column('implementation')
+    for heading in ('kept for backward', 'peak memory', 'step'):
+        table.add_column(heading, justify='right')
+    for row in rows:
+        table.add_row(
+            row['impl'],
+            f'{row["saved_ratio"]:.2f}  ({row["saved_mb"]:.0f} MB)',
+            f'{row["peak_ratio"]:.2f}  ({row["peak_mb"]:.0f} MB)',
+            f'{row["step_ratio"]:.2f}  ({row["step_ms"]:.0f} ms)',
+        )
+    console.print(table)
+
+
 def show(rows: list[dict], title: str, console: Console) -> None:
     """Prints one comparison."""
     table = Table(title=title, title_justify='left')
@@ -334,7 +411,7 @@ def show(rows: list[dict], title: str, console: Console) -> None:
 
 
 def draw(rows: list[dict]) -> bytes:
-    """Bars of the durations relative to ours, one panel for each comparison, as PNG."""
+    """Bars of the ratios, one panel for each comparison, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -346,18 +423,38 @@ def draw(rows: list[dict]) -> bytes:
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(groups), 1, squeeze=False)[:, 0]
     for panel, (title, group) in zip(panels, groups.items(), strict=True):
-        colors = ['tab:orange' if row['impl'] == OURS else 'tab:blue' for row in group]
-        bars = panel.barh(
-            [row['impl'] for row in group], [row['times_ours'] for row in group], color=colors
-        )
-        panel.bar_label(bars, [f'{row["median_ms"]:.3g} ms' for row in group], padding=3)
+        if group[0]['name'] == 'train':
+            draw_training(panel, group)
+        else:
+            colors = ['tab:orange' if row['impl'] == OURS else 'tab:blue' for row in group]
+            bars = panel.barh(
+                [row['impl'] for row in group], [row['times_ours'] for row in group], color=colors
+            )
+            panel.bar_label(bars, [f'{row["median_ms"]:.3g} ms' for row in group], padding=3)
         panel.set_title(f'{title}, {group[0]["threads"]} threads', loc='left', fontsize=10)
         panel.margins(x=0.15)
         panel.invert_yaxis()
-    panels[-1].set_xlabel('time / ours (shorter is faster)')
+    training = rows[0]['name'] == 'train'
+    panels[-1].set_xlabel(
+        'multiples of FP32 training' if training else 'time / ours (shorter is faster)'
+    )
     buffer = BytesIO()
     figure.savefig(buffer, format='png', dpi=120)
     return buffer.getvalue()
+
+
+def draw_training(panel, group: list[dict]) -> None:
+    """Three bars an implementation: kept bytes, peak memory, time of a step."""
+    height = 0.27
+    for index, (key, label) in enumerate(
+        (('saved', 'kept for backward'), ('peak', 'peak memory'), ('step', 'step'))
+    ):
+        places = [place + (index - 1) * height for place in range(len(group))]
+        values = [row[f'{key}_ratio'] for row in group]
+        bars = panel.barh(places, values, height, label=label)
+        panel.bar_label(bars, [f'{value:.2f}' for value in values], padding=3, fontsize=8)
+    panel.set_yticks(range(len(group)), [row['impl'] for row in group])
+    panel.legend(fontsize=8)
 
 
 def write(path: Path, rows: list[dict], skipped: dict, environment: dict) -> None:

@@ -1,6 +1,7 @@
 """Quantized layers, attention adapters, compensation, and the in-place swap."""
 
 from .attention import QuantAttention, register_attention_adapter
+from .block_checkpoint import checkpoint_blocks
 from .compensation import Compensation, QwT, QwTv2, attach_compensation, build_compensation
 from .conv import QuantConv2d
 from .conv_transpose import QuantConvTranspose2d
@@ -21,6 +22,7 @@ from .states import (
     learned_parameters,
     quantizers_disabled,
     require_frozen,
+    set_saved_bytes,
     weights_are_learned,
     weights_disabled,
 )
@@ -46,6 +48,7 @@ __all__ = [
     'attach_compensation',
     'build_compensation',
     'calibrate',
+    'checkpoint_blocks',
     'find_blocks',
     'freeze_activations',
     'freeze_learned_weights',
@@ -57,6 +60,7 @@ __all__ = [
     'quantizers_disabled',
     'register_attention_adapter',
     'require_frozen',
+    'set_saved_bytes',
     'weights_are_learned',
     'weights_disabled',
 ]

@@ -13,6 +13,7 @@ from ..quant import (
     QuantState,
     WeightQuantizer,
 )
+from .attention import QuantAttention
 from .compensation import Compensation
 from .weight_layer import QuantWeightLayer
 
@@ -26,6 +27,7 @@ __all__ = [
     'learned_parameters',
     'quantizers_disabled',
     'require_frozen',
+    'set_saved_bytes',
     'weights_are_learned',
     'weights_disabled',
 ]
@@ -51,6 +53,26 @@ def learned_parameters(model: nn.Module) -> list[nn.Parameter]:
 def is_calibrated(model: nn.Module) -> bool:
     """Whether every activation quantizer has a scale."""
     return all(q.state >= QuantState.LEARNING for q in act_quantizers(model).values())
+
+
+def set_saved_bytes(model: nn.Module, saved_bytes: int | None) -> None:
+    """Sets what quantized layers keep of an activation for backward.
+
+    Args:
+        model: Quantized model; changed in place.
+        saved_bytes: 2 or 1 bytes a value (:mod:`gplq_mm.quant.code_state`), or None for the floats
+            that plain autograd keeps.
+
+    Raises:
+        ValueError: For another number.
+    """
+    if saved_bytes not in (None, 1, 2):
+        raise ValueError(f'saved_bytes={saved_bytes!r} must be 1, 2 or None.')
+    for module in model.modules():
+        if isinstance(module, (QuantWeightLayer, QuantAttention)):
+            module.saves_codes = saved_bytes is not None
+        elif isinstance(module, ActQuantizer) and saved_bytes is not None:
+            module.saved_bytes = saved_bytes
 
 
 def calibrate(model: nn.Module, run_pass: Callable[[int, int], None]) -> None:

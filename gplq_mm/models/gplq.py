@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import load_float_weights
 from ..layers import (
+    checkpoint_blocks,
     freeze_activations,
     freeze_learned_weights,
     is_calibrated,
@@ -17,6 +18,7 @@ from ..layers import (
     quant_layers,
     quantize_model,
     require_frozen,
+    set_saved_bytes,
     weights_are_learned,
 )
 from ..quant import QuantPolicy
@@ -56,6 +58,11 @@ class GPLQ(BaseModel):
             :class:`gplq_mm.engine.DirectQATLoop`. A weight scale belongs to a ``'row'`` or a
             ``'tensor'`` and starts where the policy's ``weight.observer`` puts it, or by LSQ's
             rule (``'lsq'``). None for GPLQ.
+        saved_bytes: Bytes that quantized layers keep of an activation for backward: 2, or 1, which
+            leaves 4 bits for the rounding residual, so that gradients of scales are a few percent
+            off. None keeps floats, as plain autograd does.
+        gradient_checkpointing: Whether residual blocks keep their input alone, and are computed
+            again in backward: less memory still, for a third more time.
         teacher: Whether to keep a teacher. Training needs one for ``mimic`` and ``distill``,
             evaluation does not.
         feature_layer: Name of the layer with the features to mimic. Of a Linear it is the input,
@@ -81,6 +88,8 @@ class GPLQ(BaseModel):
         compensation: dict | None = None,
         train_weights: bool = True,
         direct: dict | None = None,
+        saved_bytes: int | None = 2,
+        gradient_checkpointing: bool = False,
         teacher: bool = True,
         feature_layer: str | None = None,
         backbone_from: str | None = None,
@@ -99,6 +108,9 @@ class GPLQ(BaseModel):
         self.quant_report = quantize_model(student, self.policy, compensation)
         if self.direct is not None:
             learn_weights(student, self.direct['granularity'])
+        set_saved_bytes(student, saved_bytes)
+        if gradient_checkpointing:
+            checkpoint_blocks(student)
         self.architecture = student
         self._set_teacher(float_model)
         self.tap = self.teacher_tap = None

@@ -1,0 +1,159 @@
+"""What a training step costs: bytes kept for backward, peak memory, time."""
+
+import copy
+from collections.abc import Callable
+from multiprocessing import get_context
+
+import torch
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import init_default_scope
+from mmengine.structures import BaseDataElement
+from torch import Tensor, nn
+
+from ..layers import calibrate
+from ..models import GPLQ, Stage
+from ..ptq import init_learned_weights
+from ..registry import MODELS
+from .stage_clock import StageClock, resident_megabytes
+
+__all__ = ['IMPLS', 'TrainingStep', 'build_step', 'saved_megabytes', 'training_memory']
+
+# Training in FP32; ours, with two bytes an activation and with one; the same arithmetic as plain
+# autograd keeps it; and direct QAT, which fake-quantizes weights too.
+IMPLS = ('fp32', 'gplq', 'gplq_1byte', 'plain', 'direct')
+_SETTINGS = {
+    'gplq': {},
+    'gplq_1byte': dict(saved_bytes=1),
+    'plain': dict(saved_bytes=None),
+    'direct': dict(direct={}, policy=dict(preset='gplq', weight=dict(layout='raw'))),
+}
+LEARNING_RATE = 1e-6
+MEGABYTE = 2**20
+# Steps before one is measured: optimizer states and buffers of libraries are made in the first.
+WARM_UP = 2
+
+
+def _quantized(architecture: dict, settings: dict, images: Tensor) -> GPLQ:
+    """GPLQ model at the beginning of its training, calibrated on ``images``."""
+    model = GPLQ(architecture, mimic={}, **settings)
+    student = model.architecture
+    with torch.no_grad():
+        student.eval()
+        calibrate(student, lambda _index, _passes: student(images, mode='tensor'))
+        features, _ = model.teacher_outputs(images)
+        centered = features - features.mean(0)
+        model.mimic_loss.fit(features.mean(0), centered.T @ centered / len(features))
+    model.advance(Stage.CALIBRATED)
+    if model.direct is not None:
+        init_learned_weights(student, model.direct['init'])
+        model.advance(Stage.DIRECT_QAT)
+    else:
+        model.advance(Stage.ACT_QAT)
+    return model
+
+
+class TrainingStep:
+    """One step of training of a model, again and again on the same random images.
+
+    Args:
+        model: Takes ``(inputs, data_samples, mode='loss')``.
+        constructor: Of the optimizer wrapper, or None for mmengine's.
+        images: ``(N, C, H, W)``.
+        labels: ``(N,)``.
+    """
+
+    def __init__(self, model: nn.Module, constructor: str | None, images: Tensor, labels: Tensor):
+        cfg = dict(
+            type='OptimWrapper',
+            optimizer=dict(type='AdamW', lr=LEARNING_RATE, weight_decay=0.0),
+        )
+        if constructor is not None:
+            cfg.update(constructor=constructor, quantizer=dict(lr=LEARNING_RATE))
+        self.model = model.train()
+        self.optimizer = build_optim_wrapper(model, cfg)
+        self.images = images
+        self.samples = [BaseDataElement(gt_label=label[None]) for label in labels]
+
+    def loss(self) -> Tensor:
+        """Forward, the teacher's included."""
+        losses = self.model(self.images, self.samples, mode='loss')
+        return self.model.parse_losses(losses)[0]
+
+    def __call__(self) -> None:
+        self.optimizer.update_params(self.loss())
+
+
+def build_step(impl: str, architecture: dict, image: tuple[int, ...], batch: int) -> TrainingStep:
+    """Training step of one of :data:`IMPLS`, with random weights, images and labels.
+
+    Args:
+        impl: Which.
+        architecture: Config of an ImageClassifier of mmpretrain.
+        image: Shape of an image ``(C, H, W)``.
+        batch: Images a step.
+    """
+    init_default_scope('mmpretrain')
+    torch.manual_seed(0)
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    images = torch.randn(batch, *image, device=device)
+    labels = torch.randint(architecture['head']['num_classes'], (batch,), device=device)
+    architecture = copy.deepcopy(architecture)
+    if impl == 'fp32':
+        return TrainingStep(MODELS.build(architecture).to(device), None, images, labels)
+    model = _quantized(architecture, _SETTINGS[impl], images.cpu()).to(device)
+    return TrainingStep(model, 'gplq_mm.GPLQOptimWrapperConstructor', images, labels)
+
+
+def saved_megabytes(forward: Callable[[], Tensor], model: nn.Module) -> float:
+    """Megabytes (2**20 bytes) of the tensors that autograd keeps for backward, each storage once.
+
+    Args:
+        forward: Gives the loss.
+        model: Its parameters and buffers do not count.
+    """
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in own:
+            # A reference, so that no other storage can come to lie there.
+            kept[address] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = forward()
+    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    del loss
+    return total / MEGABYTE
+
+
+def _memory(impl: str, architecture: dict, image: tuple, batch: int, threads: int) -> dict:
+    torch.set_num_threads(threads)
+    before = resident_megabytes()
+    step = build_step(impl, architecture, image, batch)
+    for _ in range(WARM_UP):
+        step()
+    clock = StageClock()
+    with clock.stage('step'):
+        step()
+    peak = clock.peak_memory_mb['step'] - before
+    return {'saved_mb': saved_megabytes(step.loss, step.model), 'peak_mb': peak}
+
+
+def training_memory(
+    impl: str, architecture: dict, image: tuple[int, ...], batch: int, threads: int
+) -> dict[str, float]:
+    """Memory of a training step, measured in a process of its own.
+
+    Args:
+        impl, architecture, image, batch: As in :func:`build_step`.
+        threads: Of torch.
+
+    Returns:
+        ``saved_mb``, what is kept for backward, and ``peak_mb``, the highest memory during a step
+        with weights, gradients, optimizer and teacher: allocations on CUDA, otherwise resident
+        memory, less what the process held before the model was built. Megabytes of 2**20 bytes.
+    """
+    with get_context('spawn').Pool(1) as pool:
+        return pool.apply(_memory, (impl, architecture, image, batch, threads))

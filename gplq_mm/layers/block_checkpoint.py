@@ -1,0 +1,53 @@
+"""Gradient checkpointing of residual blocks: backward computes a block again from its input."""
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .replace import find_blocks
+
+__all__ = ['checkpoint_blocks']
+
+
+class _CheckpointedBlock:
+    """Mixin over a block's class."""
+
+    def forward(self, *args, **kwargs):
+        """The block's own forward; while gradients flow, only its input is kept."""
+        if not (self.training and torch.is_grad_enabled()):
+            return super().forward(*args, **kwargs)
+        # The random state is restored for the second forward: drop path drops the same.
+        return checkpoint(super().forward, *args, use_reentrant=False, **kwargs)
+
+
+_classes: dict[type, type] = {}
+
+
+def checkpoint_blocks(model: nn.Module) -> list[str]:
+    """Lets every residual block with quantized layers keep its input alone for backward.
+
+    The blocks keep their parameters, keys, hooks and the name of their class.
+
+    Args:
+        model: Quantized model; changed in place.
+
+    Returns:
+        Names of the blocks.
+
+    Raises:
+        ValueError: If the model has no block of a known class.
+    """
+    names = find_blocks(model)
+    if not names:
+        raise ValueError(
+            'gradient_checkpointing=True finds no residual block in this architecture; set it to '
+            "False, or use the architecture's own switch (with_cp)."
+        )
+    for name in names:
+        block = model.get_submodule(name)
+        cls = type(block)
+        if cls not in _classes:
+            space = {'__module__': cls.__module__, '__qualname__': cls.__qualname__}
+            _classes[cls] = type(cls.__name__, (_CheckpointedBlock, cls), space)
+        block.__class__ = _classes[cls]
+    return names
