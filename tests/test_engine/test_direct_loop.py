@@ -63,7 +63,8 @@ class TestWholeRun:
         before, after = weights(direct[arch], 'calibrated'), weights(direct[arch])
         moved = {key for key in before if not torch.equal(before[key], after[key])}
         for part in ('qkv.weight', 'act_quantizer.scale', 'weight_quantizer.learned.ratio'):
-            keys = [key for key in before if key.endswith(part)]
+            # Pixels lie on their 8-bit grid already, so the scale of the image has no gradient.
+            keys = [k for k in before if k.endswith(part) and 'projection.act_quantizer' not in k]
             assert keys
             assert set(keys) <= moved, part
 
