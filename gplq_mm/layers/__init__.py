@@ -10,6 +10,7 @@ from .int4_conv_transpose import Int4ConvTranspose2d
 from .int4_linear import Int4Linear
 from .int4_weight import DeployError, Int4WeightLayer
 from .linear import QuantLinear
+from .over_ranks import train_over_ranks
 from .replace import QuantReport, find_blocks, quant_layers, quantize_model
 from .states import (
     act_quantizers,
@@ -50,5 +51,6 @@ __all__ = [
     'quantizers_disabled',
     'register_attention_adapter',
     'require_frozen',
+    'train_over_ranks',
     'weights_disabled',
 ]
