@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 import torch
+from tiny_ranks import assert_same_training, rank_config, torchrun
 from tiny_runs import (
     ROOT,
     assert_same_weights,
@@ -12,33 +13,10 @@ from tiny_runs import (
     load,
     read_summary,
     run,
-    run_ranks,
     weights,
 )
 
 from gplq_mm.checkpoint import CheckpointError
-
-
-def config(work_dir, pretrained, ranks: int, arch: str = 'vit', **options):
-    """The same run on any number of ranks: only the batch of a rank depends on it."""
-    options.setdefault('train_cfg__max_epochs', 1)
-    cfg = gplq_config(work_dir, pretrained, arch, **options)
-    cfg.train_dataloader.batch_size = 16 // ranks
-    cfg.train_cfg.weight_ptq.update(num_images=33, batch_size=8)
-    cfg.custom_hooks[0].update(num_images=33, batch_size=16)
-    # AdamW divides by the size of a gradient, and so makes a step of the rounding error of one
-    # that is zero (a key's bias); a code that flips then ends the comparison.
-    cfg.optim_wrapper.optimizer = dict(type='SGD', lr=1e-3)
-    cfg.optim_wrapper.quantizer.lr = 1e-2
-    cfg.env_cfg.dist_cfg.backend = 'gloo'
-    return cfg
-
-
-def torchrun(cfg, folder, *options) -> subprocess.CompletedProcess:
-    path = folder / 'two_ranks.py'
-    cfg.dump(path)
-    arguments = (str(path), '--launcher', 'pytorch', *options)
-    return run_ranks(2, folder, ROOT / 'tools' / 'train.py', *arguments)
 
 
 @pytest.fixture(scope='module')
@@ -46,8 +24,8 @@ def work_dirs(tmp_path_factory, float_checkpoints):
     """Work dirs of the same run with one and with two processes."""
     folder = tmp_path_factory.mktemp('distributed')
     one, two = folder / 'one', folder / 'two'
-    run(config(one, float_checkpoints['vit'], 1))
-    process = torchrun(config(two, float_checkpoints['vit'], 2), folder)
+    run(rank_config(one, float_checkpoints['vit'], 1))
+    process = torchrun(rank_config(two, float_checkpoints['vit'], 2), folder)
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
     return one, two
 
@@ -83,7 +61,7 @@ def test_same_images(work_dirs):
 def stage_2_alone(tmp_path_factory, work_dirs, float_checkpoints):
     """Work dir of one process that goes on where Stage 1 of the two has ended."""
     work_dir = tmp_path_factory.mktemp('stage_2')
-    cfg = config(work_dir, float_checkpoints['vit'], 1)
+    cfg = rank_config(work_dir, float_checkpoints['vit'], 1)
     cfg.load_from = str(work_dirs[1] / 'w32a4.pth')
     run(cfg, resume=True)
     return work_dir
@@ -98,20 +76,6 @@ def test_evaluation_sees_every_image_once(work_dirs, stage_2_alone):
                 distance = expected['feature_distance'][stage]
                 assert distance['num_images'] == 50
                 assert two['feature_distance'][stage] == pytest.approx(distance, rel=1e-5)
-
-
-def assert_same_training(first, second, start) -> None:
-    """Weights, scales and zero-points after Stage 1, relative to how far it has moved them."""
-    moved = 0
-    for key, value in first.items():
-        if not value.is_floating_point() or value.shape != start[key].shape:
-            continue
-        distance = float((value - start[key]).norm())
-        moved += distance > 0
-        # Six digits of what float32 can hold of the value itself.
-        allowed = 1e-3 * distance + 1e-6 * float(value.norm())
-        assert float((second[key] - value).norm()) <= allowed, key
-    assert moved > 30
 
 
 def test_stage_1(work_dirs):
@@ -158,7 +122,7 @@ def test_one_summary_and_one_set_of_files(work_dirs):
 
 def test_resume_on_one_rank_what_two_began(tmp_path, work_dirs, float_checkpoints):
     """From the middle of an epoch; the batch is the same, dealt out otherwise."""
-    cfg = config(tmp_path, float_checkpoints['vit'], 1)
+    cfg = rank_config(tmp_path, float_checkpoints['vit'], 1)
     cfg.load_from = str(work_dirs[1] / 'iter_4.pth')
     run(cfg, resume=True)
     first, second = (weights(path, 'w32a4') for path in (work_dirs[0], tmp_path))
@@ -169,7 +133,7 @@ def test_resume_on_one_rank_what_two_began(tmp_path, work_dirs, float_checkpoint
 @pytest.mark.parametrize('before', [1, 2])
 def test_resume_on_two_ranks(tmp_path, work_dirs, float_checkpoints, before):
     """What one rank, or two, began, from the middle of an epoch."""
-    cfg = config(tmp_path / 'run', float_checkpoints['vit'], 2)
+    cfg = rank_config(tmp_path / 'run', float_checkpoints['vit'], 2)
     process = torchrun(cfg, tmp_path, '--resume', str(work_dirs[before - 1] / 'iter_4.pth'))
     assert process.returncode == 0, process.stderr[-3000:]
     if before == 2:
@@ -179,7 +143,7 @@ def test_resume_on_two_ranks(tmp_path, work_dirs, float_checkpoints, before):
 
 
 def test_resume_with_another_batch_says_what_to_set(tmp_path, work_dirs, float_checkpoints):
-    cfg = config(tmp_path, float_checkpoints['vit'], 2)
+    cfg = rank_config(tmp_path, float_checkpoints['vit'], 2)
     cfg.load_from = str(work_dirs[1] / 'iter_4.pth')
     with pytest.raises(CheckpointError, match=r'--cfg-options train_dataloader\.batch_size=16,'):
         run(cfg, resume=True)
@@ -192,7 +156,7 @@ def test_first_steps_of_adamw(tmp_path, float_checkpoints, arch):
     options = dict(train_cfg__max_iters=3)
     configs = {}
     for ranks in (1, 2):
-        cfg = config(tmp_path / str(ranks), float_checkpoints[arch], ranks, arch, **options)
+        cfg = rank_config(tmp_path / str(ranks), float_checkpoints[arch], ranks, arch, **options)
         cfg.optim_wrapper = gplq_config(tmp_path, float_checkpoints[arch], arch).optim_wrapper
         configs[ranks] = cfg
     run(configs[1])
@@ -204,7 +168,7 @@ def test_first_steps_of_adamw(tmp_path, float_checkpoints, arch):
 
 @pytest.mark.slow
 def test_failure_on_all_ranks_is_told(tmp_path, float_checkpoints):
-    cfg = config(tmp_path / 'run', float_checkpoints['vit'], 2)
+    cfg = rank_config(tmp_path / 'run', float_checkpoints['vit'], 2)
     cfg.custom_hooks[0].num_images = 1
     process = torchrun(cfg, tmp_path)
     assert process.returncode != 0
