@@ -21,8 +21,8 @@ LOST = re.compile(
     re.IGNORECASE,
 )
 MEND = (
-    'The last checkpoint is complete: see what the first rank that failed has printed, then start '
-    'again with --resume, on this or another number of ranks.'
+    'That one was killed, or has printed an error of its own. The last checkpoint is complete: '
+    'start again with --resume, on this or another number of ranks.'
 )
 
 
