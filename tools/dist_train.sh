@@ -11,11 +11,16 @@ fi
 CONFIG=$1
 GPUS=$2
 
-PYTHONPATH="$(dirname "$0")/..${PYTHONPATH:+:$PYTHONPATH}" \
+if ! PYTHONPATH="$(dirname "$0")/..${PYTHONPATH:+:$PYTHONPATH}" \
     torchrun \
     --nnodes="${NNODES:-1}" \
     --node_rank="${NODE_RANK:-0}" \
     --nproc_per_node="$GPUS" \
     --master_addr="${MASTER_ADDR:-127.0.0.1}" \
     --master_port="${PORT:-29500}" \
-    "$(dirname "$0")/train.py" "$CONFIG" --launcher pytorch "${@:3}"
+    "$(dirname "$0")/train.py" "$CONFIG" --launcher pytorch "${@:3}"; then
+    # torchrun ends with a traceback of its own.
+    echo "$(basename "$0"): the run has failed; the first rank that failed says why, above. Every" \
+        'checkpoint is complete: repeat the command with --resume, on as many GPUs as there are.' >&2
+    exit 1
+fi

@@ -11,7 +11,7 @@ from mmengine.dist import is_main_process
 from mmengine.registry import RUNNERS
 
 from gplq_mm.checkpoint import atomic_write
-from gplq_mm.engine import headline_metrics, one_line_errors, unwrap
+from gplq_mm.engine import headline_metrics, one_line_errors, one_of_the_ranks, unwrap
 from gplq_mm.layers import quantizers_disabled
 from gplq_mm.models import GPLQ, Stage
 
@@ -65,7 +65,7 @@ def evaluate(args: argparse.Namespace) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with one_line_errors():
+    with one_line_errors(), one_of_the_ranks():
         result = evaluate(args)
         if is_main_process():
             text = json.dumps(result, indent=2)

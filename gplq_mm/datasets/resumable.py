@@ -68,6 +68,7 @@ class SeededDataset(Dataset):
     ) -> None:
         self.dataset = DATASETS.build(dataset) if isinstance(dataset, dict) else dataset
         self.seed = seed
+        self._has_own_seed = seed is not None
         if not lazy_init:
             self.full_init()
 
@@ -82,7 +83,7 @@ class SeededDataset(Dataset):
 
     def take_seed(self, seed: int) -> None:
         """Take over the sampler's seed, unless an own one was given."""
-        if self.seed is None:
+        if not self._has_own_seed:
             self.seed = seed
 
     def sample_number(self, epoch: int, index: int) -> int:
@@ -195,6 +196,15 @@ class ResumableSampler(Sampler[int]):
         """
         extra = self.world_size - 1 if self.round_up else self.world_size - 1 - self.rank
         return (len(self.dataset) + extra) // self.world_size
+
+    def set_seed(self, seed: int) -> None:
+        """Go on with the seed of a run that is resumed.
+
+        Args:
+            seed (int): The same on all ranks.
+        """
+        self.seed = seed
+        self.dataset.take_seed(seed)
 
     def set_epoch(self, epoch: int) -> None:
         """Go to an epoch: to its beginning, unless :meth:`set_position` has chosen it before.

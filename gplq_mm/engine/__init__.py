@@ -13,6 +13,7 @@ from .hooks import (
 from .loops import DirectQATLoop, GPLQTrainLoop, QuantTrainLoop
 from .optim import Bf16OptimWrapper, GPLQOptimWrapperConstructor
 from .progress import track
+from .ranks import one_of_the_ranks
 from .run_record import RunRecord, headline_metrics, print_summary
 from .runner import GPLQRunner
 from .weights import load_run_weights, unwrap
@@ -37,6 +38,7 @@ __all__ = [
     'headline_metrics',
     'load_run_weights',
     'one_line_errors',
+    'one_of_the_ranks',
     'print_summary',
     'quantizer_statistics',
     'track',

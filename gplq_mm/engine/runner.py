@@ -19,6 +19,10 @@ from .weights import load_run_weights
 
 __all__ = ['GPLQRunner']
 
+# Seconds. A rank that died is noticed at once, since its connections close; this is for one that
+# hangs. Rank 0 alone computes the metrics of a detector, for a minute or two, while all wait.
+TIMEOUT = 600
+
 
 class AtomicLocalBackend(LocalBackend):
     """Local files that appear complete or not at all."""
@@ -73,14 +77,16 @@ class GPLQRunner(Runner):
         self.register_hook(ClassCountHook())
 
     def setup_env(self, env_cfg: dict) -> None:
-        """As in mmengine, and ``--launcher pytorch`` works on machines without a GPU, too."""
+        """As in mmengine, and ``--launcher pytorch`` works on machines without a GPU, too.
+
+        A rank waits ``dist_cfg.timeout`` seconds for one that does not answer, 600 by default.
+        """
+        dist_cfg = {'timeout': TIMEOUT, **env_cfg.get('dist_cfg', {})}
         on_cpu = get_device() == 'cpu'
         if self._launcher == 'pytorch' and on_cpu and not is_distributed():
             # mmengine's own initialisation selects a CUDA device whatever the backend.
-            timeout = env_cfg.get('dist_cfg', {}).get('timeout')
-            options = {} if timeout is None else {'timeout': timedelta(seconds=timeout)}
-            dist.init_process_group('gloo', **options)
-        super().setup_env(env_cfg)
+            dist.init_process_group('gloo', timeout=timedelta(seconds=dist_cfg['timeout']))
+        super().setup_env({**env_cfg, 'dist_cfg': dist_cfg})
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: torch.nn.Module):
         """As in mmengine, without a device id where there is no GPU."""

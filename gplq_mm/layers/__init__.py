@@ -11,6 +11,7 @@ from .int4_conv_transpose import Int4ConvTranspose2d
 from .int4_linear import Int4Linear
 from .int4_weight import DeployError, Int4WeightLayer
 from .linear import QuantLinear
+from .over_ranks import train_over_ranks
 from .replace import QuantReport, find_blocks, quant_layers, quantize_model
 from .states import (
     act_quantizers,
@@ -61,6 +62,7 @@ __all__ = [
     'register_attention_adapter',
     'require_frozen',
     'set_saved_bytes',
+    'train_over_ranks',
     'weights_are_learned',
     'weights_disabled',
 ]

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..quant.reduce import all_reduce_sum
+from ..quant.reduce import all_reduce_sum, rank_and_world_size
 from ..registry import COMPENSATORS
 
 __all__ = ['Compensation', 'QwT', 'QwTv2', 'attach_compensation', 'build_compensation']
@@ -22,8 +22,9 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 class Compensation(nn.Module):
     """Base of the maps. Empty (adds nothing) until fitted.
 
-    The sums are kept in two folds. The ridge is chosen, and the map kept or dropped, by the
-    error on the fold that was not fitted; then both folds are fitted together.
+    The sums are kept in two folds, of images with even and with odd numbers. The ridge is
+    chosen, and the map kept or dropped, by the error on the fold that was not fitted; then both
+    folds are fitted together.
 
     Args:
         ridge: Ridge relative to the mean diagonal of the Gram matrix, or ``'auto'``.
@@ -40,7 +41,7 @@ class Compensation(nn.Module):
         self.axis = axis
         self.enabled = True
         self._folds: list[dict[str, Tensor]] = []
-        self._updates = 0
+        self._images = 0
         for name in self.buffers_of_map:
             self.register_buffer(name, None)
         # Says where the module is while it is empty, so that loading fills it there.
@@ -53,7 +54,7 @@ class Compensation(nn.Module):
 
     def start(self) -> None:
         """Forgets map and statistics."""
-        self._folds, self._updates = [{}, {}], 0
+        self._folds, self._images = [{}, {}], 0
         for name in self.buffers_of_map:
             setattr(self, name, None)
 
@@ -62,15 +63,28 @@ class Compensation(nn.Module):
         """Adds a batch to the sums.
 
         Args:
-            x: Input of the quantized block, channels on ``axis``.
+            x: Input of the quantized block, images on the first axis, channels on ``axis``.
             residual: Output with FP32 weights minus output with quantized weights, same shape.
         """
-        x = x.movedim(self.axis, -1).flatten(0, -2).double()
-        residual = residual.movedim(self.axis, -1).flatten(0, -2).double()
-        fold = self._folds[self._updates % 2]
-        self._updates += 1
-        for key, value in self._sums(x, residual).items():
-            fold[key] = fold[key] + value if key in fold else value
+        rank, world_size = rank_and_world_size()
+        x, residual = (t.movedim(self.axis, -1) for t in (x, residual))
+        # Ranks take turns, so that image i of this one is image i * ranks + rank: the folds do
+        # not depend on how the images are dealt out to ranks and batches.
+        first = (self._images * world_size + rank) % 2
+        self._images += len(x)
+        if world_size % 2:
+            self._add(first, x[::2], residual[::2])
+            self._add(1 - first, x[1::2], residual[1::2])
+        else:
+            self._add(first, x, residual)
+
+    def _add(self, fold: int, x: Tensor, residual: Tensor) -> None:
+        if not x.numel():
+            return
+        sums = self._sums(x.flatten(0, -2).double(), residual.flatten(0, -2).double())
+        known = self._folds[fold]
+        for key, value in sums.items():
+            known[key] = known[key] + value if key in known else value
 
     def _sums(self, x: Tensor, residual: Tensor) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -107,7 +121,7 @@ class Compensation(nn.Module):
         energy = float(total['energy'])
         if energy == 0.0:
             return 0.0
-        # With a single batch there is nothing to hold out.
+        # With a single image there is nothing to hold out.
         pairs = [(folds[0], folds[1]), (folds[1], folds[0])]
         if float(folds[1]['count']) == 0.0 or float(folds[0]['count']) == 0.0:
             pairs = [(total, total)]

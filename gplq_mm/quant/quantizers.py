@@ -21,6 +21,7 @@ from .functional import (
 )
 from .observers import build_observer
 from .quantized_weight import QuantizedWeight
+from .reduce import rank_and_world_size
 from .spec import ActSpec, WeightSpec
 
 __all__ = [
@@ -200,7 +201,10 @@ class ActQuantizer(LearnedQuantizer):
     def _grad_scale(self, x: Tensor) -> float:
         # LSQ, section 2.2: balances the size of the update of a scale and that of weights.
         # A detector's head may get nothing: an image without a single object.
-        return (max(x.numel(), 1) / self.scale.numel() * max(self.qmax, 1)) ** -0.5
+        # Counted over all ranks, which get equally much: the rate of a quantizer must not depend
+        # on the number of ranks that a batch is dealt out to.
+        count = max(x.numel(), 1) * rank_and_world_size()[1]
+        return (count / self.scale.numel() * max(self.qmax, 1)) ** -0.5
 
     def forward(self, x: Tensor) -> Tensor:
         """Observes, or returns ``x`` on the grid, by state.

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+import gplq_mm.layers.compensation as module
 from gplq_mm.layers import QwT, QwTv2, attach_compensation, build_compensation
 
 
@@ -73,12 +74,33 @@ def test_drops_itself_on_noise(kind):
 def test_score_is_the_error_on_the_fold_that_was_not_fitted(kind):
     x, residual, _, _ = planted(kind, rows=60, noise=2.0)
     _, score = fitted(kind, x, residual, parts=2, ridge=0.01)
-    halves = [(x[:30], residual[:30]), (x[30:], residual[30:])]
+    halves = [(x[::2], residual[::2]), (x[1::2], residual[1::2])]
     error = 0.0
     for train, test in (halves, halves[::-1]):
         single = fitted(kind, *train, parts=1, ridge=0.01)[0]
         error += (single.correction(test[0]) - test[1]).square().sum().item()
     assert score == pytest.approx(1 - error / residual.square().sum().item(), abs=5e-3)
+
+
+@pytest.mark.parametrize(('ranks', 'batch'), [(1, 1), (1, 4), (1, 5), (2, 3), (3, 2), (4, 5)])
+def test_folds_do_not_depend_on_ranks_and_batches(monkeypatch, ranks, batch):
+    x, residual = torch.randn(2, 21, 7, 4)
+    total = [{}, {}]
+    for rank in range(ranks):
+        monkeypatch.setattr(module, 'rank_and_world_size', lambda rank=rank: (rank, ranks))
+        compensation = QwT()
+        compensation.start()
+        for images in zip(
+            x[rank::ranks].split(batch), residual[rank::ranks].split(batch), strict=True
+        ):
+            compensation.update(*images)
+        for known, fold in zip(total, compensation._folds, strict=True):
+            for key, value in fold.items():
+                known[key] = known.get(key, 0) + value
+    for fold, images in zip(total, (x[::2], x[1::2]), strict=True):
+        assert fold['count'].item() == 7 * len(images)
+        rows = torch.cat((images, torch.ones(len(images), 7, 1)), 2).flatten(0, 1).double()
+        torch.testing.assert_close(fold['gram'], rows.T @ rows)
 
 
 @pytest.mark.parametrize('kind', [QwT, QwTv2])

@@ -3,8 +3,9 @@
 import torch
 from mmengine.hooks import Hook
 
-from ...layers import calibrate
+from ...layers import act_quantizers, calibrate
 from ...models import GPLQ, Stage
+from ...quant.reduce import broadcast_
 from ...registry import HOOKS
 from ..calibration_set import CalibrationSet
 from ..weights import unwrap
@@ -69,4 +70,7 @@ class CalibrationHook(Hook):
                 model(**data, mode='tensor')
 
         calibrate(model.architecture, run_pass)
+        # All ranks have computed the same, but for the last digit on machines of several kinds.
+        for quantizer in act_quantizers(model.architecture).values():
+            broadcast_([*quantizer.parameters(), *quantizer.buffers()])
         model.advance(Stage.CALIBRATED)

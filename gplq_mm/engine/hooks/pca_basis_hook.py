@@ -5,6 +5,7 @@ from mmengine.hooks import Hook
 
 from ...models import feature_rows
 from ...ptq import SecondMoment
+from ...quant.reduce import broadcast_
 from ...registry import HOOKS
 from ..calibration_set import CalibrationSet
 from ..weights import unwrap
@@ -52,6 +53,8 @@ class PCABasisHook(Hook):
                     moment.update(rows)
             moment.reduce()
             result = mimic.fit(moment.mean, moment.covariance())
+            # All ranks have computed the same, but for the last digit on machines of several kinds.
+            broadcast_(list(mimic.buffers()))
         if record is not None:
             record.pca = result
         runner.logger.info(

@@ -11,15 +11,15 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import EpochBasedTrainLoop
 
-from ...checkpoint import CheckpointError
 from ...evaluation import feature_distance, layer_output_error, weight_drift
-from ...layers import quant_layers, quantizers_disabled
+from ...layers import quant_layers, quantizers_disabled, train_over_ranks
 from ...models import GPLQ, Stage
 from ...ptq import build_weight_ptq, round_weights
 from ...quant import NotCalibratedError
 from ...quant.reduce import rank_and_world_size
 from ..calibration_set import CalibrationSet
 from ..run_record import RunRecord, print_summary, write_summary
+from ..training_data import TrainingData
 from ..weights import unwrap
 
 __all__ = ['QuantTrainLoop']
@@ -40,33 +40,25 @@ class _RunStateHook(Hook):
             'policy': model.policy.to_dict(),
             'direct': model.direct,
             'seed': self.loop.seed,
-            'data': self.loop.data,
+            'data': self.loop.data.state_dict(),
             'record': self.loop.record.state_dict(),
         }
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         if 'gplq' in checkpoint:
-            self.loop.record.load_state_dict(checkpoint['gplq']['record'])
+            state = checkpoint['gplq']
+            self.loop.record.load_state_dict(state['record'])
+            self.loop.take_seed(state['seed'])
             if 'optimizer' in checkpoint:
-                self._require_same_data(checkpoint['gplq']['data'])
-
-    def _require_same_data(self, saved: dict) -> None:
-        own = self.loop.data
-        if saved != own:
-            raise CheckpointError(
-                f'the checkpoint was saved amid {saved["images"]} training images in batches of '
-                f'{saved["batch"]} over all ranks, this run has {own["images"]} in batches of '
-                f'{own["batch"]}: resume with the data, batch size and number of ranks that the '
-                'run began with, or start a new run in another work dir.'
-            )
+                self.loop.data.require_same(state['data'])
 
 
 class QuantTrainLoop(EpochBasedTrainLoop):
     """Calibration, then what a subclass does, with evaluation before, between and after.
 
     Every step is done once and recorded in the next checkpoint, so that a resumed run goes on
-    where the last complete checkpoint stands. While it trains, data order and random numbers
-    depend on the seed and the iteration alone.
+    where the last complete checkpoint stands, on as many ranks as there are then. While it trains,
+    data order and random numbers depend on the seed and the iteration alone.
 
     Args:
         runner: The runner.
@@ -80,7 +72,8 @@ class QuantTrainLoop(EpochBasedTrainLoop):
             ``batch_size``, ``seed``.
 
     Raises:
-        ValueError: If the sampler cannot resume within an epoch, or a batch sampler is set.
+        ValueError: If the sampler cannot resume within an epoch, a batch sampler is set, or a
+            number is out of its range.
         TypeError: If the model is not a GPLQ model.
     """
 
@@ -98,6 +91,8 @@ class QuantTrainLoop(EpochBasedTrainLoop):
         name = type(self).__name__
         if not isinstance(unwrap(runner.model), GPLQ):
             raise TypeError(f'{name} trains a model of type gplq_mm.GPLQ.')
+        if num_diagnostic_images < 1:
+            raise ValueError(f'num_diagnostic_images={num_diagnostic_images} must be at least 1.')
         if self.dataloader.batch_size is None:
             raise ValueError(
                 f'{name} counts batches of one size; set train_dataloader.batch_sampler=None.'
@@ -119,7 +114,9 @@ class QuantTrainLoop(EpochBasedTrainLoop):
         self.baseline = None if baseline is None else build_weight_ptq(baseline)
         self.num_diagnostic_images = num_diagnostic_images
         self.error_images = {'num_images': 64, 'batch_size': 32, 'seed': 0, **(error_images or {})}
+        self.data = TrainingData.of(self.dataloader)
         self.seed = runner.seed or 0
+        train_over_ranks(self.model.architecture)
         self.record = RunRecord()
         self._teacher_outputs: list[tuple] = []
         runner.register_hook(_RunStateHook(self))
@@ -129,14 +126,11 @@ class QuantTrainLoop(EpochBasedTrainLoop):
         """The GPLQ model inside any wrapper."""
         return unwrap(self.runner.model)
 
-    @property
-    def data(self) -> dict[str, int]:
-        """Training images, and how many of them all ranks together take in an iteration."""
-        _, world_size = rank_and_world_size()
-        return {
-            'images': len(self.dataloader.dataset),
-            'batch': self.dataloader.batch_size * world_size,
-        }
+    def take_seed(self, seed: int) -> None:
+        """Continues the order of images and the random numbers of the run that is resumed."""
+        if seed != self.seed:
+            self.seed = seed
+            self.dataloader.sampler.set_seed(seed)
 
     @property
     def names(self) -> dict[str, str]:
@@ -238,9 +232,7 @@ class QuantTrainLoop(EpochBasedTrainLoop):
         done = self._iter - self._epoch * length
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
-        _, world_size = rank_and_world_size()
-        consumed = done * self.dataloader.batch_size * world_size
-        self.dataloader.sampler.set_position(self._epoch, consumed)
+        self.dataloader.sampler.set_position(self._epoch, done * self.data.batch)
         for index, data_batch in enumerate(self.dataloader, start=done):
             self._seed_iteration()
             self.run_iter(index, data_batch)
@@ -250,9 +242,11 @@ class QuantTrainLoop(EpochBasedTrainLoop):
         self._epoch += 1
 
     def _seed_iteration(self) -> None:
-        """Random numbers of an iteration (drop path, mixup) depend on nothing before it."""
-        rank, _ = rank_and_world_size()
-        seed = np.random.SeedSequence((self.seed, rank, self._iter)).generate_state(1)[0].item()
+        """Random numbers of an iteration (drop path, mixup) depend on nothing before it.
+
+        They are the same on all ranks: dropout draws for the images of all of them.
+        """
+        seed = np.random.SeedSequence((self.seed, self._iter)).generate_state(1)[0].item()
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)
@@ -286,15 +280,18 @@ class QuantTrainLoop(EpochBasedTrainLoop):
         The teacher never changes, so its outputs (a few MB) are computed once a run.
         """
         known = self._teacher_outputs
-        seen = 0
-        for index, batch in enumerate(self.runner.val_loop.dataloader):
-            data = self.model.data_preprocessor(batch, False)
-            if index == len(known):
-                known.append(self.model.teacher_outputs(data['inputs']))
-            yield self.model.student_outputs(data['inputs']), known[index]
-            seen += len(data['inputs'])
-            if seen * rank_and_world_size()[1] >= self.num_diagnostic_images:
+        loader = self.runner.val_loop.dataloader
+        rank, world_size = rank_and_world_size()
+        # Samplers deal the images out in turns.
+        left = len(range(rank, min(self.num_diagnostic_images, len(loader.dataset)), world_size))
+        for index, batch in enumerate(loader):
+            if left <= 0:
                 return
+            inputs = self.model.data_preprocessor(batch, False)['inputs'][:left]
+            left -= len(inputs)
+            if index == len(known):
+                known.append(self.model.teacher_outputs(inputs))
+            yield self.model.student_outputs(inputs), known[index]
 
     def _prepared(self, batches) -> Iterator[dict]:
         for batch in batches:
