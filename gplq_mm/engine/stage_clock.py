@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from mmengine.logging import print_log
 
-__all__ = ['StageClock']
+__all__ = ['StageClock', 'resident_megabytes']
 
 MEGABYTE = 2**20
 
@@ -48,6 +48,20 @@ def _peak_megabytes() -> float:
                 return int(line.split()[1]) / 1024
     unit = 1 if sys.platform == 'darwin' else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MEGABYTE
+
+
+def resident_megabytes() -> float:
+    """Memory that the process holds now: on CUDA that of the device, otherwise resident memory.
+
+    Where the system does not tell, its peak so far.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / MEGABYTE
+    with suppress(OSError):
+        for line in Path('/proc/self/status').read_text().splitlines():
+            if line.startswith('VmRSS:'):
+                return int(line.split()[1]) / 1024
+    return _peak_megabytes()
 
 
 class StageClock:

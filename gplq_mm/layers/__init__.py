@@ -2,6 +2,7 @@
 
 from .attention import QuantAttention, register_attention_adapter
 from .compensation import Compensation, QwT, QwTv2, attach_compensation, build_compensation
+from .compiled import compiled_products
 from .conv import QuantConv2d
 from .conv_transpose import QuantConvTranspose2d
 from .int4_attention import Int4Attention
@@ -46,6 +47,7 @@ __all__ = [
     'attach_compensation',
     'build_compensation',
     'calibrate',
+    'compiled_products',
     'find_blocks',
     'freeze_activations',
     'freeze_learned_weights',
