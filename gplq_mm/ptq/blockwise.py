@@ -214,7 +214,8 @@ class _Stage2:
                 calls = self.stream.capture(position, index)
                 inputs.append(calls)
                 values = [unit(*args, **kwargs) for args, kwargs in calls]
-                compensates = compensates and block_input(*calls[0]).shape == values[0].shape
+                if index == 0:
+                    compensates &= block_input(*calls[0]).shape == values[0].shape
                 if compensates:
                     targets.append(values)
                 self._done(position, 'forward')
