@@ -1,6 +1,7 @@
 """Measure packed layers and models, and training, against what a user could run instead.
 
 All candidates take turns, on the same number of threads; a row is the median over the rounds.
+`ptq` measures what Stage 2 costs.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from gplq_mm.checkpoint import atomic_write
 from gplq_mm.deploy.peers import PACKAGES, PEERS, PeerUnavailable, build_peer
 from gplq_mm.deploy.synthetic import synthetic_linear, synthetic_model
 from gplq_mm.engine import one_line_errors
+from gplq_mm.engine.ptq_cost import weight_ptq_cost
 from gplq_mm.engine.train_cost import IMPLS as TRAINING_IMPLS
 from gplq_mm.engine.train_cost import build_step, training_memory
 from gplq_mm.evaluation.timing import Timing, describe_machine, interleave
@@ -106,11 +108,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     train.add_argument('--impls', nargs='+', choices=TRAINING_IMPLS, default=list(TRAINING_IMPLS))
     train.set_defaults(run=run_train)
+    add_ptq_command(commands)
     args = parser.parse_args(argv)
-    base = BASES[args.command]
-    if base not in args.impls:
+    base = BASES.get(args.command)
+    if base is not None and base not in args.impls:
         args.impls.insert(0, base)
     return args
+
+
+def add_ptq_command(commands) -> None:
+    ptq = commands.add_parser('ptq', help='seconds and memory of Weight-PTQ')
+    ptq.add_argument('--model', default='swin-tiny', help='name or config file')
+    ptq.add_argument('--images', type=positive, default=512)
+    ptq.add_argument('--batch', type=positive, default=16, help='images at a time')
+    ptq.add_argument('--data', metavar='FOLDER', help='of images; without, they are random')
+    ptq.add_argument('--weights', metavar='FILE', help='float checkpoint; without, random')
+    ptq.add_argument('--method', default='GPTQ')
+    ptq.add_argument('--compensation', choices=['none', 'QwT', 'QwTv2'], default='QwT')
+    ptq.add_argument('--threads', type=positive, default=len(os.sched_getaffinity(0)))
+    ptq.add_argument('--out', metavar='FILE.json', type=json_path)
+    ptq.set_defaults(run=run_ptq)
 
 
 def positive(text: str) -> int:
@@ -130,8 +147,8 @@ def json_path(text: str) -> Path:
 # -- what is measured ---------------------------------------------------------------------
 
 
-def load_architecture(name: str) -> tuple[dict, tuple[int, int, int]]:
-    """Config of a float model, and the shape of its images."""
+def load_config(name: str) -> Config:
+    """Config of a named model or a file."""
     path = CONFIGS / ARCHITECTURES[name] if name in ARCHITECTURES else Path(name)
     if name not in ARCHITECTURES and path.suffix != '.py':
         sys.exit(
@@ -141,6 +158,12 @@ def load_architecture(name: str) -> tuple[dict, tuple[int, int, int]]:
     if 'model' not in cfg:
         sys.exit(f'{path} has no "model".')
     init_default_scope(cfg.get('default_scope', 'mmpretrain'))
+    return cfg
+
+
+def load_architecture(name: str) -> tuple[dict, tuple[int, int, int]]:
+    """Config of a float model, and the shape of its images."""
+    cfg = load_config(name)
     architecture = copy.deepcopy(cfg.model.get('architecture', cfg.model))
     # Training only, and it says so in the log.
     architecture.pop('train_cfg', None)
@@ -392,6 +415,33 @@ def show_training(rows: list[dict], title: str, console: Console) -> None:
     console.print(table)
 
 
+def run_ptq(args: argparse.Namespace, console: Console) -> dict:
+    cfg = load_config(args.model)
+    compensation = None if args.compensation == 'none' else args.compensation
+    result = weight_ptq_cost(
+        cfg, args.images, args.batch, args.data, args.weights, args.method, compensation
+    )
+    show_ptq(result, args.model, console)
+    return {'model': args.model, **result}
+
+
+def show_ptq(result: dict, model: str, console: Console) -> None:
+    """Prints the cost of Stage 2."""
+    table = Table(
+        title=f'{model}, {result["images"]} images ({result["image_source"]}), '
+        f'{result["threads"]} threads',
+        title_justify='left',
+    )
+    for heading in ('step', 'seconds', 'CPU seconds', 'memory growth, MB'):
+        table.add_column(heading, justify='left' if heading == 'step' else 'right')
+    for step, seconds in result['cpu_seconds'].items():
+        growth = f'{result["memory_growth_mb"][step]:.0f}'
+        table.add_row(step, f'{result["seconds"][step]:.1f}', f'{seconds:.1f}', growth)
+    for unit, seconds in result['units'].items():
+        table.add_row(f'  {unit}', f'{seconds:.1f}')
+    console.print(table)
+
+
 def show(rows: list[dict], title: str, console: Console) -> None:
     """Prints one comparison."""
     table = Table(title=title, title_justify='left')
@@ -492,6 +542,14 @@ def main(argv: list[str] | None = None) -> None:
                 f'--threads {args.threads}: this process may use {environment["cores"]} cores.'
             )
         torch.set_num_threads(args.threads)
+        if args.command == 'ptq':
+            result = {'environment': environment, **args.run(args, console)}
+            result['environment']['load_at_end'] = os.getloadavg()[0]
+            if args.out is not None:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                content = json.dumps(result, indent=2).encode()
+                atomic_write(args.out, lambda stream: stream.write(content))
+            return
         rows, skipped = args.run(args, console)
         if args.out is not None:
             write(args.out, rows, skipped, environment)

@@ -10,7 +10,7 @@ gplq_compensation = dict(type='QwT')
 gplq_train_cfg = dict(
     type='gplq_mm.GPLQTrainLoop',
     max_epochs=1,
-    weight_ptq=dict(type='GPTQ', num_images=512, batch_size=32),
+    weight_ptq=dict(type='GPTQ', num_images=512, batch_size=16),
     baseline=dict(type='RoundToNearest'),
 )
 

@@ -26,7 +26,7 @@ model = dict(
 )
 train_cfg = dict(
     _base_.gplq_train_cfg,
-    weight_ptq=dict(type='GPTQ', num_images=256, batch_size=32),
+    weight_ptq=dict(type='GPTQ', num_images=256, batch_size=16),
     num_diagnostic_images=128,
     max_iters=150,
 )

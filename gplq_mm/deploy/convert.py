@@ -5,29 +5,15 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..layers import (
-    QuantAttention,
-    QuantConv2d,
-    QuantConvTranspose2d,
-    QuantLinear,
-    quant_layers,
-)
+from ..layers import QuantAttention, quant_layers
+from ..layers.compiled import PACKED
 from ..layers.int4_attention import pack_attention
 from ..layers.int4_block import fuse_blocks
-from ..layers.int4_conv import Int4Conv2d
-from ..layers.int4_conv_transpose import Int4ConvTranspose2d
-from ..layers.int4_linear import Int4Linear
 from ..layers.int4_weight import DeployError, Int4WeightLayer
 from ..layers.replace import set_module
 from ..models import GPLQ, QuantBackbone, Stage
 
 __all__ = ['DeployReport', 'convert', 'convert_in_place', 'strip_wrappers']
-
-PACKED = {
-    QuantLinear: Int4Linear,
-    QuantConv2d: Int4Conv2d,
-    QuantConvTranspose2d: Int4ConvTranspose2d,
-}
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """Progress of long steps: a bar with remaining time in a terminal, plain lines in a log."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from mmengine.dist import is_main_process
@@ -11,12 +12,15 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
-__all__ = ['track']
+from ..ptq import Progress as PTQProgress
+
+__all__ = ['show_weight_ptq', 'track']
 
 Item = TypeVar('Item')
 SECONDS_BETWEEN_LINES = 10.0
@@ -57,3 +61,66 @@ def track(items: Iterable[Item], total: int, description: str) -> Iterator[Item]
                 f'{description}: {done}/{total}, {now - start:.0f} s elapsed, '
                 f'{remaining:.0f} s remaining'
             )
+
+
+@contextmanager
+def show_weight_ptq() -> Iterator[Callable[[PTQProgress], None]]:
+    """One bar (or lines in a log) over all of Stage 2, for ``quantize_weights(report=...)``.
+
+    Its length is time, since units differ by more than a factor of ten. Silent on all ranks but
+    the first.
+    """
+    if not is_main_process():
+        yield lambda _progress: None
+        return
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _log_weight_ptq()
+        return
+    columns = (
+        TextColumn('Weight-PTQ {task.fields[unit]}'),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn('{task.fields[times]}'),
+    )
+    bar = Progress(*columns, console=console)
+    task = bar.add_task('', unit='', times='')
+
+    def report(progress: PTQProgress) -> None:
+        bar.update(
+            task,
+            completed=progress.elapsed,
+            total=progress.elapsed + progress.remaining,
+            unit=f'{progress.position}/{progress.units} {progress.unit or "units"}',
+            times=f'{_clock(progress.elapsed)}, {_clock(progress.remaining)} remaining',
+        )
+        # Not before: reading the images has a bar of its own.
+        bar.start()
+
+    try:
+        yield report
+    finally:
+        bar.stop()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f'{minutes // 60}:{minutes % 60:02}:{seconds:02}'
+
+
+def _log_weight_ptq() -> Callable[[PTQProgress], None]:
+    logger = MMLogger.get_current_instance()
+    last = -SECONDS_BETWEEN_LINES
+
+    def report(progress: PTQProgress) -> None:
+        nonlocal last
+        if progress.elapsed - last > SECONDS_BETWEEN_LINES:
+            last = progress.elapsed
+            share = progress.elapsed / (progress.elapsed + progress.remaining)
+            logger.info(
+                f'Weight-PTQ: {share:.0%}, {progress.position}/{progress.units} '
+                f'{progress.unit or "units"}, {progress.elapsed:.0f} s elapsed, '
+                f'{progress.remaining:.0f} s remaining'
+            )
+
+    return report

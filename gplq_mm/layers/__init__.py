@@ -3,6 +3,7 @@
 from .attention import QuantAttention, register_attention_adapter
 from .block_checkpoint import checkpoint_blocks
 from .compensation import Compensation, QwT, QwTv2, attach_compensation, build_compensation
+from .compiled import compiled_products
 from .conv import QuantConv2d
 from .conv_transpose import QuantConvTranspose2d
 from .int4_attention import Int4Attention
@@ -50,6 +51,7 @@ __all__ = [
     'build_compensation',
     'calibrate',
     'checkpoint_blocks',
+    'compiled_products',
     'find_blocks',
     'freeze_activations',
     'freeze_learned_weights',

@@ -92,7 +92,7 @@ class QuantAttention(nn.Module):
             limits += [quantizer.qmin, quantizer.qmax]
         return torch.stack(grids).float(), limits
 
-    def _computes_on_codes(self, query: Tensor) -> bool:
+    def computes_on_codes(self, query: Tensor) -> bool:
         """Whether to compute exactly what the deployed model computes: all grids are final and no
         gradient is asked for."""
         if torch.is_grad_enabled() and query.requires_grad:
@@ -127,7 +127,7 @@ class QuantAttention(nn.Module):
         Returns:
             ``(B, heads, N, d)``.
         """
-        if dropout_p == 0 and self._computes_on_codes(query):
+        if dropout_p == 0 and self.computes_on_codes(query):
             with torch.autocast(query.device.type, enabled=False):
                 out = arithmetic.attention(
                     *(x.float() for x in (query, key, value)),

@@ -200,18 +200,18 @@ class _CodedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        *states, total, bias, mask = ctx.saved_tensors[:6]
-        parameters = ctx.saved_tensors[6:]
+        # Read once: checkpointing gives every tensor out a single time.
+        query, key, value, total, bias, mask, *parameters = ctx.saved_tensors
         factor, grids, factors, row_relative, dtype = ctx.settings
         grads = torch.ops.gplq_mm.attention_fake_quant_backward(
             grad,
-            list(states),
+            [query, key, value],
             total,
             factor,
             bias,
             mask,
-            list(parameters[:4]),
-            list(parameters[4:]),
+            parameters[:4],
+            parameters[4:],
             grids,
             row_relative,
         )

@@ -17,6 +17,8 @@ from ..registry import COMPENSATORS
 __all__ = ['Compensation', 'QwT', 'QwTv2', 'attach_compensation', 'build_compensation']
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+# 4 MB of float64: the copies of a chunk stay in a core's cache.
+CHUNK_ELEMENTS = 2**19
 
 
 class Compensation(nn.Module):
@@ -81,10 +83,12 @@ class Compensation(nn.Module):
     def _add(self, fold: int, x: Tensor, residual: Tensor) -> None:
         if not x.numel():
             return
-        sums = self._sums(x.flatten(0, -2).double(), residual.flatten(0, -2).double())
         known = self._folds[fold]
-        for key, value in sums.items():
-            known[key] = known[key] + value if key in known else value
+        rows = max(1, CHUNK_ELEMENTS // x.shape[-1])
+        parts = (t.flatten(0, -2).split(rows) for t in (x, residual))
+        for part, rest in zip(*parts, strict=True):
+            for key, value in self._sums(part.double(), rest.double()).items():
+                known[key] = known[key].add_(value) if key in known else value
 
     def _sums(self, x: Tensor, residual: Tensor) -> dict[str, Tensor]:
         raise NotImplementedError

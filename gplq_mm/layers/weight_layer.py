@@ -64,6 +64,16 @@ class QuantWeightLayer(nn.Module):
             codes = codes - self.act_quantizer.zero_point
         return codes
 
+    def largest_operand(self) -> int | None:
+        """Bound of the magnitudes of :meth:`operand` where it is an integer, else None."""
+        if not self.is_folded:
+            return None
+        act = self.act_quantizer
+        low = high = 0
+        if act.spec.zero_point == 'integer':
+            low, high = (int(v) for v in act.zero_point.aminmax())
+        return max(abs(act.qmin - high), abs(act.qmax - low))
+
     def operand_rows(self, x: Tensor) -> Tensor:
         """Operands as rows of the matrix product, ``(n, K)``; for statistics."""
         raise NotImplementedError

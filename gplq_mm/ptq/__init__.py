@@ -1,7 +1,8 @@
 """Post-training quantization of weights: functions of weight, statistics and spec."""
 
-from .blockwise import find_units, quantize_weights, round_weights
+from .blockwise import quantize_weights, round_weights
 from .build import build_weight_ptq
+from .forecast import Progress
 from .gptq import GPTQ, damped_hessian, gptq_round
 from .learned import init_learned_weights
 from .refinement import coordinate_descent, refit_row_scale
@@ -9,9 +10,11 @@ from .reparam import Reparametrization, reparametrize, reparametrize_
 from .rounding import RoundToNearest
 from .scales import group_width, search_group_scales, search_row_scale
 from .statistics import SecondMoment
+from .stream import find_units
 
 __all__ = [
     'GPTQ',
+    'Progress',
     'Reparametrization',
     'RoundToNearest',
     'SecondMoment',

@@ -11,7 +11,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from ..quant.functional import dequantize, quantize
+from ..quant.functional import round_steps_
 from ..quant.quantized_weight import QuantizedWeight
 from ..quant.spec import WeightSpec
 from ..registry import WEIGHT_PTQ
@@ -65,11 +65,11 @@ def damped_hessian(second_moment: Tensor, damp: float = 0.1) -> Tensor:
     if mean == 0:
         # No input was ever seen: any rounding is as good as the nearest one.
         return torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    hessian = (hessian + hessian.T) / (2 * mean)
-    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    hessian = (hessian + hessian.T).div_(2 * mean)
     for attempt in range(DAMPING_TRIES):
         amount = damp * 10**attempt
-        damped = torch.add(hessian, identity, alpha=amount)
+        damped = hessian.clone()
+        damped.diagonal().add_(amount)
         if not torch.linalg.cholesky_ex(damped).info.item():
             if attempt:
                 warnings.warn(
@@ -136,17 +136,22 @@ def gptq_round(
     # Columns become contiguous rows, since everything below goes column by column.
     rest = weight.float().T[sequence]
     steps = step.float().T[sequence]
+    inverse = steps.reciprocal()
     codes = torch.empty_like(rest)
     for start in range(0, len(rest), block_size):
         block = slice(start, min(start + block_size, len(rest)))
-        values, local = rest[block], factor[block, block]
+        local, values = factor[block, block], rest[block]
         errors = torch.empty_like(values)
-        for k in range(len(values)):
-            code = quantize(values[k], steps[start + k], None, *code_range)
-            codes[start + k] = code
-            error = (values[k] - dequantize(code, steps[start + k], None)) / local[k, k]
-            errors[k] = error
-            values[k + 1 :].addr_(local[k, k + 1 :], error, alpha=-1)
+        weights = local.diagonal().reciprocal().tolist()
+        # Views are made once: the vectors are so short that making them would take the time.
+        columns = (values, steps[block], inverse[block], codes[block], errors, local)
+        for k, (value, size, inv, code, error, row) in enumerate(
+            zip(*(matrix.unbind() for matrix in columns), strict=True)
+        ):
+            round_steps_(torch.mul(value, inv, out=code), *code_range)
+            torch.addcmul(value, code, size, value=-1, out=error).mul_(weights[k])
+            # The factor is triangular: of what is done nothing changes but the column itself.
+            values.addr_(row, error, alpha=-1)
         rest[block.stop :].addmm_(factor[block, block.stop :].T, errors, alpha=-1)
     result = torch.empty_like(codes, dtype=torch.int8)
     result[sequence] = codes.to(torch.int8)
@@ -240,14 +245,19 @@ class GPTQ:
         multiple = expand_multiplier(multiplier, width, weight.shape[1])
         grid = (row_scale[:, None] * multiple, spec.code_range)
         codes = gptq_round(weight, hessian, *grid, self.block_size, self.order)
+        hessian = hessian.float()
+        target = weight @ hessian
         for sweep in range(self.sweeps + 1):
+            integers = codes * multiple
+            product = integers @ hessian
             if self.refine_scale:
-                row_scale = refit_row_scale(weight, codes * multiple, hessian, row_scale)
+                row_scale = refit_row_scale(weight, integers, hessian, row_scale, product)
                 grid = (row_scale[:, None] * multiple, spec.code_range)
             if sweep == self.sweeps:
                 break
             before = codes
-            codes = coordinate_descent(weight, codes, hessian, *grid, 1, self.block_size)
+            pull = target - row_scale[:, None] * product
+            codes = coordinate_descent(weight, codes, hessian, *grid, 1, self.block_size, pull)
             if torch.equal(before, codes):
                 break
         return QuantizedWeight(codes, row_scale, multiplier, permutation, width)

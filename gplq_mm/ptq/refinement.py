@@ -7,7 +7,7 @@ for Language Models", 2023), row scales in closed form. Neither step can raise t
 import torch
 from torch import Tensor
 
-from ..quant.functional import dequantize, quantize
+from ..quant.functional import dequantize, round_steps_
 
 __all__ = ['coordinate_descent', 'refit_row_scale']
 
@@ -21,6 +21,7 @@ def coordinate_descent(
     code_range: tuple[int, int],
     sweeps: int = 1,
     block_size: int = 128,
+    pull: Tensor | None = None,
 ) -> Tensor:
     """Revisits every column and takes its best code given all the others.
 
@@ -35,37 +36,52 @@ def coordinate_descent(
         code_range: Smallest and largest code.
         sweeps: Visits of each column; ends early when nothing changes.
         block_size: Columns between two updates of the others.
+        pull: ``(out, K)``, ``(weight - step * codes) @ hessian`` if it is known.
 
     Returns:
         int8 ``(out, K)`` codes.
     """
     target, steps = weight.float().T.contiguous(), step.float().T.contiguous()
     hessian = hessian.to(weight.device, torch.float32)
-    diagonal = hessian.diagonal()
-    current = codes.T.to(torch.float32)
+    # Of a Hessian with ones on the diagonal the pull is the best move itself.
+    inverse_diagonal = hessian.diagonal().reciprocal()[:, None]
+    hessian = hessian * inverse_diagonal
+    inverse = steps.reciprocal()
+    current = codes.T.to(torch.float32, memory_format=torch.contiguous_format)
+    pull = None if pull is None else (pull.T * inverse_diagonal).contiguous()
     for _ in range(sweeps):
         before = current.clone()
-        # Afresh in each sweep, so that rounding errors of the updates do not pile up.
-        pull = hessian @ (target - dequantize(current, steps, None))
+        if pull is None:
+            # Afresh in each sweep, so that rounding errors of the updates do not pile up.
+            pull = hessian @ (target - dequantize(current, steps, None))
         for start in range(0, len(target), block_size):
             block = slice(start, min(start + block_size, len(target)))
-            local_pull, local = pull[block].clone(), hessian[block, block]
-            moves = torch.empty_like(local_pull)
-            for k in range(len(moves)):
-                size = steps[start + k]
-                value = dequantize(current[start + k], size, None)
-                best = value + local_pull[k] / diagonal[start + k]
-                current[start + k] = quantize(best, size, None, *code_range)
-                moves[k] = value - dequantize(current[start + k], size, None)
-                local_pull[k + 1 :].addr_(local[k + 1 :, k], moves[k])
-            pull.addmm_(hessian[:, block], moves)
+            local_pull, local = pull[block], hessian[block, block].T.contiguous()
+            moves, best = torch.empty_like(local_pull), torch.empty_like(local_pull[0])
+            # Views are made once: the vectors are so short that making them would take the time.
+            columns = (local_pull, current[block], steps[block], inverse[block], moves, local)
+            for wanted, code, size, inv, move, row in zip(
+                *(matrix.unbind() for matrix in columns), strict=True
+            ):
+                round_steps_(torch.addcmul(code, wanted, inv, out=best), *code_range)
+                torch.sub(code, best, out=move).mul_(size)
+                code.copy_(best)
+                local_pull.addr_(row, move)
+            pull[block.stop :].addmm_(hessian[block.stop :, block], moves)
+        pull = None
         if torch.equal(before, current):
             break
     return current.to(torch.int8).T.contiguous()
 
 
 @torch.no_grad()
-def refit_row_scale(weight: Tensor, integers: Tensor, hessian: Tensor, row_scale: Tensor) -> Tensor:
+def refit_row_scale(
+    weight: Tensor,
+    integers: Tensor,
+    hessian: Tensor,
+    row_scale: Tensor,
+    product: Tensor | None = None,
+) -> Tensor:
     """Best scale of each row for given integers: ``t = (w^T H z) / (z^T H z)``.
 
     Args:
@@ -73,13 +89,14 @@ def refit_row_scale(weight: Tensor, integers: Tensor, hessian: Tensor, row_scale
         integers: ``(out, K)``, multiplier times code, z above, columns as in ``weight``.
         hessian: ``(K, K)`` symmetric positive definite.
         row_scale: ``(out,)``, kept where the formula gives nothing positive (a zero row).
+        product: ``(out, K)``, ``integers @ hessian`` if it is known.
 
     Returns:
         float32 ``(out,)``.
     """
-    integers = integers.double()
-    projected = integers @ hessian.to(weight.device, torch.float64)
-    power = (projected * integers).sum(1)
-    best = (projected * weight.double()).sum(1) / torch.where(power > 0, power, 1.0)
+    if product is None:
+        product = integers.double() @ hessian.to(weight.device, torch.float64)
+    power = (product * integers).sum(1, dtype=torch.float64)
+    best = (product * weight).sum(1, dtype=torch.float64) / torch.where(power > 0, power, 1.0)
     best = best.to(torch.float32)
     return torch.where(best > 0, best, row_scale)

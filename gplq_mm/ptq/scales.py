@@ -17,9 +17,9 @@ from ..quant.spec import WeightSpec
 
 __all__ = ['group_width', 'search_group_scales', 'search_row_scale']
 
-# Elements a chunk: a megabyte stays in a core's cache and still keeps the cores busy; a GPU wants
-# larger launches. About eight temporaries of it live at once, so even those stay below 64 MB.
-CHUNK_ELEMENTS = {'cpu': 2**18, 'cuda': 2**21}
+# Elements a chunk: half a megabyte stays in a core's cache and still keeps the cores busy; a GPU
+# wants larger launches. About eight temporaries of it live at once, even those below 64 MB.
+CHUNK_ELEMENTS = {'cpu': 2**17, 'cuda': 2**21}
 # Grids were chosen on the layers of a real ViT-Ti, where finer ones gain less than 0.5 %: most
 # of what a coarse grid misses comes back through the closed-form refits that follow it.
 ROW_GRID = (40, 0.08)  # points; smallest ratio of step to unclipped step

@@ -17,6 +17,7 @@ __all__ = [
     'fake_quantize_log_sqrt2',
     'quantize',
     'quantize_log_sqrt2',
+    'round_steps_',
     'to_steps',
 ]
 
@@ -42,7 +43,12 @@ def quantize(x: Tensor, scale: Tensor, offset: Tensor | None, qmin: int, qmax: i
     Returns:
         Integer codes in the floating dtype of ``x``, same shape.
     """
-    return to_steps(x, scale, offset).round_().clamp_(qmin, qmax)
+    return round_steps_(to_steps(x, scale, offset), qmin, qmax)
+
+
+def round_steps_(steps: Tensor, qmin: int, qmax: int) -> Tensor:
+    """Codes of values that are given in units of their step, half to even; in place."""
+    return steps.round_().clamp_(qmin, qmax)
 
 
 def dequantize(codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:

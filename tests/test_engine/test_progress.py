@@ -1,8 +1,13 @@
 """Progress of long steps in a log, where there is no terminal."""
 
+import time
+from io import StringIO
+
 import pytest
+from rich.console import Console
 
 import gplq_mm.engine.progress as progress
+from gplq_mm.ptq import Progress
 
 
 @pytest.fixture
@@ -48,3 +53,83 @@ def test_other_ranks_are_silent(lines, monkeypatch):
 
 def test_nothing_to_do(lines):
     assert list(progress.track([], 0, 'x')) == []
+
+
+def stage2(position, elapsed, remaining):
+    names = ['', 'backbone.layers.0', 'backbone.layers.1', 'head']
+    return Progress(names[position], position, 3, elapsed, remaining)
+
+
+STEPS = [
+    stage2(0, 1.0, 99.0),
+    stage2(1, 5.0, 45.0),
+    stage2(1, 12.0, 36.0),
+    stage2(2, 20.0, 20.0),
+    stage2(2, 30.0, 10.0),
+    stage2(3, 40.0, 0.0),
+]
+
+
+def test_weight_ptq_in_a_log(lines, monkeypatch):
+    monkeypatch.setattr(progress, 'Console', lambda **_: Console(file=StringIO()))
+    with progress.show_weight_ptq() as report:
+        for step in STEPS:
+            report(step)
+    assert lines == [
+        'Weight-PTQ: 1%, 0/3 units, 1 s elapsed, 99 s remaining',
+        'Weight-PTQ: 25%, 1/3 backbone.layers.0, 12 s elapsed, 36 s remaining',
+        'Weight-PTQ: 75%, 2/3 backbone.layers.1, 30 s elapsed, 10 s remaining',
+    ]
+
+
+def test_weight_ptq_in_a_terminal(lines, monkeypatch):
+    """One bar whose length is time, over all units."""
+    stream = StringIO()
+    terminal = Console(file=stream, force_terminal=True, width=120, color_system=None)
+    monkeypatch.setattr(progress, 'Console', lambda **_: terminal)
+    shown = []
+    with progress.show_weight_ptq() as report:
+        # The images are read first, with a bar of their own.
+        assert stream.getvalue() == ''
+        for step in (*STEPS, stage2(3, 4000.0, 3725.0)):
+            report(step)
+            stream.truncate(0)
+            time.sleep(0.3)  # it is drawn ten times a second
+            shown.append(stream.getvalue())
+    for text, expected in zip(
+        shown,
+        [
+            ('0/3 units', '1%', '0:00:01, 0:01:39 remaining'),
+            ('1/3 backbone.layers.0', '10%', '0:00:05, 0:00:45 remaining'),
+            ('1/3 backbone.layers.0', '25%', '0:00:12, 0:00:36 remaining'),
+            ('2/3 backbone.layers.1', '50%', '0:00:20, 0:00:20 remaining'),
+            ('2/3 backbone.layers.1', '75%', '0:00:30, 0:00:10 remaining'),
+            ('3/3 head', '100%', '0:00:40, 0:00:00 remaining'),
+            ('3/3 head', '52%', '1:06:40, 1:02:05 remaining'),
+        ],
+        strict=True,
+    ):
+        assert all(part in text for part in ('Weight-PTQ', *expected)), text
+    assert lines == []
+
+
+def test_an_error_ends_the_bar(monkeypatch):
+    terminal = Console(file=StringIO(), force_terminal=True)
+    monkeypatch.setattr(progress, 'Console', lambda **_: terminal)
+
+    def fail():
+        with progress.show_weight_ptq() as report:
+            report(STEPS[0])
+            raise RuntimeError('inside')
+
+    for _ in range(2):
+        # A console that still showed the first bar would refuse the second.
+        with pytest.raises(RuntimeError, match='inside'):
+            fail()
+
+
+def test_other_ranks_are_silent_in_weight_ptq(lines, monkeypatch):
+    monkeypatch.setattr(progress, 'is_main_process', lambda: False)
+    with progress.show_weight_ptq() as report:
+        report(STEPS[-1])
+    assert lines == []

@@ -144,6 +144,19 @@ def test_large_sums_stay_exact():
     assert layer.accumulate(x).long().unique().tolist() == [4097 * 127 * 127]
 
 
+@pytest.mark.parametrize('zero_point', ZERO_POINTS)
+@pytest.mark.parametrize('bits', [4, 8])
+def test_operands_are_integers_up_to_their_bound(zero_point, bits):
+    layer, _ = make(act=dict(zero_point=zero_point, bits=bits))
+    operand = layer.operand(torch.linspace(-100, 100, 999)[:, None].expand(-1, 33))
+    assert torch.equal(operand, operand.round())
+    assert operand.abs().max() == layer.largest_operand()
+
+
+def test_operands_of_the_raw_layout_have_no_integer_bound():
+    assert make(weight=dict(layout='raw'))[0].largest_operand() is None
+
+
 def test_raw_layout_rounds_the_weight_itself():
     layer, x = make(33, weight=dict(layout='raw'))
     value = round_weight(layer, x)

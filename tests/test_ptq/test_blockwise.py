@@ -1,5 +1,9 @@
 """Stage 2 on whole models: every unit on the stream that the units before it produce."""
 
+import subprocess
+import sys
+import weakref
+
 import pytest
 import torch
 from builders import build_quantized, calibrated, images
@@ -15,7 +19,16 @@ from gplq_mm.layers import (
     quantizers_disabled,
     weights_disabled,
 )
-from gplq_mm.ptq import GPTQ, RoundToNearest, blockwise, find_units, quantize_weights, round_weights
+from gplq_mm.ops import native
+from gplq_mm.ptq import (
+    GPTQ,
+    RoundToNearest,
+    blockwise,
+    find_units,
+    quantize_weights,
+    round_weights,
+    stream,
+)
 from gplq_mm.quant import NotCalibratedError, QuantPolicy
 
 KINDS = ('vit', 'swin', 'resnet')
@@ -386,13 +399,13 @@ def test_only_what_is_read_later_is_kept(monkeypatch):
     model, batch = Pyramid(), torch.randn(1, 3, 16, 24)
     quantize_model(model, QuantPolicy())
     calibrated(model, batch)
-    kept, finish = [], blockwise._Stream.finish
+    kept, finish = [], stream.Stream.finish
 
-    def record(stream, position, unit, outputs):
-        finish(stream, position, unit, outputs)
+    def record(stream, position, outputs):
+        finish(stream, position, outputs)
         kept.append(set(stream.outputs))
 
-    monkeypatch.setattr(blockwise._Stream, 'finish', record)
+    monkeypatch.setattr(stream.Stream, 'finish', record)
     quantize_weights(model, [batch], model, RoundToNearest())
     assert kept == [
         {'stem'},
@@ -414,18 +427,109 @@ def test_plain_rounding_without_data():
         round_weights(model, GPTQ())
 
 
-def test_progress_is_shown_unit_by_unit():
-    model, seen = build_quantized('vit'), []
+def test_progress_is_told_step_by_step():
+    model, seen = build_quantized('swin', compensation=dict(type='QwT')), []
+    run(model, report=seen.append)
+    units = list(find_units(model, lambda: model(images())))
+    assert {progress.units for progress in seen} == {len(units)}
+    # Each unit runs twice on every batch, and is rounded.
+    steps = 2 * len(BATCHES) + 1
+    assert [p.unit for p in seen] == ['', *(name for name in units for _ in range(steps))]
+    assert [p.position for p in seen[1::steps]] == list(range(1, len(units) + 1))
+    elapsed = [progress.elapsed for progress in seen]
+    assert elapsed == sorted(elapsed)
+    assert seen[0].remaining > 0
+    assert seen[-1].remaining == pytest.approx(0, abs=1e-9)
 
-    def track(items, total, description):
-        assert description
-        for item in items:
-            seen.append((item, total))
-            yield item
 
-    run(model, track=track)
-    assert [name for name, _ in seen] == list(find_units(model, lambda: model(images())))
-    assert {total for _, total in seen} == {len(seen)}
+@pytest.mark.skipif(not native.is_loaded(), reason='gplq_mm was installed without kernels')
+@pytest.mark.parametrize('kind', KINDS)
+@torch.no_grad()
+def test_result_does_not_depend_on_the_kernels(kind, monkeypatch):
+    results = []
+    for loaded in (True, False):
+        monkeypatch.setattr(native, '_loaded', loaded)
+        torch.manual_seed(0)
+        model = build_quantized(kind, NARROW, dict(type='QwT'))
+        scores = run(model, GPTQ())
+        results.append((integers(model), scores, model(images())))
+    assert all(torch.equal(results[1][0][key], value) for key, value in results[0][0].items())
+    assert results[0][1] == results[1][1]
+    assert torch.equal(results[0][2], results[1][2])
+
+
+def test_memory_holds_the_statistics_of_one_unit(monkeypatch):
+    alive, most = weakref.WeakSet(), []
+
+    class Counted(blockwise.SecondMoment):
+        def __init__(self, *args):
+            super().__init__(*args)
+            alive.add(self)
+            most.append(len(alive))
+
+    monkeypatch.setattr(blockwise, 'SecondMoment', Counted)
+    model = build_quantized('swin', compensation=dict(type='QwT'))
+    run(model, GPTQ())
+    assert len(most) == len(quant_layers(model))
+    # The four layers of a block.
+    assert max(most) == 4
+    # And no sums of a compensation that was fitted.
+    for name in find_blocks(model):
+        assert model.get_submodule(name).compensation._folds == []
+
+
+PEAK_PROGRAM = """
+import re
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gplq_mm.layers import calibrate, freeze_activations, quantize_model
+from gplq_mm.ptq import GPTQ, quantize_weights
+from gplq_mm.quant import QuantPolicy
+
+
+class BasicBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(64, 64)
+
+    def forward(self, x):
+        return x + self.fc(x).relu()
+
+
+def batches(count):
+    return (torch.randn(2048, 64) for _ in range(count))  # 512 KB
+
+
+def peak_mb(count):
+    quantize_weights(model, batches(count), model, GPTQ(), memory_bytes=int(sys.argv[1]))
+    status = Path('/proc/self/status').read_text()
+    return int(re.search(r'VmHWM:\\s*(\\d+)', status)[1]) / 1024
+
+
+model = nn.Sequential(*(BasicBlock() for _ in range(4))).eval()
+with torch.no_grad():
+    quantize_model(model, QuantPolicy(), dict(type='QwT'))
+    calibrate(model, lambda *_: model(next(batches(1))))
+    freeze_activations(model)
+    print(-peak_mb(8) + peak_mb(128))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads the peak as Linux counts')
+def test_memory_does_not_grow_with_the_images():
+    """120 more batches: 60 MB of images, and twice as much of activations."""
+    growth = []
+    for memory_bytes in (2**23, 2**40):
+        program = [sys.executable, '-c', PEAK_PROGRAM, str(memory_bytes)]
+        answer = subprocess.run(program, capture_output=True, text=True, check=True, timeout=300)
+        growth.append(float(answer.stdout))
+    assert growth[0] < 30
+    assert growth[1] > 100
 
 
 def test_gptq_has_less_output_error_than_rounding_to_nearest():

@@ -119,6 +119,20 @@ def test_refinement_never_raises_the_error(out, columns, bits, seed, exponent):
         assert error <= after + bound
 
 
+def test_known_products_with_the_hessian_change_nothing():
+    weight, hessian, step, limits = fixed_problem()
+    codes = quantize(weight, step, None, *limits).to(torch.int8)
+    product = codes.double() @ hessian
+    scale = refit_row_scale(weight, codes, hessian, step[:, 0])
+    assert torch.equal(refit_row_scale(weight, codes, None, step[:, 0], product), scale)
+    pull = ((weight - codes * step).double() @ hessian).float()
+    known = coordinate_descent(weight, codes, hessian, step, limits, pull=pull)
+    assert not torch.equal(known, codes)
+    # A float32 sum in another order may turn a near tie.
+    fresh = coordinate_descent(weight, codes, hessian, step, limits)
+    assert (known != fresh).float().mean() < 0.01
+
+
 def test_coordinate_descent_ends_in_a_coordinatewise_minimum():
     weight, hessian, step, limits = fixed_problem(out=4, columns=10, bits=3)
     codes = gptq_round(weight, hessian, step, limits)

@@ -57,6 +57,53 @@ def test_leading_dimensions_and_dtypes():
         assert_statistics_of(moment, x)
 
 
+@pytest.mark.parametrize('largest', [1, 15, 63, 64, 255])
+@pytest.mark.parametrize('signed', [False, True])
+def test_sums_of_integers_are_exact(largest, signed):
+    x = torch.randint(-largest if signed else 0, largest + 1, (3000, 24)).float()
+    x[:, 0] = largest
+    moment, plain = SecondMoment(24, largest_integer=largest), SecondMoment(24)
+    for part in x.split((1, 0, 1500, 1499)):
+        moment.update(part)
+        plain.update(part)
+    assert torch.equal(moment.mean, x.double().mean(0))
+    outer = (x.long().T @ x.long()).double()
+    assert torch.equal(moment.second_moment(), outer / len(x))
+    assert torch.equal(moment.covariance(), plain.covariance())
+
+
+def test_sums_of_integers_do_not_leave_int32(monkeypatch):
+    """Rows are multiplied in parts whose sums int32 holds."""
+    sizes, multiply = [], torch._int_mm
+
+    def record(a, b):
+        sizes.append(len(b))
+        return multiply(a, b)
+
+    monkeypatch.setattr(torch, '_int_mm', record)
+    rows = (2**31 - 1) // 63**2 + 1
+    moment = SecondMoment(2, largest_integer=63)
+    moment.update(torch.full((1, 1), 63.0).expand(rows, 2))
+    assert sizes == [rows - 1, 1]
+    assert (moment.second_moment() == 63**2).all()
+
+
+@pytest.mark.parametrize('features', range(1, 35))
+def test_sums_of_integers_of_any_width(features):
+    for rows in (1, 2, 7, 33):
+        x = torch.randint(-15, 16, (rows, features))
+        moment = SecondMoment(features, largest_integer=15)
+        moment.update(x)
+        assert torch.equal(moment.second_moment(), (x.T @ x).double() / rows)
+
+
+def test_integers_must_be_finite():
+    moment = SecondMoment(2, largest_integer=15)
+    with pytest.raises(ValueError, match='non-finite'):
+        moment.update(torch.tensor([[1.0, torch.nan]]))
+    assert moment.count == 0
+
+
 def test_mean_only_keeps_no_outer_products():
     x = data(300)
     moment = SecondMoment(24, mean_only=True)

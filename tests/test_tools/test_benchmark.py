@@ -95,6 +95,20 @@ def test_compensation_is_stated(tool, tmp_path, config, capsys):
     assert 'our compensation: QwT' in ' '.join(capsys.readouterr().out.split())
 
 
+def test_ptq(tool, tmp_path, config, capsys):
+    out = tmp_path / 'a' / 'ptq.json'
+    arguments = ['--model', config, '--images', 6, '--batch', 3, '--threads', 1, '--out', out]
+    tool.main(['ptq', *map(str, arguments)])
+    result = json.loads(out.read_text())
+    assert result['model'] == str(config)
+    assert (result['images'], result['image_source'], result['batch_size']) == (6, 'random', 3)
+    assert (result['method'], result['compensation']) == ('GPTQ', 'QwT')
+    assert result['environment']['load_at_end'] >= 0
+    shown = capsys.readouterr().out
+    assert 'weight_ptq' in shown
+    assert 'backbone.layers.1' in shown
+
+
 def test_absent_peer_is_named(tool, tmp_path, config, capsys, monkeypatch):
     def build(name, *_args):
         raise tool.PeerUnavailable(f'{name} needs what is not here')
@@ -139,6 +153,9 @@ def test_named_models_have_the_layers_of_the_papers(tool, name):
         (['model', '--model', 'resnext'], "unknown model 'resnext'"),
         (['model', '--model', 'gone.py'], 'gone.py'),
         (['linear', '--threads', '4096'], '--threads 4096'),
+        (['ptq', '--model', 'resnext'], "unknown model 'resnext'"),
+        (['ptq', '--data', 'gone'], 'gone'),
+        (['ptq', '--method', 'OBQ', '--images', '1', '--model', 'vit-tiny'], 'OBQ'),
     ],
 )
 def test_bad_input_is_one_line(tool, arguments, message, capsys):

@@ -5,7 +5,7 @@ from ...models import Stage
 from ...ptq import build_weight_ptq, quantize_weights
 from ...registry import LOOPS
 from ..calibration_set import CalibrationSet
-from ..progress import track
+from ..progress import show_weight_ptq
 from .quant_loop import QuantTrainLoop
 
 __all__ = ['GPLQTrainLoop']
@@ -28,7 +28,7 @@ class GPLQTrainLoop(QuantTrainLoop):
     """
 
     def __init__(self, runner, dataloader, weight_ptq: dict | None = None, **kwargs):
-        settings = {'type': 'GPTQ', 'num_images': 512, 'batch_size': 32, 'seed': 0}
+        settings = {'type': 'GPTQ', 'num_images': 512, 'batch_size': 16, 'seed': 0}
         settings.update(weight_ptq or {})
         self.ptq_images = {key: settings.pop(key) for key in ('num_images', 'batch_size', 'seed')}
         self.method = build_weight_ptq(settings)
@@ -64,13 +64,11 @@ class GPLQTrainLoop(QuantTrainLoop):
         model.eval()
         images = CalibrationSet.from_runner(self.runner, **self.ptq_images)
         with self.record.clock.stage('weight_ptq'):
-            scores = quantize_weights(
-                model.architecture,
-                self._prepared(images.batches()),
-                self._forward,
-                self.method,
-                track,
-            )
+            batches = self._prepared(images.batches(description='images for Weight-PTQ'))
+            with show_weight_ptq() as report:
+                scores = quantize_weights(
+                    model.architecture, batches, self._forward, self.method, report
+                )
         model.advance(Stage.WEIGHT_PTQ)
         self.record.weight_ptq = {**images.describe(), 'compensation_r2': scores}
         for name, score in scores.items():
