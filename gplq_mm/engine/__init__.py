@@ -5,6 +5,7 @@ from .class_count import ClassCountError, ClassCountHook, check_class_count
 from .errors import one_line_errors
 from .hooks import (
     CalibrationHook,
+    FeatureCacheHook,
     GPLQCheckpointHook,
     PCABasisHook,
     QuantStatsHook,
@@ -25,6 +26,7 @@ __all__ = [
     'ClassCountError',
     'ClassCountHook',
     'DirectQATLoop',
+    'FeatureCacheHook',
     'GPLQCheckpointHook',
     'GPLQOptimWrapperConstructor',
     'GPLQRunner',

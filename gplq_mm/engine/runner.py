@@ -15,6 +15,7 @@ from mmengine.runner import Runner
 from ..checkpoint import atomic_write, read_checkpoint, to_plain
 from ..registry import RUNNERS
 from .class_count import ClassCountHook
+from .hooks import FeatureCacheHook
 from .weights import load_run_weights
 
 __all__ = ['GPLQRunner']
@@ -71,6 +72,7 @@ class GPLQRunner(Runner):
         super().__init__(*args, **kwargs)
         self.register_hook(PlainCheckpointHook())
         self.register_hook(ClassCountHook())
+        self.register_hook(FeatureCacheHook())
 
     def setup_env(self, env_cfg: dict) -> None:
         """As in mmengine, and ``--launcher pytorch`` works on machines without a GPU, too."""

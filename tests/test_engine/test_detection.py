@@ -120,6 +120,15 @@ def test_mimicking_is_off_by_default(data, pretrained, tmp_path):
     assert model.tap is None
 
 
+def test_maps_are_not_cached(data, pretrained, tmp_path):
+    for cfg in (detection_config, lambda *args: mimicking(detection_config(*args))):
+        cfg = cfg(tmp_path, data, pretrained)
+        cfg.model.teacher_cache = str(tmp_path / 'features.sqlite')
+        with pytest.raises(ValueError, match=r'keeps feature vectors .* set teacher_cache=None'):
+            build_runner(cfg)
+    assert not list(tmp_path.glob('features*'))
+
+
 @pytest.mark.parametrize(
     ('settings', 'text'),
     [
