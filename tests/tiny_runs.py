@@ -128,6 +128,31 @@ def direct_config(work_dir: Path, pretrained: Path, arch: str = 'vit', **options
     return cfg
 
 
+def probe_config(work_dir: Path, checkpoint: Path, **options) -> Config:
+    """Config of a linear probe of the tiny ViT, three epochs of digits without augmentation.
+
+    Args:
+        work_dir: Where the run writes.
+        checkpoint: ``w4a4.pth`` of a run of :func:`gplq_config`.
+        **options: Of ``QuantBackbone``.
+    """
+    cfg = fp32_config('vit')
+    cfg.model.backbone = dict(
+        type='gplq_mm.QuantBackbone',
+        backbone=cfg.model.backbone,
+        checkpoint=str(checkpoint),
+        compensation=dict(type='QwT'),
+        frozen=True,
+        **options,
+    )
+    cfg.model.init_cfg = None
+    cfg.train_dataloader.dataset.dataset.pipeline = cfg.val_dataloader.dataset.pipeline
+    cfg.train_cfg = dict(by_epoch=True, max_epochs=3, val_interval=1)
+    cfg.param_scheduler = None
+    cfg.work_dir = str(work_dir)
+    return cfg
+
+
 def train_fp32(path: Path, arch: str = 'vit', steps: int = 120) -> None:
     """Trains the float model a little and saves it."""
     cfg = fp32_config(arch)

@@ -8,8 +8,8 @@ from tiny_runs import (
     assert_same_weights,
     build_runner,
     comparable,
-    fp32_config,
     gplq_config,
+    probe_config,
     read_summary,
     run,
     weights,
@@ -66,25 +66,6 @@ def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path, float_checkpoints, 
         run(cfg, KillHook(5))
     run(cfg, resume=True)
     assert_same_weights(weights(tmp_path / 'run'), weights(undisturbed['vit']))
-
-
-def probe_config(work_dir, checkpoint, **options):
-    """Linear probe of the tiny ViT, three epochs of digits without augmentation."""
-    cfg = fp32_config('vit')
-    cfg.model.backbone = dict(
-        type='gplq_mm.QuantBackbone',
-        backbone=cfg.model.backbone,
-        checkpoint=str(checkpoint),
-        compensation=dict(type='QwT'),
-        frozen=True,
-        **options,
-    )
-    cfg.model.init_cfg = None
-    cfg.train_dataloader.dataset.dataset.pipeline = cfg.val_dataloader.dataset.pipeline
-    cfg.train_cfg = dict(by_epoch=True, max_epochs=3, val_interval=1)
-    cfg.param_scheduler = None
-    cfg.work_dir = str(work_dir)
-    return cfg
 
 
 def test_a_probe_with_a_cache_ends_like_one_without(undisturbed, tmp_path):
