@@ -284,3 +284,21 @@ class KillHook(Hook):
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         if runner.iter + 1 == self.iteration:
             raise Killed
+
+
+class KillAt(Hook):
+    """Dies when the runner reaches a point that has a hook.
+
+    Args:
+        point: Name of the hook method.
+        count: Dies the n-th time, from 1.
+    """
+
+    def __init__(self, point: str, count: int = 1):
+        self.left = count
+        setattr(self, point, self._strike)
+
+    def _strike(self, *_args, **_kwargs) -> None:
+        self.left -= 1
+        if not self.left:
+            raise Killed

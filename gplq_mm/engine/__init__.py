@@ -12,6 +12,7 @@ from .hooks import (
     quantizer_statistics,
 )
 from .loops import DirectQATLoop, GPLQTrainLoop, QuantTrainLoop
+from .mask_check import MaskCheckHook, MaskError
 from .optim import Bf16OptimWrapper, GPLQOptimWrapperConstructor
 from .progress import track
 from .run_record import RunRecord, headline_metrics, print_summary
@@ -31,6 +32,8 @@ __all__ = [
     'GPLQOptimWrapperConstructor',
     'GPLQRunner',
     'GPLQTrainLoop',
+    'MaskCheckHook',
+    'MaskError',
     'PCABasisHook',
     'QuantStatsHook',
     'QuantTrainLoop',
