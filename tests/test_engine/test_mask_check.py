@@ -19,8 +19,8 @@ def evaluator(*masks, metrics=('bbox', 'segm')):
 
 @pytest.mark.parametrize('mask', [None, [], [[]], [3, 4], [[1, 1]], [[1, 1, 2, 2]], {}])
 def test_is_refused(mask):
-    with pytest.raises(MaskError, match=r'^2 annotation.* of val, .*id 1 of image 11: remove'):
-        check_masks(evaluator(TRIANGLE, mask, RLE, mask), 'val,')
+    with pytest.raises(MaskError, match=r'^2 annotation.* of val have .*id 1 of image 11: remove'):
+        check_masks(evaluator(TRIANGLE, mask, RLE, mask), 'val')
     assert check_masks(evaluator(mask, metrics=['bbox']), 'val') is None
 
 
