@@ -48,7 +48,7 @@ def named(path: Path) -> str:
 def load(path: Path) -> Config:
     # What is set on this machine is not part of the config.
     with pytest.MonkeyPatch.context() as patch:
-        for name in ('IMAGENETTE', 'VIT_TINY', 'DSB2018', 'BCCD', 'COCO200'):
+        for name in ('IMAGENETTE', 'VIT_TINY', 'DSB2018', 'BCCD', 'COCO200', 'FEATURE_CACHE'):
             patch.delenv(f'GPLQ_{name}', raising=False)
         return Config.fromfile(path)
 

@@ -20,25 +20,35 @@ from gplq_mm.models import GPLQ, QuantBackbone
 FOLDER = Path(__file__).resolve().parent.parent / 'configs' / 'transfer'
 PROBES = sorted(FOLDER.glob('linear-probe_*.py'))
 DETECTORS = sorted(FOLDER.glob('*bccd.py'))
+ENVIRONMENT = (
+    'BCCD',
+    'VIT_TINY',
+    'VIT_TINY_W4A4',
+    'VIT_TINY_W32A4',
+    'PROBE_DATA',
+    'FEATURE_CACHE',
+)
 
 
 def load(path: Path) -> Config:
     with pytest.MonkeyPatch.context() as patch:
-        for name in ('BCCD', 'VIT_TINY', 'VIT_TINY_W4A4', 'VIT_TINY_W32A4', 'PROBE_DATA'):
+        for name in ENVIRONMENT:
             patch.delenv(f'GPLQ_{name}', raising=False)
         return Config.fromfile(path)
 
 
 def test_finds_the_configs():
-    assert len(PROBES) == 12
+    assert len(PROBES) == 14
     assert len(DETECTORS) == 4
     assert {path.name for path in FOLDER.glob('*.py')} == {p.name for p in (*PROBES, *DETECTORS)}
 
 
 @pytest.mark.parametrize('path', PROBES, ids=lambda p: p.stem)
 class TestProbe:
-    def test_only_the_head_is_trained(self, path):
+    def test_only_the_head_is_trained(self, path, tmp_path):
         cfg = load(path)
+        if cfg.model.backbone.get('cache') is not None:
+            cfg.model.backbone.cache = str(tmp_path / 'features.sqlite')
         model = MODELS.build(cfg.model)
         assert isinstance(model.backbone, QuantBackbone)
         assert bool(quant_layers(model)) == ('w4a4' in path.name)
@@ -69,6 +79,14 @@ class TestProbe:
         if classes is not None:
             assert cfg.model.head.num_classes == len(classes)
         assert cfg.val_dataloader.dataset.type == cfg.train_dataloader.dataset.type
+
+    def test_what_is_cached_is_not_augmented(self, path):
+        cfg = load(path)
+        train, val = (cfg[f'{name}_dataloader'].dataset.pipeline for name in ('train', 'val'))
+        is_cached = '-cached_' in path.name
+        assert (cfg.model.backbone.get('cache') is not None) == is_cached
+        assert (train == val) == is_cached
+        assert any(step.type.startswith('Random') for step in train) != is_cached
 
 
 @pytest.mark.parametrize('path', DETECTORS, ids=lambda p: p.stem)

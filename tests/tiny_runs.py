@@ -128,6 +128,31 @@ def direct_config(work_dir: Path, pretrained: Path, arch: str = 'vit', **options
     return cfg
 
 
+def probe_config(work_dir: Path, checkpoint: Path, **options) -> Config:
+    """Config of a linear probe of the tiny ViT, three epochs of digits without augmentation.
+
+    Args:
+        work_dir: Where the run writes.
+        checkpoint: ``w4a4.pth`` of a run of :func:`gplq_config`.
+        **options: Of ``QuantBackbone``.
+    """
+    cfg = fp32_config('vit')
+    cfg.model.backbone = dict(
+        type='gplq_mm.QuantBackbone',
+        backbone=cfg.model.backbone,
+        checkpoint=str(checkpoint),
+        compensation=dict(type='QwT'),
+        frozen=True,
+        **options,
+    )
+    cfg.model.init_cfg = None
+    cfg.train_dataloader.dataset.dataset.pipeline = cfg.val_dataloader.dataset.pipeline
+    cfg.train_cfg = dict(by_epoch=True, max_epochs=3, val_interval=1)
+    cfg.param_scheduler = None
+    cfg.work_dir = str(work_dir)
+    return cfg
+
+
 def train_fp32(path: Path, arch: str = 'vit', steps: int = 120) -> None:
     """Trains the float model a little and saves it."""
     cfg = fp32_config(arch)
@@ -258,4 +283,22 @@ class KillHook(Hook):
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         if runner.iter + 1 == self.iteration:
+            raise Killed
+
+
+class KillAt(Hook):
+    """Dies when the runner reaches a point that has a hook.
+
+    Args:
+        point: Name of the hook method.
+        count: Dies the n-th time, from 1.
+    """
+
+    def __init__(self, point: str, count: int = 1):
+        self.left = count
+        setattr(self, point, self._strike)
+
+    def _strike(self, *_args, **_kwargs) -> None:
+        self.left -= 1
+        if not self.left:
             raise Killed

@@ -2,10 +2,14 @@
 # train_cfg, optim_wrapper, ...:  train_cfg = dict(_delete_=True, **_base_.gplq_train_cfg)
 runner_type = 'gplq_mm.GPLQRunner'
 
-# Ours: asymmetric activations, MSE calibration, integer-true folded weights. See docs/policies.
+# Ours: asymmetric activations, MSE calibration, integer-true folded weights.
 gplq_policy = dict(preset='gplq')
 gplq_mimic = dict(loss_weight=1.0, explained=0.6, multiple=32)
 gplq_compensation = dict(type='QwT')
+# A config may add to model:
+#   teacher_dtype='auto'    precision of the teacher's targets: bfloat16 where the device multiplies
+#                           it natively (sm_80 on; AMX or AVX512_BF16), else float32; or one by name
+#   teacher_cache=None      file that keeps the teacher's outputs by the content of the images
 
 gplq_train_cfg = dict(
     type='gplq_mm.GPLQTrainLoop',

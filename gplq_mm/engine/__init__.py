@@ -5,12 +5,14 @@ from .class_count import ClassCountError, ClassCountHook, check_class_count
 from .errors import one_line_errors
 from .hooks import (
     CalibrationHook,
+    FeatureCacheHook,
     GPLQCheckpointHook,
     PCABasisHook,
     QuantStatsHook,
     quantizer_statistics,
 )
 from .loops import DirectQATLoop, GPLQTrainLoop, QuantTrainLoop
+from .mask_check import MaskCheckHook, MaskError
 from .optim import Bf16OptimWrapper, GPLQOptimWrapperConstructor
 from .progress import track
 from .ranks import one_of_the_ranks
@@ -26,10 +28,13 @@ __all__ = [
     'ClassCountError',
     'ClassCountHook',
     'DirectQATLoop',
+    'FeatureCacheHook',
     'GPLQCheckpointHook',
     'GPLQOptimWrapperConstructor',
     'GPLQRunner',
     'GPLQTrainLoop',
+    'MaskCheckHook',
+    'MaskError',
     'PCABasisHook',
     'QuantStatsHook',
     'QuantTrainLoop',

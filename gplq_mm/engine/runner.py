@@ -1,6 +1,7 @@
 """mmengine's Runner with checkpoints that are never torn and never unpickled."""
 
 import os
+import traceback
 from datetime import timedelta
 
 import torch
@@ -15,6 +16,8 @@ from mmengine.runner import Runner
 from ..checkpoint import atomic_write, read_checkpoint, to_plain
 from ..registry import RUNNERS
 from .class_count import ClassCountHook
+from .hooks import FeatureCacheHook
+from .mask_check import MaskCheckHook
 from .weights import load_run_weights
 
 __all__ = ['GPLQRunner']
@@ -22,6 +25,10 @@ __all__ = ['GPLQRunner']
 # Seconds. A rank that died is noticed at once, since its connections close; this is for one that
 # hangs. Rank 0 alone computes the metrics of a detector, for a minute or two, while all wait.
 TIMEOUT = 600
+
+
+class EmptyDatasetError(ValueError):
+    """A data set without a single image."""
 
 
 class AtomicLocalBackend(LocalBackend):
@@ -75,6 +82,8 @@ class GPLQRunner(Runner):
         super().__init__(*args, **kwargs)
         self.register_hook(PlainCheckpointHook())
         self.register_hook(ClassCountHook())
+        self.register_hook(MaskCheckHook())
+        self.register_hook(FeatureCacheHook())
 
     def setup_env(self, env_cfg: dict) -> None:
         """As in mmengine, and ``--launcher pytorch`` works on machines without a GPU, too.
@@ -87,6 +96,29 @@ class GPLQRunner(Runner):
             # mmengine's own initialisation selects a CUDA device whatever the backend.
             dist.init_process_group('gloo', timeout=timedelta(seconds=dist_cfg['timeout']))
         super().setup_env({**env_cfg, 'dist_cfg': dist_cfg})
+
+    @staticmethod
+    def build_dataloader(dataloader, *args, **kwargs):
+        """As in mmengine, and says what is wrong with a data set without a single image.
+
+        Raises:
+            EmptyDatasetError: If there is no image, or none passes the data set's filter.
+        """
+        try:
+            return Runner.build_dataloader(dataloader, *args, **kwargs)
+        except ValueError as error:
+            # Where mmengine packs the list of images, an empty one is all that can fail.
+            frames = traceback.extract_tb(error.__traceback__)
+            if not any(frame.name == '_serialize_data' for frame in frames):
+                raise
+            dataset = dataloader['dataset']
+            while 'dataset' in dataset:
+                dataset = dataset['dataset']
+            raise EmptyDatasetError(
+                f'no image is left in the data set of {dataset.get("ann_file") or dataset}: '
+                'correct its paths and metainfo.classes, or add annotations; '
+                'filter_cfg=dict(filter_empty_gt=False) keeps images without.'
+            ) from error
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: torch.nn.Module):
         """As in mmengine, without a device id where there is no GPU."""

@@ -1,5 +1,7 @@
 """Models: the GPLQ wrapper, the quantized backbone, the mimic loss."""
 
+from .feature_cache import FeatureCache
+from .feature_store import FeatureStore, FeatureStoreError, FeatureStoreUnavailableError
 from .feature_tap import FeatureTap
 from .gplq import GPLQ, NonFiniteLossError
 from .pca_mimic_loss import PCAMimicLoss, feature_rows
@@ -10,6 +12,10 @@ from .timm_conversion import convert_timm_vit_state_dict
 
 __all__ = [
     'GPLQ',
+    'FeatureCache',
+    'FeatureStore',
+    'FeatureStoreError',
+    'FeatureStoreUnavailableError',
     'FeatureTap',
     'NonFiniteLossError',
     'PCAMimicLoss',

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-__all__ = ['FeatureTap', 'feature_layer_of', 'feature_width']
+__all__ = ['FeatureTap', 'feature_layer_of', 'feature_width', 'tapped_outputs']
 
 
 class FeatureTap:
@@ -31,6 +31,23 @@ class FeatureTap:
     def __exit__(self, *_exception) -> None:
         # Holding on would keep the graph of the last iteration alive.
         self.is_open, self.feature, self.output = False, None, None
+
+
+def tapped_outputs(model: nn.Module, tap: FeatureTap, images: Tensor) -> tuple:
+    """Feature and output of the tapped layer in a forward of ``model``.
+
+    Args:
+        model: Classifier, or detector if the tap is of an output.
+        tap: Tap of one of its layers.
+        images: Preprocessed images ``(N, C, H, W)``.
+    """
+    with tap:
+        if tap.of_output:
+            # The heads of a detector need boxes, and cost more than the maps.
+            model.extract_feat(images)
+        else:
+            model(images, mode='tensor')
+        return tap.feature, tap.output
 
 
 def feature_layer_of(model: nn.Module, name: str | None) -> nn.Module:

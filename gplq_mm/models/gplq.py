@@ -24,8 +24,10 @@ from ..layers import (
 from ..quant import QuantPolicy
 from ..quant.reduce import is_finite_everywhere
 from ..registry import MODELS
-from .feature_tap import FeatureTap, feature_layer_of, feature_width
+from .feature_cache import FeatureCache
+from .feature_tap import FeatureTap, feature_layer_of, feature_width, tapped_outputs
 from .stage import Stage, check_order
+from .teacher import Teacher
 
 __all__ = ['GPLQ', 'NonFiniteLossError']
 
@@ -65,6 +67,13 @@ class GPLQ(BaseModel):
             again in backward: less memory still, for a third more time.
         teacher: Whether to keep a teacher. Training needs one for ``mimic`` and ``distill``,
             evaluation does not.
+        teacher_dtype: Precision in which the teacher computes the targets of the losses:
+            ``'float32'``, ``'bfloat16'`` (autocast), or ``'auto'`` (default): bfloat16 on devices
+            that multiply it natively (CUDA from sm_80 on; CPUs with AMX or AVX512_BF16), else
+            float32. The PCA basis and the feature distance are computed in float32 always.
+        teacher_cache: File that keeps the teacher's outputs by the content of the images, see
+            :class:`FeatureCache`, or None (default). Helps where images come again: with a
+            deterministic pipeline, and in another run of the same seed.
         feature_layer: Name of the layer with the features to mimic. Of a Linear it is the input,
             the penultimate feature of a classifier; of any other layer the output, one map or
             several ``(N, D, H, W)``, as ``'neck'`` gives the levels of a detector's pyramid.
@@ -93,6 +102,8 @@ class GPLQ(BaseModel):
         teacher: bool = True,
         feature_layer: str | None = None,
         backbone_from: str | None = None,
+        teacher_dtype: str = 'auto',
+        teacher_cache: str | None = None,
         data_preprocessor: dict | nn.Module | None = None,
         init_cfg: dict | None = None,
     ):
@@ -112,21 +123,27 @@ class GPLQ(BaseModel):
         if gradient_checkpointing:
             checkpoint_blocks(student)
         self.architecture = student
-        self._set_teacher(float_model)
-        self.tap = self.teacher_tap = None
-        self.mimic_loss = None
+        self.tap = self.mimic_loss = None
         needs_features = mimic is not None or self.distill is not None
         if needs_features or getattr(student, 'head', None) is not None:
             layer = feature_layer_of(student, feature_layer)
             self.tap = FeatureTap(layer)
             self._check_maps(feature_layer)
-            if float_model is not None:
-                self.teacher_tap = FeatureTap(feature_layer_of(float_model, feature_layer))
             if mimic is not None:
                 dim = feature_width(layer, feature_layer, mimic)
                 self.mimic_loss = MODELS.build(
                     {'type': 'gplq_mm.PCAMimicLoss', **mimic, 'dim': dim}
                 )
+        self._teacher = None
+        if float_model is not None:
+            self._teacher = Teacher(
+                float_model,
+                self.tap is not None,
+                feature_layer,
+                teacher_dtype,
+                teacher_cache,
+                architecture,
+            )
         if not train_weights:
             learned = {id(parameter) for parameter in learned_parameters(student)}
             for parameter in student.parameters():
@@ -195,15 +212,20 @@ class GPLQ(BaseModel):
 
     # -- the teacher lives outside the module tree: it is neither saved nor trained -----------
 
-    def _set_teacher(self, teacher: nn.Module | None) -> None:
-        if teacher is not None:
-            teacher.eval().requires_grad_(False)
-        self.__dict__['_teacher'] = teacher
-
     @property
     def teacher(self) -> nn.Module | None:
         """The frozen FP32 model, in eval mode, or None."""
-        return self.__dict__['_teacher']
+        return None if self._teacher is None else self._teacher.network
+
+    @property
+    def has_teacher_features(self) -> bool:
+        """Whether :meth:`teacher_outputs` can be asked for."""
+        return self._teacher is not None and self._teacher.tap is not None
+
+    @property
+    def feature_cache(self) -> FeatureCache | None:
+        """The cache of the teacher's outputs, or None."""
+        return None if self._teacher is None else self._teacher.feature_cache
 
     def _apply(self, fn, *args, **kwargs):
         if self.teacher is not None:
@@ -331,7 +353,7 @@ class GPLQ(BaseModel):
         with self.tap as tap:
             losses = self._weigh_task(self.architecture(inputs, data_samples, mode='loss'))
             if self.mimic_loss is not None or self.distill is not None:
-                feature, logits = self.teacher_outputs(inputs)
+                feature, logits = self._need_teacher().targets(inputs)
                 if self.mimic_loss is not None:
                     losses['loss_pca_mimic'] = self.mimic_loss(tap.feature, feature)
                 if self.distill is not None:
@@ -346,32 +368,28 @@ class GPLQ(BaseModel):
             for key, value in losses.items()
         }
 
-    @torch.no_grad()
     def teacher_outputs(self, inputs: Tensor) -> tuple:
         """Features ``(N, D)`` of the teacher and its logits ``(N, classes)``; or its maps, twice.
 
+        In float32 on every device, so that what is measured with them can be compared.
+
         Raises:
             RuntimeError: If the model was built without a teacher.
+            FeatureStoreError: If ``teacher_cache`` cannot be used.
         """
-        if self.teacher is None or self.teacher_tap is None:
+        return self._need_teacher().outputs(inputs)
+
+    def _need_teacher(self) -> Teacher:
+        if not self.has_teacher_features:
             raise RuntimeError(
                 'this step needs the FP32 teacher; build the model with teacher=True.'
             )
-        return self._outputs(self.teacher, self.teacher_tap, inputs)
+        return self._teacher
 
     @torch.no_grad()
     def student_outputs(self, inputs: Tensor) -> tuple:
         """As :meth:`teacher_outputs`, of the student as it is now."""
-        return self._outputs(self.architecture, self.tap, inputs)
-
-    def _outputs(self, model: nn.Module, open_tap: FeatureTap, inputs: Tensor) -> tuple:
-        with open_tap as tap:
-            if self.taps_maps:
-                # The heads of a detector need boxes, and cost more than the maps.
-                model.extract_feat(inputs)
-            else:
-                model(inputs, mode='tensor')
-            return tap.feature, tap.output
+        return tapped_outputs(self.architecture, self.tap, inputs)
 
     def _distill_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
         # Hinton et al., 2015: the square keeps gradients comparable across temperatures.

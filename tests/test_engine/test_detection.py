@@ -1,5 +1,6 @@
 """Both stages on a detector: shared heads, images of several sizes, AP after each stage."""
 
+import copy
 import json
 import shutil
 
@@ -10,20 +11,24 @@ import torch
 from tiny_detection import detection_config, train_fp32, write_coco
 from tiny_runs import (
     ROOT,
+    KillAt,
     Killed,
     KillHook,
     assert_same_weights,
     build_runner,
     load,
+    load_tool,
     read_summary,
     run,
     run_ranks,
     weights,
 )
 
+import gplq_mm.engine.loops.gplq_loop as loop_module
 from gplq_mm.checkpoint import CheckpointError
-from gplq_mm.engine import ClassCountError
+from gplq_mm.engine import ClassCountError, MaskError
 from gplq_mm.layers import QuantConvTranspose2d, quant_layers
+from gplq_mm.ptq import quantize_weights
 from gplq_mm.quant import PolicyError
 
 STAGES = {'fp32', 'ptq_w4a4', 'w32a4', 'latent_fp32', 'w4a4'}
@@ -84,10 +89,29 @@ def test_everything_is_quantized_and_predictors_have_8_bits(whole):
     assert len(whole[1].quant_report.blocks) == 4
 
 
-def test_a_killed_run_ends_like_an_undisturbed_one(whole, data, pretrained, tmp_path):
+def die_in_weight_ptq(model, batches, forward, method, track):
+    def dying_track(items, total, text):
+        for number, item in enumerate(items):
+            if number == 3:
+                raise Killed
+            yield item
+
+    return quantize_weights(model, batches, forward, method, dying_track)
+
+
+def test_a_killed_run_ends_like_an_undisturbed_one(whole, data, pretrained, tmp_path, monkeypatch):
     cfg = mimicking(detection_config(tmp_path, data, pretrained))
     with pytest.raises(Killed):
         run(cfg, KillHook(6))
+    # Then between the stages, and in Weight-PTQ.
+    with pytest.raises(Killed):
+        run(cfg, KillAt('before_save_checkpoint'), resume=True)
+    assert not (tmp_path / 'w32a4.pth').exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop_module, 'quantize_weights', die_in_weight_ptq)
+        with pytest.raises(Killed):
+            run(cfg, resume=True)
+    assert (tmp_path / 'last_checkpoint').read_text().endswith('w32a4.pth')
     run(cfg, resume=True)
     assert_same_weights(weights(tmp_path), weights(whole[0]))
     for name in ('bbox_mAP', 'segm_mAP'):
@@ -118,6 +142,15 @@ def test_mimicking_is_off_by_default(data, pretrained, tmp_path):
     model = build_runner(detection_config(tmp_path, data, pretrained)).model
     assert model.mimic_loss is None
     assert model.tap is None
+
+
+def test_maps_are_not_cached(data, pretrained, tmp_path):
+    for cfg in (detection_config, lambda *args: mimicking(detection_config(*args))):
+        cfg = cfg(tmp_path, data, pretrained)
+        cfg.model.teacher_cache = str(tmp_path / 'features.sqlite')
+        with pytest.raises(ValueError, match=r'keeps feature vectors .* set teacher_cache=None'):
+            build_runner(cfg)
+    assert not list(tmp_path.glob('features*'))
 
 
 @pytest.mark.parametrize(
@@ -212,23 +245,94 @@ def test_checkpoint_with_another_number_of_classes(data, pretrained, tmp_path):
         build_runner(cfg).train()
 
 
-def test_images_without_and_with_odd_annotations(data, pretrained, tmp_path):
-    """Nothing to find, box outside, mask of no area, one pixel, a long strip, 12 megapixels."""
-    write_coco(tmp_path, 'train', 6, seed=3)
-    shutil.copytree(data / 'val', tmp_path / 'val')
-    shutil.copy(data / 'val.json', tmp_path)
-    content = json.loads((tmp_path / 'train.json').read_text())
+def make_odd(folder, split) -> None:
+    """Nothing to find, box outside or of no width, masks of no area, odd sizes of images.
+
+    These are one pixel, a long strip, and 12 megapixels.
+    """
+    path = folder / f'{split}.json'
+    content = json.loads(path.read_text())
     kept = [a for a in content['annotations'] if a['image_id'] != 0]
     kept[0].update(bbox=[500, 500, 20, 20], segmentation=[[500, 500, 520, 500, 520, 520]])
     kept[1].update(segmentation=[[10, 10, 10, 10, 10, 10]])
+    if split == 'train':
+        kept[2].update(segmentation=[[10, 10, 20, 20]])
+    kept[3].update(bbox=[5, 5, 0, 10])
     for number, (height, width) in ((3, (1, 1)), (4, (8, 900)), (5, (3000, 4000))):
         image = content['images'][number]
         image.update(height=height, width=width)
-        cv2.imwrite(
-            str(tmp_path / 'train' / image['file_name']), np.zeros((height, width, 3), np.uint8)
-        )
+        pixels = np.zeros((height, width, 3), np.uint8)
+        cv2.imwrite(str(folder / split / image['file_name']), pixels)
     content['annotations'] = kept
-    (tmp_path / 'train.json').write_text(json.dumps(content))
-    cfg = detection_config(tmp_path / 'run', tmp_path, pretrained)
-    run(cfg)
+    path.write_text(json.dumps(content))
+
+
+def test_images_without_and_with_odd_annotations(data, pretrained, tmp_path):
+    write_coco(tmp_path, 'train', 6, seed=3)
+    shutil.copytree(data / 'val', tmp_path / 'val')
+    shutil.copy(data / 'val.json', tmp_path)
+    make_odd(tmp_path, 'train')
+    run(mimicking(detection_config(tmp_path / 'run', tmp_path, pretrained)))
     assert read_summary(tmp_path / 'run')['act_qat_iterations'] == 6
+
+
+def evaluate(cfg, checkpoint, folder) -> dict:
+    """What tools/test.py finds."""
+    folder.mkdir(exist_ok=True)
+    cfg.experiment_name = folder.name
+    cfg.dump(folder / 'config.py')
+    out = folder / 'result.json'
+    arguments = [folder / 'config.py', checkpoint, '--out', out, '--work-dir', folder]
+    load_tool('test').main([str(argument) for argument in arguments])
+    return json.loads(out.read_text())
+
+
+def test_odd_images_are_evaluated(whole, data, pretrained, tmp_path):
+    write_coco(tmp_path, 'val', 8, seed=3)
+    make_odd(tmp_path, 'val')
+    cfg = mimicking(detection_config(tmp_path / 'run', tmp_path, pretrained))
+    result = evaluate(cfg, whole[0] / 'w4a4.pth', tmp_path / 'evaluation')
+    assert result['state'] == 'w4a4'
+    assert 0 <= result['bbox_mAP'] <= 100
+
+
+def test_a_mask_that_cannot_be_evaluated(data, pretrained, tmp_path):
+    shutil.copytree(data / 'val', tmp_path / 'val')
+    content = json.loads((data / 'val.json').read_text())
+    content['annotations'][2]['segmentation'] = [[10, 10, 20, 20]]
+    (tmp_path / 'val.json').write_text(json.dumps(content))
+    cfg = detection_config(tmp_path / 'run', tmp_path, pretrained)
+    cfg.train_dataloader.dataset.dataset.data_root = str(data)
+    with pytest.raises(MaskError, match=r'1 annotation.* of val_evaluator .* id 3 of image 1: rem'):
+        build_runner(cfg).train()
+    assert not list(tmp_path.glob('run/*.pth'))
+
+
+def test_evaluation_without_a_single_annotation(whole, data, pretrained, tmp_path):
+    shutil.copytree(data / 'val', tmp_path / 'val')
+    content = json.loads((data / 'val.json').read_text())
+    (tmp_path / 'val.json').write_text(json.dumps({**content, 'annotations': []}))
+    cfg = mimicking(detection_config(tmp_path / 'run', tmp_path, pretrained))
+    result = evaluate(cfg, whole[0] / 'w4a4.pth', tmp_path / 'evaluation')
+    # What COCO's evaluation says where there is nothing to measure.
+    assert result['metrics']['coco/bbox_mAP'] == -1
+
+
+def test_training_without_a_single_annotation(data, pretrained, tmp_path):
+    shutil.copytree(data, tmp_path / 'data')
+    content = json.loads((data / 'train.json').read_text())
+    (tmp_path / 'data' / 'train.json').write_text(json.dumps({**content, 'annotations': []}))
+    cfg = detection_config(tmp_path / 'run', tmp_path / 'data', pretrained)
+    cfg.train_dataloader.dataset.dataset.filter_cfg = dict(filter_empty_gt=True)
+    with pytest.raises(
+        ValueError, match=r'no image is left in .*train\.json: correct .*filter_empty_gt'
+    ):
+        build_runner(cfg).train()
+
+
+def test_evaluation_on_another_number_of_classes(whole, data, pretrained, tmp_path):
+    cfg = mimicking(detection_config(tmp_path / 'run', data, pretrained))
+    cfg.test_dataloader = copy.deepcopy(cfg.test_dataloader)
+    cfg.test_dataloader.dataset.metainfo = dict(classes=('bright', 'dark', 'grey'))
+    with pytest.raises(SystemExit, match=r'predicts 2 classes .* test_dataloader has 3'):
+        evaluate(cfg, whole[0] / 'w4a4.pth', tmp_path / 'evaluation')

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from mmengine.hooks import Hook
 from tiny_runs import (
     INTERVAL,
     ITERATIONS,
     ITERATIONS_OF_EPOCH,
+    KillAt,
     Killed,
     KillHook,
     assert_same_weights,
@@ -21,24 +21,6 @@ from tiny_runs import (
 import gplq_mm.checkpoint as checkpoint_module
 import gplq_mm.engine.loops.gplq_loop as loop_module
 import gplq_mm.engine.loops.quant_loop as quant_loop_module
-
-
-class KillAt(Hook):
-    """Dies when the runner reaches a point that has a hook.
-
-    Args:
-        point: Name of the hook method.
-        count: Dies the n-th time, from 1.
-    """
-
-    def __init__(self, point: str, count: int = 1):
-        self.left = count
-        setattr(self, point, self._strike)
-
-    def _strike(self, *_args, **_kwargs) -> None:
-        self.left -= 1
-        if not self.left:
-            raise Killed
 
 
 def kill(cfg, *hooks) -> None:

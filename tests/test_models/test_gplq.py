@@ -148,7 +148,7 @@ def test_nothing_of_an_iteration_is_held_after_it(checkpoint):
     model(images(), samples(), mode='loss')
     assert model.tap.feature is None
     assert model.tap.output is None
-    assert model.teacher_tap.feature is None
+    assert model._teacher.tap.feature is None
 
 
 def test_deep_copy_computes_the_same(checkpoint):

@@ -2,11 +2,13 @@
 
 from .calibration_hook import CalibrationHook
 from .checkpoint_hook import GPLQCheckpointHook
+from .feature_cache_hook import FeatureCacheHook
 from .pca_basis_hook import PCABasisHook
 from .quant_stats_hook import QuantStatsHook, quantizer_statistics
 
 __all__ = [
     'CalibrationHook',
+    'FeatureCacheHook',
     'GPLQCheckpointHook',
     'PCABasisHook',
     'QuantStatsHook',

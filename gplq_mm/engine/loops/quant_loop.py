@@ -268,7 +268,7 @@ class QuantTrainLoop(EpochBasedTrainLoop):
             self.record.metrics[name] = {}
         # At the start student and teacher are the same.
         # Maps of a detector are too large to keep, and lead to no single decision to compare.
-        measurable = self.model.teacher_tap is not None and not self.model.taps_maps
+        measurable = self.model.has_teacher_features and not self.model.taps_maps
         measurable &= self.runner.val_loop is not None
         if measurable and name != self.names['fp32']:
             self.model.eval()

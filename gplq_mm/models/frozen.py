@@ -1,0 +1,92 @@
+"""How a frozen network computes: without a graph, in a precision of its own."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    'DTYPES',
+    'autocast_dtype',
+    'frozen_outputs',
+    'has_fast_bf16',
+    'resolve_dtype',
+    'state_of',
+]
+
+DTYPES = ('auto', 'float32', 'bfloat16')
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices natively.
+
+    CUDA from sm_80 (Ampere) on; x86 processors with AMX or AVX512_BF16, as torch reports them.
+    On others torch converts every operand, and bfloat16 is slower than float32.
+    """
+    if device.type == 'cuda':
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == 'cpu':
+        # Private, and the only place where torch tells.
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return False
+
+
+def resolve_dtype(setting: str, device: torch.device) -> torch.dtype:
+    """``'float32'`` and ``'bfloat16'`` by name, ``'auto'`` by :func:`has_fast_bf16`.
+
+    Raises:
+        ValueError: For another setting.
+    """
+    if setting not in DTYPES:
+        raise ValueError(f'teacher_dtype={setting!r} must be one of {", ".join(DTYPES)}.')
+    if setting == 'auto':
+        setting = 'bfloat16' if has_fast_bf16(device) else 'float32'
+    return getattr(torch, setting)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype:
+    """The precision of products in the present autocast region; float32 outside of one."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return torch.float32
+
+
+def frozen_outputs(
+    compute: Callable[[Tensor], Any], images: Tensor, dtype: torch.dtype = torch.float32
+) -> Any:
+    """Outputs of a network that nobody trains, as constants that any loss may use.
+
+    Args:
+        compute: Forward of the network.
+        images: ``(N, C, H, W)``.
+        dtype: float32 computes as the parameters are, whatever autocast region this is in; a
+            shorter type computes under autocast in it.
+
+    Returns:
+        What ``compute`` gives, nested tensors.
+    """
+    kind = images.device.type
+    if dtype == torch.float32:
+        precision = torch.autocast(kind, enabled=False)
+    else:
+        precision = torch.autocast(kind, dtype=dtype)
+    with torch.inference_mode(), precision:
+        outputs = compute(images)
+    # Autograd refuses to save an inference tensor, a copy made outside is an ordinary one.
+    return _clone(outputs)
+
+
+def _clone(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, Mapping):
+        return {key: _clone(item) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_clone(item) for item in value)
+    return value
+
+
+def state_of(network: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, those that are not saved included."""
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}

@@ -1,0 +1,182 @@
+"""The teacher: constants without a graph, a precision of its own, outputs from a file."""
+
+import copy
+
+import pytest
+import torch
+from builders import images, randomize, resnet_cfg, vit_cfg
+from mmengine.optim import OptimWrapper
+from mmengine.registry import MODELS
+from mmpretrain.structures import DataSample
+
+from gplq_mm.layers import calibrate
+from gplq_mm.models import GPLQ, Stage
+
+FAST = {key: dict(observer='minmax') for key in ('activation', 'q', 'k', 'v', 'probs', 'weight')}
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(3)
+    path = tmp_path_factory.mktemp('float') / 'vit.pth'
+    torch.save({'state_dict': randomize(MODELS.build(vit_cfg())).state_dict()}, path)
+    return path
+
+
+def build(checkpoint, **options):
+    """Calibrated model with both losses of the teacher."""
+    options = {'distill': dict(loss_weight=0.5), 'mimic': dict(num_components=8), **options}
+    model = GPLQ(vit_cfg(), str(checkpoint), policy=FAST, **options)
+    model.init_weights()
+    model.eval()
+    with torch.no_grad():
+        calibrate(model.architecture, lambda *_: model.architecture(images(8, 1)))
+    model.advance(Stage.CALIBRATED)
+    feature, _ = model.teacher_outputs(images(16, 2))
+    model.mimic_loss.fit(feature.mean(0), torch.cov(feature.T))
+    return model.train()
+
+
+def samples(count=4):
+    return [DataSample().set_gt_label(i) for i in range(count)]
+
+
+def losses(model, batch) -> dict[str, torch.Tensor]:
+    return {key: v.detach() for key, v in model(batch, samples(len(batch)), mode='loss').items()}
+
+
+def train(model, steps=3) -> dict[str, torch.Tensor]:
+    """Weights after some steps over two batches."""
+    wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.01))
+    for step in range(steps):
+        model.train_step(dict(inputs=list(images(4, step % 2)), data_samples=samples()), wrapper)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize('temperature', [1.0, 2.0])
+def test_gradients_are_those_of_ordinary_constants(checkpoint, temperature):
+    distill = dict(loss_weight=0.5, temperature=temperature)
+    model = build(checkpoint, distill=distill)
+    sum(model(images(), samples(), mode='loss').values()).backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    with torch.no_grad():
+        wanted_feature = model.teacher.extract_feat(images())
+        wanted = model.teacher.head.pre_logits(wanted_feature), model.teacher(images())
+    model.zero_grad()
+    model._teacher.targets = lambda _images: wanted
+    sum(model(images(), samples(), mode='loss').values()).backward()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, found[name]), name
+
+
+def test_a_cache_changes_nothing(checkpoint, tmp_path):
+    plain = build(checkpoint)
+    cached = build(checkpoint, teacher_cache=str(tmp_path / 'features.sqlite'))
+    cache = cached.feature_cache
+    before = cache.lookups
+    for _ in range(2):
+        for key, value in losses(plain, images()).items():
+            assert torch.equal(losses(cached, images())[key], value), key
+    assert cache.lookups - before == 2 * 3 * 4
+    assert cache.hits == cache.lookups - before - 4
+    one, two = train(plain), train(cached)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_what_comes_from_the_file_is_what_the_loss_reads(checkpoint, tmp_path):
+    """Not computed again beside it."""
+    model = build(checkpoint, teacher_cache=str(tmp_path / 'features.sqlite'))
+    wanted = losses(model, images())
+    model.teacher.forward = None
+    found = losses(model, images())
+    assert found.keys() == wanted.keys() >= {'loss_pca_mimic', 'loss_distill'}
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_another_run_and_a_copy_find_the_outputs(checkpoint, tmp_path):
+    path = str(tmp_path / 'features.sqlite')
+    wanted = build(checkpoint, teacher_cache=path).teacher_outputs(images())
+    again = build(checkpoint, teacher_cache=path)
+    for model in (again, copy.deepcopy(again)):
+        before = model.feature_cache.hits
+        found = model.teacher_outputs(images())
+        assert model.feature_cache.hits == before + 4
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_teachers_of_another_checkpoint_or_layer_do_not_share(checkpoint, tmp_path):
+    path = str(tmp_path / 'features.sqlite')
+    build(checkpoint, teacher_cache=path).teacher_outputs(images())
+    other = tmp_path / 'other.pth'
+    state = torch.load(checkpoint, weights_only=True)['state_dict']
+    state['backbone.layers.1.ffn.layers.1.bias'][3] += 0.1
+    torch.save({'state_dict': state}, other)
+    model = build(other, teacher_cache=path)
+    model.teacher_outputs(images())
+    assert model.feature_cache.hits == 0
+    layer = 'backbone.layers.1.ffn.layers.1'
+    model = GPLQ(
+        vit_cfg(), str(checkpoint), policy=FAST, mimic={}, feature_layer=layer, teacher_cache=path
+    )
+    model.init_weights()
+    model.teacher_outputs(images())
+    assert model.feature_cache.hits == 0
+
+
+def test_bfloat16_is_for_the_losses_alone(checkpoint):
+    exact, short = build(checkpoint), build(checkpoint, teacher_dtype='bfloat16')
+    for a, b in zip(short.teacher_outputs(images()), exact.teacher_outputs(images()), strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b)
+    feature, logits = short._teacher.targets(images())
+    assert logits.dtype == torch.bfloat16
+    wanted = exact._teacher.targets(images())[0]
+    assert 0 < (feature.float() - wanted).norm() / wanted.norm() < 0.05
+    before = losses(exact, images())
+    for key, value in losses(short, images()).items():
+        torch.testing.assert_close(value, before[key], rtol=0.1, atol=1e-3)
+    assert all(v.isfinite().all() for v in train(short).values())
+
+
+def test_float32_stays_float32_under_amp(checkpoint):
+    model = build(checkpoint, teacher_dtype='float32')
+    wanted = model._teacher.targets(images())
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        found = model._teacher.targets(images())
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize('fast', [True, False])
+def test_auto_asks_the_device(checkpoint, monkeypatch, fast):
+    monkeypatch.setattr('gplq_mm.models.frozen.has_fast_bf16', lambda _device: fast)
+    logits = build(checkpoint)._teacher.targets(images())[1]
+    assert logits.dtype == (torch.bfloat16 if fast else torch.float32)
+
+
+def test_precisions_have_entries_of_their_own(checkpoint, tmp_path):
+    path = str(tmp_path / 'features.sqlite')
+    model = build(checkpoint, teacher_cache=path, teacher_dtype='bfloat16')
+    model._teacher.targets(images())
+    assert model.teacher_outputs(images())[1].dtype == torch.float32
+    assert model.feature_cache.hits == 0
+    assert model._teacher.targets(images())[1].dtype == torch.bfloat16
+    assert model.feature_cache.hits == 4
+
+
+def test_unknown_precision(checkpoint):
+    with pytest.raises(ValueError, match="teacher_dtype='half' must be one of auto, float32"):
+        GPLQ(vit_cfg(), str(checkpoint), teacher_dtype='half')
+
+
+def test_a_cache_without_features_is_refused(tmp_path):
+    path = str(tmp_path / 'features.sqlite')
+    detector_like = resnet_cfg()
+    detector_like['head'] = None
+    with pytest.raises(ValueError, match='no features are taken; set teacher_cache=None'):
+        GPLQ(detector_like, policy=FAST, teacher_cache=path)
+    maps = dict(mimic=dict(dim=16), feature_layer='backbone.layer2')
+    with pytest.raises(ValueError, match='the features are maps; set teacher_cache=None'):
+        GPLQ(resnet_cfg(), policy=FAST, teacher_cache=path, **maps)
+    # Evaluation builds the same config without a teacher.
+    assert GPLQ(vit_cfg(), policy=FAST, teacher=False, teacher_cache=path).feature_cache is None
+    assert not (tmp_path / 'features.sqlite').exists()
