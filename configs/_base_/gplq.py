@@ -23,7 +23,7 @@ gplq_train_cfg = dict(
 gplq_optim_wrapper = dict(
     type='OptimWrapper',
     constructor='gplq_mm.GPLQOptimWrapperConstructor',
-    optimizer=dict(type='AdamW', lr=5e-6, weight_decay=0.0),
+    optimizer=dict(type='AdamW', lr=5e-6, weight_decay=0.0, fused=True),
     quantizer=dict(lr=1e-3, weight_decay=0.0),
 )
 

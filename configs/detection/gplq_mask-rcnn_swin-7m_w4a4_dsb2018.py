@@ -22,7 +22,10 @@ val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 # An epoch has 240 steps only, so the weights move faster than in the paper's schedule.
 optim_wrapper = dict(
-    **{**_base_.gplq_optim_wrapper, 'optimizer': dict(type='AdamW', lr=2e-5, weight_decay=0.0)}
+    **{
+        **_base_.gplq_optim_wrapper,
+        'optimizer': dict(type='AdamW', lr=2e-5, weight_decay=0.0, fused=True),
+    }
 )
 param_scheduler = None
 default_hooks = dict(checkpoint=dict(_delete_=True, **_base_.gplq_checkpoint))

@@ -34,7 +34,7 @@ val_cfg = {}
 test_cfg = {}
 optim_wrapper = dict(
     _base_.gplq_optim_wrapper,
-    optimizer=dict(type='AdamW', lr=5e-6, weight_decay=0.0),
+    optimizer=dict(type='AdamW', lr=5e-6, weight_decay=0.0, fused=True),
     quantizer=dict(lr=1e-3, weight_decay=0.0),
 )
 # Too few iterations for a constant rate to settle.

@@ -13,7 +13,8 @@ from ..layers import (
     attach_compensation,
     quant_layers,
 )
-from ..layers.attention import OPERANDS, attention_adapter_of
+from ..layers.attention import OPERANDS
+from ..layers.attention_adapters import attention_adapter_of
 from ..layers.replace import kind_of, set_module, twin_of
 from ..layers.reproducible import make_reproducible
 from ..ops.device import resolve_device

@@ -28,6 +28,24 @@ class Bf16OptimWrapper(OptimWrapper):
             yield
 
 
+def _merge_groups(optimizer: torch.optim.Optimizer) -> None:
+    """Puts parameters with the same settings into one group, in the order of the first of each.
+
+    mmengine makes a group of every parameter; an optimizer steps through groups one by one, and
+    a quantized model has hundreds of small parameters.
+    """
+    merged: list[dict] = []
+    for group in optimizer.param_groups:
+        settings = {key: value for key, value in group.items() if key != 'params'}
+        for other in merged:
+            if all(other[key] == value for key, value in settings.items()):
+                other['params'].extend(group['params'])
+                break
+        else:
+            merged.append({**settings, 'params': list(group['params'])})
+    optimizer.param_groups[:] = merged
+
+
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class GPLQOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """Gives quantizer parameters their own settings; ``optimizer`` is that of the weights.
@@ -52,7 +70,9 @@ class GPLQOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if not self.paramwise_cfg:
             # mmengine asks the optimizer for one group only when nothing is set per parameter.
             self.paramwise_cfg = {'custom_keys': {}}
-        return super().__call__(model)
+        wrapper = super().__call__(model)
+        _merge_groups(wrapper.optimizer)
+        return wrapper
 
     def add_params(self, params: list[dict], module: nn.Module, *args, **kwargs) -> None:
         """Adds a module's parameters as mmengine does, then applies the quantizer settings."""

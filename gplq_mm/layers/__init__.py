@@ -1,6 +1,7 @@
 """Quantized layers, attention adapters, compensation, and the in-place swap."""
 
-from .attention import QuantAttention, register_attention_adapter
+from .attention import QuantAttention
+from .attention_adapters import register_attention_adapter
 from .block_checkpoint import checkpoint_blocks
 from .compensation import Compensation, QwT, QwTv2, attach_compensation, build_compensation
 from .compiled import compiled_products

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from ..ops import library as _library  # noqa: F401  (defines the ops)
 from ..quant import QuantState
-from .attention import OPERANDS, QuantAttention, QuantWindowMSA
+from .attention import OPERANDS, QuantAttention
+from .attention_adapters import QuantWindowMSA
 from .int4_weight import DeployError, move_only
 
 __all__ = ['Int4Attention', 'Int4MultiheadAttention', 'Int4WindowMSA', 'pack_attention']

@@ -6,12 +6,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..quant import PolicyError, QuantPolicy
-from .attention import (
-    OPERANDS,
-    QuantAttention,
-    attention_adapter_of,
-    looks_like_attention,
-)
+from .attention import OPERANDS, QuantAttention
+from .attention_adapters import attention_adapter_of, looks_like_attention
 from .compensation import attach_compensation, build_compensation
 from .conv import QuantConv2d
 from .conv_transpose import QuantConvTranspose2d

@@ -11,12 +11,9 @@ level below it: these are free, since beyond the outermost codes nothing counts 
 import torch
 from torch import Tensor
 
-from .functional import dequantize, quantize, to_steps
+from .functional import TOLERANCE, dequantize, quantize, to_steps
 
 __all__ = ['decode_state', 'encode_state', 'is_inside', 'level_bits_of', 'state_dtype']
-
-# A value this far outside of the grid, in steps, still counts as inside: a few ulp at 8 bit.
-TOLERANCE = 1e-5
 
 
 def level_bits_of(qmin: int, qmax: int, num_bytes: int) -> int:

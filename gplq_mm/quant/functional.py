@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    'TOLERANCE',
     'dequantize',
     'dequantize_log_sqrt2',
     'fake_quantize',
@@ -20,6 +21,11 @@ __all__ = [
     'round_steps_',
     'to_steps',
 ]
+
+
+# The ends of a grid belong to it: a value this far beyond them, in steps, still counts as inside.
+# A few ulp of an 8-bit code in float32.
+TOLERANCE = 1e-4
 
 
 def to_steps(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
@@ -58,8 +64,7 @@ def dequantize(codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
 
 def _pass_inside(grad: Tensor, steps: Tensor, qmin: int, qmax: int) -> Tensor:
     """``grad`` where ``qmin <= steps <= qmax``, else 0; one pass (hardtanh's own is open-ended)."""
-    # The ends belong to the range; in float32 this is a few ulp beyond them at 8 bit.
-    low, high = qmin - 1e-5, qmax + 1e-5
+    low, high = qmin - TOLERANCE, qmax + TOLERANCE
     return torch.ops.aten.hardtanh_backward(grad, steps, low, high)
 
 

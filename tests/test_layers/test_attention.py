@@ -15,7 +15,7 @@ from gplq_mm.layers import (
     quantizers_disabled,
     register_attention_adapter,
 )
-from gplq_mm.layers.attention import ATTENTION_ADAPTERS
+from gplq_mm.layers.attention_adapters import ATTENTION_ADAPTERS
 from gplq_mm.quant import ActSpec, PolicyError, QuantPolicy
 
 DIM, HEADS, SIDE = 16, 2, 4
@@ -287,7 +287,9 @@ def test_unknown_attention_can_be_excluded():
 
 
 def test_a_registered_adapter_is_used(monkeypatch):
-    monkeypatch.setattr('gplq_mm.layers.attention.ATTENTION_ADAPTERS', dict(ATTENTION_ADAPTERS))
+    monkeypatch.setattr(
+        'gplq_mm.layers.attention_adapters.ATTENTION_ADAPTERS', dict(ATTENTION_ADAPTERS)
+    )
 
     @register_attention_adapter(f'{__name__}.StrangeAttention')
     def adapt(module, specs, name):

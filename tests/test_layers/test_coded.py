@@ -88,8 +88,9 @@ def test_gradients_are_those_of_the_plain_formulation(kind, act):
     assert torch.equal(out, plain_out)
     assert found.keys() == plain.keys()
     for name, grad in found.items():
-        # A code that float64 decides otherwise is possible, yet not with these numbers.
-        assert distance(grad, plain[name]) < 2e-3, name
+        # A code that float64 decides otherwise is possible, yet not with these numbers. Of two
+        # bytes a code of 8 bits leaves 8 for the residual.
+        assert distance(grad, plain[name]) < (1e-2 if act == '8 bit' else 2e-3), name
         assert distance(grad, exact[name]) < 1e-2, name
         if not name.startswith('act_quantizer'):
             assert distance(grad, plain[name]) < 2e-6, name

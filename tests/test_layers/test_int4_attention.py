@@ -8,7 +8,7 @@ from packed_models import assert_close_but_for_flips
 from torch import nn
 
 from gplq_mm.layers import DeployError, Int4Attention, QuantAttention, calibrate, freeze_activations
-from gplq_mm.layers.attention import attention_adapter_of
+from gplq_mm.layers.attention_adapters import attention_adapter_of
 from gplq_mm.layers.int4_attention import pack_attention
 from gplq_mm.quant import QuantPolicy
 

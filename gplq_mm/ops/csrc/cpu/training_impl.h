@@ -9,8 +9,8 @@ namespace {
 
 // Lanes that sums and maxima of a row run in; loops over them become vectors.
 constexpr int64_t kLanes = 16;
-// A value this far outside of the grid still counts as inside: a few ulp of an 8-bit code.
-constexpr float kTolerance = 1e-5f;
+// A value this far outside of the grid still counts as inside, see gplq_mm/quant/functional.py.
+constexpr float kTolerance = 1e-4f;
 
 // a * b + c where its rounding does not decide a code.
 inline float madd(float a, float b, float c) {
