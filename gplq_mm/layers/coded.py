@@ -16,7 +16,7 @@ from torch import Tensor
 from ..ops import training as _training  # noqa: F401  (defines the ops)
 from ..quant import ActQuantizer
 
-__all__ = ['Convolution', 'coded_attention', 'coded_product']
+__all__ = ['Convolution', 'coded_attention', 'coded_mlp', 'coded_product']
 
 
 class Convolution(NamedTuple):
@@ -92,61 +92,46 @@ def _multiply_backward(
 
 class _CodedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, scale, offset, grid, factor, geometry, gelu):
+    def forward(ctx, x, weight, bias, scale, offset, grid, factor, geometry):
         ops = torch.ops.gplq_mm
         dtype = _product_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
-            if gelu:
-                # The state of gelu(x) follows from x, which is needed for the slope anyway.
-                x_hat, kept = ops.gelu_fake_quant(x, scale, offset, grid), x
-            else:
-                x_hat, kept = ops.fake_quant(x, scale, offset, grid)
+            x_hat, state = ops.fake_quant(x, scale, offset, grid)
             out = _multiply(
                 x_hat.to(dtype),
                 weight.to(dtype),
                 None if bias is None else bias.to(dtype),
                 geometry,
             )
-        ctx.save_for_backward(kept, weight, scale, offset)
-        ctx.settings = (grid, factor, geometry, gelu, x.dtype)
+        ctx.save_for_backward(state, weight, scale, offset)
+        ctx.settings = (grid, factor, geometry, x.dtype)
         return out
 
     @staticmethod
     def backward(ctx, grad):
         ops = torch.ops.gplq_mm
-        kept, weight, scale, offset = ctx.saved_tensors
-        grid, factor, geometry, gelu, input_dtype = ctx.settings
+        state, weight, scale, offset = ctx.saved_tensors
+        grid, factor, geometry, input_dtype = ctx.settings
         needs = ctx.needs_input_grad
         learns = needs[0] or needs[3] or needs[4]
-        weight_needs = (False, needs[1], needs[2])
-        cast = weight.to(grad.dtype)
-        grad_x = grad_scale = grad_offset = x_hat = None
-        # The values of gelu(x) come with its gradient, unless that is not asked for.
+        x_hat = None
+        # A convolution wants an input of the right shape even where its values play no part.
         if needs[1] or geometry is not None:
-            if not gelu:
-                x_hat = ops.fake_quant_values(kept, scale, offset, grid)
-            elif not learns:
-                x_hat = ops.gelu_fake_quant(kept, scale, offset, grid)
+            x_hat = ops.fake_quant_values(state, scale, offset, grid).to(grad.dtype)
+        above, grad_weight, grad_bias = _multiply_backward(
+            grad, x_hat, weight.to(grad.dtype), geometry, (learns, needs[1], needs[2])
+        )
+        del x_hat
+        grad_x = grad_scale = grad_offset = None
         if learns:
-            shape = kept if x_hat is None else x_hat
-            above, _, _ = _multiply_backward(grad, shape, cast, geometry, (True, False, False))
-            if gelu:
-                grad_x, x_hat, grad_scale, grad_offset = ops.gelu_fake_quant_backward(
-                    above, kept, scale, offset, grid
-                )
-            else:
-                grad_x, grad_scale, grad_offset = ops.fake_quant_backward(
-                    above, kept, scale, offset, grid
-                )
-            del above
+            grad_x, grad_scale, grad_offset = ops.fake_quant_backward(
+                above, state, scale, offset, grid
+            )
             grad_x, grad_scale = grad_x.to(input_dtype), grad_scale * factor
             grad_offset = grad_offset * factor if needs[4] else None
-        if x_hat is not None:
-            x_hat = x_hat.to(grad.dtype)
-        _, grad_weight, grad_bias = _multiply_backward(grad, x_hat, cast, geometry, weight_needs)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_x, grad_weight, grad_bias, grad_scale, grad_offset, None, None, None, None
+        return grad_x, grad_weight, grad_bias, grad_scale, grad_offset, None, None, None
 
 
 def coded_product(
@@ -155,22 +140,113 @@ def coded_product(
     weight: Tensor,
     bias: Tensor | None,
     geometry: Convolution | None = None,
-    gelu: bool = False,
 ) -> Tensor:
     """``product(quantizer(x), weight) + bias``, keeping the state of ``x`` for backward.
 
     Args:
-        x: Input of the layer, or of the GELU before it.
+        x: Input of the layer.
         quantizer: Uniform and calibrated (``quantizer.keeps_codes(x)`` says yes).
         weight: Of a Linear ``(out, in)`` or of a convolution.
         bias: ``(out,)`` or None.
         geometry: None for a Linear.
-        gelu: Whether ``gelu(x)`` is the input; ``x`` itself is kept then.
     """
     scale, offset = quantizer.grid()
     factor = quantizer._grad_scale(x)
     return _CodedProduct.apply(
-        x, weight, bias, scale, offset, quantizer.state_grid, factor, geometry, gelu
+        x, weight, bias, scale, offset, quantizer.state_grid, factor, geometry
+    )
+
+
+class _CodedMlp(torch.autograd.Function):
+    """Two products with a GELU between them. What is kept is the state of the first input alone:
+    the hidden layer, four times as wide, is computed again, for one product more."""
+
+    @staticmethod
+    def forward(ctx, x, weight1, bias1, scale1, offset1, weight2, bias2, scale2, offset2, settings):
+        grid1, grid2, _, _ = settings
+        dtype = _product_dtype(x)
+        ops = torch.ops.gplq_mm
+        with torch.autocast(x.device.type, enabled=False):
+            x_hat, state = ops.fake_quant(x, scale1, offset1, grid1)
+            hidden = _linear(x_hat, weight1, bias1, dtype)
+            hidden_hat = ops.gelu_fake_quant(hidden, scale2, offset2, grid2)
+            out = _linear(hidden_hat, weight2, bias2, dtype)
+        ctx.save_for_backward(state, weight1, bias1, scale1, offset1, weight2, scale2, offset2)
+        ctx.settings = (*settings, x.dtype)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        ops = torch.ops.gplq_mm
+        state, weight1, bias1, scale1, offset1, weight2, scale2, offset2 = ctx.saved_tensors
+        grid1, grid2, factor1, factor2, input_dtype = ctx.settings
+        needs, dtype = ctx.needs_input_grad, grad.dtype
+        above, _, _ = _multiply_backward(grad, None, weight2.to(dtype), None, (True, False, False))
+        x_hat = ops.fake_quant_values(state, scale1, offset1, grid1).to(dtype)
+        hidden = _linear(x_hat, weight1, bias1, dtype)
+        grad_hidden, hidden_hat, grad_scale2, grad_offset2 = ops.gelu_fake_quant_backward(
+            above, hidden, scale2, offset2, grid2
+        )
+        del above, hidden
+        _, grad_weight2, grad_bias2 = _multiply_backward(
+            grad, hidden_hat.to(dtype), weight2, None, (False, needs[5], needs[6])
+        )
+        del hidden_hat
+        above, grad_weight1, grad_bias1 = _multiply_backward(
+            grad_hidden.to(dtype), x_hat, weight1.to(dtype), None, (True, needs[1], needs[2])
+        )
+        del grad_hidden, x_hat
+        grad_x, grad_scale1, grad_offset1 = ops.fake_quant_backward(
+            above, state, scale1, offset1, grid1
+        )
+        return (
+            grad_x.to(input_dtype),
+            None if grad_weight1 is None else grad_weight1.to(weight1.dtype),
+            grad_bias1,
+            grad_scale1 * factor1,
+            grad_offset1 * factor1 if needs[4] else None,
+            None if grad_weight2 is None else grad_weight2.to(weight2.dtype),
+            grad_bias2,
+            grad_scale2 * factor2,
+            grad_offset2 * factor2 if needs[8] else None,
+            None,
+        )
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def coded_mlp(
+    x: Tensor,
+    quantizers: tuple[ActQuantizer, ActQuantizer],
+    weights: tuple[Tensor, Tensor],
+    biases: tuple[Tensor | None, Tensor | None],
+) -> Tensor:
+    """``linear2(quantizer2(gelu(linear1(quantizer1(x)))))``, keeping the state of ``x`` alone.
+
+    Args:
+        x: ``(..., in)``.
+        quantizers: Of the inputs of both layers, uniform and calibrated.
+        weights: ``(hidden, in)`` and ``(out, hidden)``.
+        biases: ``(hidden,)`` and ``(out,)``, or None.
+    """
+    first, second = quantizers
+    # Only the number of hidden values counts; nothing of their size is made.
+    hidden = x.new_empty(()).expand(*x.shape[:-1], len(weights[0]))
+    (scale1, offset1), (scale2, offset2) = first.grid(), second.grid()
+    factors = (first._grad_scale(x), second._grad_scale(hidden))
+    return _CodedMlp.apply(
+        x,
+        weights[0],
+        biases[0],
+        scale1,
+        offset1,
+        weights[1],
+        biases[1],
+        scale2,
+        offset2,
+        (first.state_grid, second.state_grid, *factors),
     )
 
 

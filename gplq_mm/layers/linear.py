@@ -16,8 +16,8 @@ class QuantLinear(QuantWeightLayer, nn.Linear):
     Input ``(..., in_features)``, output ``(..., out_features)``.
     """
 
-    # Whether a ReproducibleGELU before this layer leaves its work to it (:func:`.fuse_gelu`).
-    takes_gelu: bool = False
+    # The MLP that the layer stands in, if training computes that as one (:mod:`.mlp`).
+    mlp = None
 
     @classmethod
     def from_float(cls, module: nn.Linear, spec: SiteSpec, name: str) -> 'QuantLinear':
@@ -38,8 +38,8 @@ class QuantLinear(QuantWeightLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``."""
-        if self.takes_gelu and self.keeps_codes(x):
-            return self._forward_coded(x, gelu=True)
+        if self.mlp is not None and self.mlp.takes_over(x):
+            return x if self is self.mlp.first else self.mlp.forward(x)
         return super().forward(x)
 
     def column_grid(self) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,8 @@ from .compensation import attach_compensation, build_compensation
 from .conv import QuantConv2d
 from .conv_transpose import QuantConvTranspose2d
 from .linear import QuantLinear
-from .reproducible import fuse_gelu, make_reproducible
+from .mlp import find_mlps
+from .reproducible import ReproducibleGELU, make_reproducible
 from .weight_layer import QuantWeightLayer
 
 __all__ = ['QuantReport', 'find_blocks', 'quant_layers', 'quantize_model']
@@ -164,7 +165,7 @@ def quantize_model(
             adapter(module, specs, name)
             done['attention'].append(name)
     make_reproducible(model)
-    fuse_gelu(model)
+    find_mlps(model, ReproducibleGELU)
     blocks = find_blocks(model)
     if compensation is not None:
         for name in blocks:

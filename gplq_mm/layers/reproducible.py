@@ -3,16 +3,13 @@
 They differ from torch's by a rounding error, and by that decide the same codes as the kernels.
 """
 
-from collections.abc import Iterator
-from itertools import pairwise
-
 import torch
 from torch import Tensor, nn
 
 from ..ops import library as _library  # noqa: F401  (defines the ops)
-from .linear import QuantLinear
+from .mlp import CodedMlp
 
-__all__ = ['ReproducibleGELU', 'ReproducibleLayerNorm', 'fuse_gelu', 'make_reproducible']
+__all__ = ['ReproducibleGELU', 'ReproducibleLayerNorm', 'make_reproducible']
 
 
 _layer_norm = torch.ops.gplq_mm.layer_norm.default
@@ -37,19 +34,14 @@ class ReproducibleLayerNorm(nn.LayerNorm):
 
 
 class ReproducibleGELU(nn.GELU):
-    """``nn.GELU``, reproducible to the last bit where no gradient flows.
+    """``nn.GELU``, reproducible to the last bit where no gradient flows."""
 
-    A quantized Linear that follows can compute it in one op with its rounding, and then keeps
-    one tensor for backward instead of two (:func:`fuse_gelu`). The module gives it the input as
-    it is then.
-    """
-
-    # The layer that follows, if it may take the work over. Not a child: it has its own place.
-    consumer: QuantLinear | None = None
+    # The MLP that it stands in, if training computes that as one (:mod:`.mlp`).
+    mlp: CodedMlp | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape."""
-        if self.consumer is not None and self.consumer.keeps_codes(x):
+        if self.mlp is not None and self.mlp.takes_over(x):
             return x
         return super().forward(x) if _torch_computes(x) else _gelu(x)
 
@@ -66,31 +58,3 @@ def make_reproducible(model: nn.Module) -> None:
                 module.__class__ = ReproducibleLayerNorm
         elif type(module) is nn.GELU and module.approximate == 'none':
             module.__class__ = ReproducibleGELU
-
-
-def _is_sequence(module: nn.Module) -> bool:
-    """Whether a module runs its children one after the other (mmengine has a Sequential too)."""
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-
-
-def _steps(module: nn.Module) -> Iterator[nn.Module]:
-    """What a Sequential of Sequentials runs, in order."""
-    for child in module:
-        if _is_sequence(child):
-            yield from _steps(child)
-        elif not (isinstance(child, nn.Dropout) and child.p == 0):
-            yield child
-
-
-def fuse_gelu(model: nn.Module) -> None:
-    """Lets every quantized Linear that follows a GELU in an ``nn.Sequential`` take it over while
-    it trains, in place. A Dropout that drops nothing may lie between them.
-    """
-    for module in model.modules():
-        if not _is_sequence(module):
-            continue
-        steps = list(_steps(module))
-        for gelu, layer in pairwise(steps):
-            if type(gelu) is ReproducibleGELU and isinstance(layer, QuantLinear):
-                gelu.__dict__['consumer'] = layer
-                layer.takes_gelu = True

@@ -1,7 +1,6 @@
 """What quantized Linear and Conv2d share: two quantizers and the life of the weight."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..quant import ActQuantizer, ActSpec, QuantizedWeight, WeightQuantizer, WeightSpec
@@ -204,15 +203,15 @@ class QuantWeightLayer(nn.Module):
                 out = self._rescale(self.accumulate(x))
         return out.to(x.dtype)
 
-    def _forward_coded(self, x: Tensor, gelu: bool = False) -> Tensor:
-        """Training's forward; with ``gelu`` its input is ``gelu(x)``."""
+    def _forward_coded(self, x: Tensor) -> Tensor:
+        """Training's forward."""
         quantizer = self.act_quantizer
         if quantizer.is_watched:
             with torch.no_grad():
-                quantizer(F.gelu(x) if gelu else x)
+                quantizer(x)
         quantizer.check_shape(x)
         weight = self.training_weight()
-        return coded_product(x, quantizer, weight, self.bias, self.geometry, gelu)
+        return coded_product(x, quantizer, weight, self.bias, self.geometry)
 
     def _rescale(self, accumulator: Tensor) -> Tensor:
         """``accumulator * row_scale + bias``, rows on the layer's output axis, float32."""
