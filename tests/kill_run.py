@@ -74,8 +74,10 @@ class Log:
             text = line.split(' - INFO - ', 1)[1].strip()
             found = SECTION.match(text)
             if found:
+                # w4a4.pth is saved twice, before its evaluation and after.
+                place = f' after {self.section}' if self.section.startswith('eval') else ''
                 self.section = found[1] or found[0]
-                yield self.section
+                yield self.section + (place if found[1] else '')
                 continue
             found = re.match(r'(Epoch\(\w+\))\s+\[(\d+)\]\[\s*(\d+)/', text)
             if found:
@@ -132,9 +134,9 @@ def draw_moments(events: list[Event], kills: int, seed: int) -> list[Moment]:
     """Moments of both stages, in order."""
     times = [event.seconds for event in events]
     keys = [event.key for event in events]
-    border = times[keys.index('w32a4.pth')]
-    # The summary is written after the last one.
-    last = times[len(keys) - 1 - keys[::-1].index('w4a4.pth')]
+    border = times[keys.index('w32a4.pth after evaluation of latent_fp32')]
+    # The summary is written after this one.
+    last = times[keys.index('w4a4.pth after evaluation of w4a4')]
     generator = random.Random(seed)
     in_stage_1 = round(kills * STAGE_1_SHARE)
     drawn = [generator.uniform(times[0], border) for _ in range(in_stage_1)]
@@ -205,7 +207,6 @@ def write_configs(folder: Path) -> dict[str, Path]:
         cfg.work_dir = str(folder / name)
         cfg.model.pretrained = str(folder / 'fp32' / 'epoch_2.pth')
         cfg.train_cfg.update(max_epochs=1, num_diagnostic_images=250)
-        cfg.train_cfg.weight_ptq.num_images = 128
         cfg.custom_hooks[1].num_images = 256
         cfg.default_hooks.checkpoint.interval = 6
         cfg.default_hooks.logger.interval = 1
