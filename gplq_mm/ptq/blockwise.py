@@ -80,7 +80,7 @@ def quantize_weights(
     forward: Callable[[Any], Any],
     method: Callable,
     report: Callable[[Progress], None] = lambda _progress: None,
-    memory_bytes: int = 2**31,
+    memory_bytes: int = 2**30,
 ) -> dict[str, float]:
     """Quantizes all weights of a model unit by unit and fits the compensations.
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 __all__ = ['Forecast', 'Progress']
 
-# Seconds for which an estimate counts as if it had been measured.
-TRUST = 1.0
+# Share of an estimate that counts as if it had been measured to be right.
+TRUST = 0.05
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Forecast:
 
     def __init__(self, estimates: dict[str, float]):
         self._left = dict(estimates)
-        self._estimated = dict.fromkeys(estimates, TRUST)
-        self._spent = dict.fromkeys(estimates, TRUST)
+        self._estimated = {kind: TRUST * seconds for kind, seconds in estimates.items()}
+        self._spent = dict(self._estimated)
         self._last = time.monotonic()
 
     def book(self, kind: str, estimate: float) -> None:
@@ -60,5 +60,7 @@ class Forecast:
     def remaining(self) -> float:
         """Seconds."""
         return sum(
-            left * self._spent[kind] / self._estimated[kind] for kind, left in self._left.items()
+            left * self._spent[kind] / self._estimated[kind]
+            for kind, left in self._left.items()
+            if left > 0
         )
