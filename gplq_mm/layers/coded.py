@@ -158,63 +158,49 @@ def coded_product(
 
 
 class _CodedMlp(torch.autograd.Function):
-    """Two products with a GELU between them. What is kept is the state of the first input alone:
-    the hidden layer, four times as wide, is computed again, for one product more."""
-
     @staticmethod
     def forward(ctx, x, weight1, bias1, scale1, offset1, weight2, bias2, scale2, offset2, settings):
-        grid1, grid2, _, _ = settings
-        dtype = _product_dtype(x)
-        ops = torch.ops.gplq_mm
+        rows = x.reshape(-1, x.shape[-1]).to(_product_dtype(x))
         with torch.autocast(x.device.type, enabled=False):
-            x_hat, state = ops.fake_quant(x, scale1, offset1, grid1)
-            hidden = _linear(x_hat, weight1, bias1, dtype)
-            hidden_hat = ops.gelu_fake_quant(hidden, scale2, offset2, grid2)
-            out = _linear(hidden_hat, weight2, bias2, dtype)
-        ctx.save_for_backward(state, weight1, bias1, scale1, offset1, weight2, scale2, offset2)
-        ctx.settings = (*settings, x.dtype)
-        return out
+            out, state = torch.ops.gplq_mm.mlp_fake_quant(
+                rows,
+                [weight1, weight2],
+                [bias1, bias2],
+                [scale1, scale2],
+                [offset1, offset2],
+                settings[0],
+            )
+        ctx.save_for_backward(state, weight1, weight2, bias1, scale1, scale2, offset1, offset2)
+        ctx.settings = (*settings, x.shape, x.dtype)
+        return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad):
-        ops = torch.ops.gplq_mm
-        state, weight1, bias1, scale1, offset1, weight2, scale2, offset2 = ctx.saved_tensors
-        grid1, grid2, factor1, factor2, input_dtype = ctx.settings
-        needs, dtype = ctx.needs_input_grad, grad.dtype
-        above, _, _ = _multiply_backward(grad, None, weight2.to(dtype), None, (True, False, False))
-        x_hat = ops.fake_quant_values(state, scale1, offset1, grid1).to(dtype)
-        hidden = _linear(x_hat, weight1, bias1, dtype)
-        grad_hidden, hidden_hat, grad_scale2, grad_offset2 = ops.gelu_fake_quant_backward(
-            above, hidden, scale2, offset2, grid2
+        state, weight1, weight2, bias1, *parameters = ctx.saved_tensors
+        grids, factors, shape, dtype = ctx.settings
+        grads = torch.ops.gplq_mm.mlp_fake_quant_backward(
+            grad.reshape(-1, grad.shape[-1]),
+            state,
+            [weight1, weight2],
+            bias1,
+            parameters[:2],
+            parameters[2:],
+            grids,
         )
-        del above, hidden
-        _, grad_weight2, grad_bias2 = _multiply_backward(
-            grad, hidden_hat.to(dtype), weight2, None, (False, needs[5], needs[6])
+        x, of_weight1, of_weight2, of_bias1, of_bias2, *learned = grads
+        results = (
+            x.view(shape).to(dtype),
+            of_weight1.to(weight1.dtype),
+            of_bias1,
+            learned[0] * factors[0],
+            learned[2] * factors[0],
+            of_weight2.to(weight2.dtype),
+            of_bias2,
+            learned[1] * factors[1],
+            learned[3] * factors[1],
         )
-        del hidden_hat
-        above, grad_weight1, grad_bias1 = _multiply_backward(
-            grad_hidden.to(dtype), x_hat, weight1.to(dtype), None, (True, needs[1], needs[2])
-        )
-        del grad_hidden, x_hat
-        grad_x, grad_scale1, grad_offset1 = ops.fake_quant_backward(
-            above, state, scale1, offset1, grid1
-        )
-        return (
-            grad_x.to(input_dtype),
-            None if grad_weight1 is None else grad_weight1.to(weight1.dtype),
-            grad_bias1,
-            grad_scale1 * factor1,
-            grad_offset1 * factor1 if needs[4] else None,
-            None if grad_weight2 is None else grad_weight2.to(weight2.dtype),
-            grad_bias2,
-            grad_scale2 * factor2,
-            grad_offset2 * factor2 if needs[8] else None,
-            None,
-        )
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        needs = ctx.needs_input_grad
+        return *(part if needs[i] else None for i, part in enumerate(results)), None
 
 
 def coded_mlp(
@@ -246,7 +232,7 @@ def coded_mlp(
         biases[1],
         scale2,
         offset2,
-        (first.state_grid, second.state_grid, *factors),
+        ([*first.state_grid, *second.state_grid], factors),
     )
 
 

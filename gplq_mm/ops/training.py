@@ -1,5 +1,5 @@
-"""Schemas and fake kernels of the ops that training uses; :mod:`.training_reference` and
-:mod:`.training_attention` say what they compute.
+"""Schemas and fake kernels of the ops that training uses; :mod:`.training_reference`,
+:mod:`.training_attention` and :mod:`.training_mlp` say what they compute.
 
 They have no autograd formula of their own: :mod:`gplq_mm.layers.coded` calls forward and backward
 ops from its autograd functions.
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..quant.code_state import state_dtype
-from . import training_attention, training_reference
+from . import training_attention, training_mlp, training_reference
 from .library import announced
 
 __all__ = ['SCHEMAS']
@@ -51,6 +51,16 @@ SCHEMAS = {
     'attention_fake_quant_backward': (
         '(Tensor grad, Tensor[] states, Tensor total, float factor, Tensor? bias, Tensor? mask, '
         'Tensor[] scales, Tensor?[] offsets, int[] grids, bool row_relative) -> Tensor[]'
+    ),
+    # output, state of x
+    'mlp_fake_quant': (
+        '(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] scales, Tensor?[] offsets, '
+        'int[] grids) -> (Tensor, Tensor)'
+    ),
+    # gradients of x, the weights, the biases, the scales and the offsets
+    'mlp_fake_quant_backward': (
+        '(Tensor grad, Tensor state, Tensor[] weights, Tensor? bias, Tensor[] scales, '
+        'Tensor?[] offsets, int[] grids) -> Tensor[]'
     ),
 }
 
@@ -98,6 +108,18 @@ def _fake_attention_backward(
     return [*inputs, added, *(_real(scale) for scale in (*scales, *scales))]
 
 
+def _fake_mlp(x, weights, biases, scales, offsets, grids):
+    state = x.new_empty(x.shape, dtype=state_dtype(*grids[:3]))
+    return x.new_empty(x.shape[0], weights[1].shape[0]), state
+
+
+def _fake_mlp_backward(grad, state, weights, bias, scales, offsets, grids) -> list[Tensor]:
+    first, second = (grad.new_empty(weight.shape) for weight in weights)
+    biases = (grad.new_empty(weight.shape[0]) for weight in weights)
+    learned = (_real(scale) for scale in (*scales, *scales))
+    return [grad.new_empty(state.shape), first, second, *biases, *learned]
+
+
 _FAKES = {
     'fake_quant': _fake_fake_quant,
     'fake_quant_values': lambda state, scale, offset, grid: _real(state),
@@ -113,14 +135,16 @@ _FAKES = {
     'softmax_fake_quant_backward_': _fake_softmax_backward,
     'attention_fake_quant': _fake_attention,
     'attention_fake_quant_backward': _fake_attention_backward,
+    'mlp_fake_quant': _fake_mlp,
+    'mlp_fake_quant_backward': _fake_mlp_backward,
 }
 
 
 def _register() -> None:
     for name, schema in SCHEMAS.items():
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        # Attention is made of the other ops and of matrix products, on every device.
-        composed = getattr(training_attention, name, None)
+        # These are made of the other ops and of matrix products, on every device.
+        composed = getattr(training_attention, name, getattr(training_mlp, name, None))
         function = composed or announced(getattr(training_reference, name), 'training ops')
         _LIBRARY.impl(name, function, 'CompositeExplicitAutograd')
         torch.library.register_fake(f'gplq_mm::{name}', _FAKES[name], lib=_LIBRARY)

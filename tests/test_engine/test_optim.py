@@ -85,3 +85,14 @@ def test_bf16_computes_in_bf16_and_updates_in_fp32():
     assert linear.weight.dtype == torch.float32
     assert not torch.equal(linear.weight, before)
     assert linear(torch.ones(2, 4)).dtype == torch.float32
+
+
+def test_parameters_of_one_setting_are_one_group(model):
+    groups = optimizer_of(model).param_groups
+    assert [group['lr'] for group in groups] == [1e-5, 1e-2]
+    by_name = dict(paramwise_cfg=dict(custom_keys={'cls_token': dict(lr_mult=0.5)}))
+    assert sorted(g['lr'] for g in optimizer_of(model, **by_name).param_groups) == [
+        0.5e-5,
+        1e-5,
+        1e-2,
+    ]

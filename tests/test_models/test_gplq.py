@@ -160,6 +160,25 @@ def test_deep_copy_computes_the_same(checkpoint):
     assert set(losses) == {'loss', 'loss_pca_mimic'}
 
 
+@pytest.mark.parametrize(
+    'options', [dict(saved_bytes=1), dict(saved_bytes=None), dict(gradient_checkpointing=True)]
+)
+def test_what_is_kept_for_backward_does_not_change_the_loss(checkpoint, options):
+    losses = []
+    for settings in ({}, options):
+        model = build(checkpoint, **settings).train()
+        torch.manual_seed(0)
+        losses.append(sum(model(images(), samples(), mode='loss').values()))
+        losses[-1].backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert torch.allclose(*losses, rtol=2e-2)
+
+
+def test_the_number_of_saved_bytes_is_checked(checkpoint):
+    with pytest.raises(ValueError, match='saved_bytes=3 must be 1, 2 or None'):
+        build(checkpoint, saved_bytes=3)
+
+
 def test_stages_come_in_order(checkpoint):
     model = build(checkpoint, calibrated=False)
     assert (model.stage, model.state_name) == (Stage.FLOAT, 'fp32')

@@ -159,6 +159,8 @@ def calls():
     state = ops.fake_quant(x, scale, offset, WIDE)[1]
     inputs, settings_ = attention_case('windows')
     out = ops.attention_fake_quant(*inputs, *settings_)
+    weights = [torch.randn(20, 12), torch.randn(5, 20)]
+    mlp = ([scale, torch.ones(1)], [offset, None], [*WIDE, *SIGNED])
     return {
         'fake_quant': (x, scale, offset, WIDE),
         'fake_quant_values': (state, scale, offset, WIDE),
@@ -167,6 +169,14 @@ def calls():
         'gelu_fake_quant_backward': (x, x, scale, offset, WIDE),
         'attention_fake_quant': (*inputs, *settings_),
         'attention_fake_quant_backward': (out[0], list(out[1:4]), out[4], *settings_),
+        'mlp_fake_quant': (x[0], weights, [torch.randn(20), None], *mlp),
+        'mlp_fake_quant_backward': (
+            torch.randn(6, 5),
+            ops.fake_quant(x[0], scale, offset, WIDE)[1],
+            weights,
+            torch.randn(20),
+            *mlp,
+        ),
     }
 
 

@@ -180,3 +180,16 @@ def test_bad_arguments(tool, arguments, message, capsys):
     with pytest.raises(SystemExit):
         tool.parse_args(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_training_is_compared_with_fp32(tool, config, tmp_path, capsys):
+    out = tmp_path / 'train.json'
+    options = ['--batch', '2', '--impls', 'gplq', '--rounds', '2', '--threads', '1']
+    tool.main(['train', '--model', str(config), *options, '--out', str(out)])
+    rows = json.loads(out.read_text())['rows']
+    assert [row['impl'] for row in rows] == ['fp32', 'gplq']
+    assert {'impl', 'saved_mb', 'peak_mb', 'step_ms'} <= set(rows[0])
+    assert rows[0]['saved_ratio'] == rows[0]['step_ratio'] == 1.0
+    assert rows[1]['saved_ratio'] == rows[1]['saved_mb'] / rows[0]['saved_mb'] < 1
+    assert out.with_suffix('.png').read_bytes().startswith(b'\x89PNG')
+    assert 'kept for backward' in capsys.readouterr().out
