@@ -1,10 +1,8 @@
 """What a training step costs: bytes kept for backward, peak memory, time."""
 
 import copy
-import ctypes
-import gc
 from collections.abc import Callable
-from contextlib import suppress
+from itertools import accumulate
 from multiprocessing import get_context
 
 import torch
@@ -12,12 +10,13 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from ..layers import calibrate
 from ..models import GPLQ, Stage
 from ..ptq import init_learned_weights
 from ..registry import MODELS
-from .stage_clock import StageClock, resident_megabytes
+from .stage_clock import StageClock
 
 __all__ = ['IMPLS', 'TrainingStep', 'build_step', 'saved_megabytes', 'training_memory']
 
@@ -131,31 +130,46 @@ def saved_megabytes(forward: Callable[[], Tensor], model: nn.Module) -> float:
     return total / MEGABYTE
 
 
-def _give_back() -> None:
-    """Lets the C library give freed memory back, so that resident memory is what is in use."""
-    gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL('libc.so.6').malloc_trim(0)
+def _live_megabytes(step: TrainingStep) -> float:
+    """What lives from one step to the next: images, weights, optimizer, teacher."""
+    models = [step.model]
+    if isinstance(step.model, GPLQ) and step.model.teacher is not None:
+        models.append(step.model.teacher)
+    tensors = [step.images, *(t for m in models for t in (*m.parameters(), *m.buffers()))]
+    for state in step.optimizer.optimizer.state.values():
+        tensors += [value for value in state.values() if torch.is_tensor(value)]
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(sizes.values()) / MEGABYTE
+
+
+def _peak_megabytes(step: TrainingStep) -> float:
+    """Highest sum of allocations during a step, what lived before included."""
+    if step.images.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() / MEGABYTE
+    # torch counts allocations on a CPU for its profiler alone.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == '[memory]')
+    highest = max(accumulate((size for _, size in changes), initial=0))
+    return _live_megabytes(step) + highest / MEGABYTE
 
 
 def _memory(impl: str, architecture: dict, image: tuple, batch: int, threads: int) -> dict:
     torch.set_num_threads(threads)
-    # Packages that a model brings are loaded, and libraries have their buffers, before the count
-    # begins.
-    step = build_step('fp32', architecture, image, 1)
-    step()
-    del step
-    _give_back()
-    before = resident_megabytes()
     step = build_step(impl, architecture, image, batch)
     for _ in range(WARM_UP):
         step()
-    _give_back()
     clock = StageClock()
     with clock.stage('step'):
         step()
-    peak = clock.peak_memory_mb['step'] - before
-    return {'saved_mb': saved_megabytes(step.loss, step.model), 'peak_mb': peak}
+    return {
+        'saved_mb': saved_megabytes(step.loss, step.model),
+        'peak_mb': _peak_megabytes(step),
+        'resident_mb': clock.peak_memory_mb['step'],
+    }
 
 
 def training_memory(
@@ -168,9 +182,10 @@ def training_memory(
         threads: Of torch.
 
     Returns:
-        ``saved_mb``, what is kept for backward, and ``peak_mb``, the highest memory during a step
-        with weights, gradients, optimizer and teacher: allocations on CUDA, otherwise resident
-        memory, less what the process held before the model was built. Megabytes of 2**20 bytes.
+        ``saved_mb``, what is kept for backward; ``peak_mb``, the highest sum of the tensors that
+        are alive during a step, with images, weights, gradients, optimizer and teacher;
+        ``resident_mb``, the highest memory of the process on a CPU, with all packages and what
+        the C library has not given back. Megabytes of 2**20 bytes.
     """
     with get_context('spawn').Pool(1) as pool:
         return pool.apply(_memory, (impl, architecture, image, batch, threads))

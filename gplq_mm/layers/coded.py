@@ -162,7 +162,7 @@ class _CodedMlp(torch.autograd.Function):
     def forward(ctx, x, weight1, bias1, scale1, offset1, weight2, bias2, scale2, offset2, settings):
         rows = x.reshape(-1, x.shape[-1]).to(_product_dtype(x))
         with torch.autocast(x.device.type, enabled=False):
-            out, state = torch.ops.gplq_mm.mlp_fake_quant(
+            out, state, hidden = torch.ops.gplq_mm.mlp_fake_quant(
                 rows,
                 [weight1, weight2],
                 [bias1, bias2],
@@ -170,19 +170,20 @@ class _CodedMlp(torch.autograd.Function):
                 [offset1, offset2],
                 settings[0],
             )
-        ctx.save_for_backward(state, weight1, weight2, bias1, scale1, scale2, offset1, offset2)
+        kept = (state, hidden, weight1, weight2)
+        ctx.save_for_backward(*kept, scale1, scale2, offset1, offset2)
         ctx.settings = (*settings, x.shape, x.dtype)
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad):
-        state, weight1, weight2, bias1, *parameters = ctx.saved_tensors
+        state, hidden, weight1, weight2, *parameters = ctx.saved_tensors
         grids, factors, shape, dtype = ctx.settings
         grads = torch.ops.gplq_mm.mlp_fake_quant_backward(
             grad.reshape(-1, grad.shape[-1]),
             state,
+            hidden,
             [weight1, weight2],
-            bias1,
             parameters[:2],
             parameters[2:],
             grids,
@@ -209,7 +210,8 @@ def coded_mlp(
     weights: tuple[Tensor, Tensor],
     biases: tuple[Tensor | None, Tensor | None],
 ) -> Tensor:
-    """``linear2(quantizer2(gelu(linear1(quantizer1(x)))))``, keeping the state of ``x`` alone.
+    """``linear2(quantizer2(gelu(linear1(quantizer1(x)))))``, keeping the state of ``x`` and
+    the input of the GELU.
 
     Args:
         x: ``(..., in)``.

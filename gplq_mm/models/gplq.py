@@ -350,14 +350,15 @@ class GPLQ(BaseModel):
         if self.tap is None:
             losses = self.architecture(inputs, data_samples, mode='loss')
             return self._weigh_task(losses)
+        # The teacher first: what it needs on the way is gone before anything is kept for backward.
+        needs_teacher = self.mimic_loss is not None or self.distill is not None
+        feature, logits = self._need_teacher().targets(inputs) if needs_teacher else (None, None)
         with self.tap as tap:
             losses = self._weigh_task(self.architecture(inputs, data_samples, mode='loss'))
-            if self.mimic_loss is not None or self.distill is not None:
-                feature, logits = self._need_teacher().targets(inputs)
-                if self.mimic_loss is not None:
-                    losses['loss_pca_mimic'] = self.mimic_loss(tap.feature, feature)
-                if self.distill is not None:
-                    losses['loss_distill'] = self._distill_loss(tap.output, logits)
+            if self.mimic_loss is not None:
+                losses['loss_pca_mimic'] = self.mimic_loss(tap.feature, feature)
+            if self.distill is not None:
+                losses['loss_distill'] = self._distill_loss(tap.output, logits)
         return losses
 
     def _weigh_task(self, losses: dict) -> dict:

@@ -52,14 +52,14 @@ SCHEMAS = {
         '(Tensor grad, Tensor[] states, Tensor total, float factor, Tensor? bias, Tensor? mask, '
         'Tensor[] scales, Tensor?[] offsets, int[] grids, bool row_relative) -> Tensor[]'
     ),
-    # output, state of x
+    # output, state of x, input of the GELU
     'mlp_fake_quant': (
         '(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] scales, Tensor?[] offsets, '
-        'int[] grids) -> (Tensor, Tensor)'
+        'int[] grids) -> (Tensor, Tensor, Tensor)'
     ),
     # gradients of x, the weights, the biases, the scales and the offsets
     'mlp_fake_quant_backward': (
-        '(Tensor grad, Tensor state, Tensor[] weights, Tensor? bias, Tensor[] scales, '
+        '(Tensor grad, Tensor state, Tensor hidden, Tensor[] weights, Tensor[] scales, '
         'Tensor?[] offsets, int[] grids) -> Tensor[]'
     ),
 }
@@ -110,10 +110,11 @@ def _fake_attention_backward(
 
 def _fake_mlp(x, weights, biases, scales, offsets, grids):
     state = x.new_empty(x.shape, dtype=state_dtype(*grids[:3]))
-    return x.new_empty(x.shape[0], weights[1].shape[0]), state
+    out, hidden = (x.new_empty(x.shape[0], weights[i].shape[0]) for i in (1, 0))
+    return out, state, hidden
 
 
-def _fake_mlp_backward(grad, state, weights, bias, scales, offsets, grids) -> list[Tensor]:
+def _fake_mlp_backward(grad, state, hidden, weights, scales, offsets, grids) -> list[Tensor]:
     first, second = (grad.new_empty(weight.shape) for weight in weights)
     biases = (grad.new_empty(weight.shape[0]) for weight in weights)
     learned = (_real(scale) for scale in (*scales, *scales))

@@ -1,19 +1,26 @@
-"""MLPs of training: quantized operands, and nothing of the hidden layer kept for backward.
+"""MLPs of training: quantized operands, and one tensor of the hidden layer kept for backward.
 
-The hidden layer is computed again in backward, for one product more. Only a few rows are worked on
-at a time, so that on a CPU their hidden values stay in the cache and never fill the memory.
+That is the input of the GELU, from which its slope and the codes of its output follow. Only a few
+rows are worked on at a time, so that on a CPU all else stays in the cache.
 """
 
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ['mlp_fake_quant', 'mlp_fake_quant_backward']
 
 # Hidden values that are worked on at a time, by kind of device.
 CHUNK = {'cpu': 1 << 19, 'cuda': 1 << 28}
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """``x @ weight.T + bias`` into ``out``, which may be rows of another tensor."""
+    if bias is None:
+        torch.mm(x, weight.T, out=out)
+    else:
+        torch.addmm(bias, x, weight.T, out=out)
 
 
 def _chunks(x: Tensor, hidden: int) -> Iterator[slice]:
@@ -28,7 +35,7 @@ def mlp_fake_quant(
     scales: list[Tensor],
     offsets: list[Tensor | None],
     grids: list[int],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """``linear2(gelu(linear1(x_hat))_hat)``.
 
     Args:
@@ -39,7 +46,8 @@ def mlp_fake_quant(
         grids: code_min, code_max and level_bits of both, 6 integers.
 
     Returns:
-        Output ``(N, out)`` of the dtype of ``x``, and the state of ``x``.
+        Output ``(N, out)``, the state of ``x``, and the input of the GELU ``(N, hidden)``. The
+        first and the last have the dtype of ``x``.
     """
     ops = torch.ops.gplq_mm
     dtype = x.dtype
@@ -48,18 +56,19 @@ def mlp_fake_quant(
     out = x.new_empty(len(x), len(second))
     values, state = ops.fake_quant.default(x, scales[0], offsets[0], grids[:3])
     values = values.to(dtype)
+    hidden = x.new_empty(len(x), len(first))
     for rows in _chunks(x, len(first)):
-        hidden = F.linear(values[rows], first, bias1)
-        hidden = ops.gelu_fake_quant.default(hidden, scales[1], offsets[1], grids[3:])
-        out[rows] = F.linear(hidden.to(dtype), second, bias2)
-    return out, state
+        _product(values[rows], first, bias1, hidden[rows])
+        activated = ops.gelu_fake_quant.default(hidden[rows], scales[1], offsets[1], grids[3:])
+        _product(activated.to(dtype), second, bias2, out[rows])
+    return out, state, hidden
 
 
 def mlp_fake_quant_backward(
     grad: Tensor,
     state: Tensor,
+    hidden: Tensor,
     weights: list[Tensor],
-    bias: Tensor | None,
     scales: list[Tensor],
     offsets: list[Tensor | None],
     grids: list[int],
@@ -69,8 +78,8 @@ def mlp_fake_quant_backward(
     Args:
         grad: ``(N, out)``; its dtype is that of the products.
         state: Of the input.
+        hidden: Input of the GELU.
         weights, scales, offsets, grids: As there.
-        bias: Of the first layer.
 
     Returns:
         Gradients of the input, the two weights and the two biases (dtype of ``grad``), of the two
@@ -79,7 +88,6 @@ def mlp_fake_quant_backward(
     ops = torch.ops.gplq_mm
     dtype = grad.dtype
     first, second = (weight.to(dtype) for weight in weights)
-    bias = None if bias is None else bias.to(dtype)
     grad = grad.contiguous()
     grad_x = grad.new_empty(state.shape)
     grad_weights = [torch.zeros_like(first), torch.zeros_like(second)]
@@ -88,13 +96,11 @@ def mlp_fake_quant_backward(
     for rows in _chunks(grad, len(first)):
         values = ops.fake_quant_values.default(state[rows], scales[0], offsets[0], grids[:3])
         values = values.to(dtype)
-        hidden = F.linear(values, first, bias)
-        above = grad[rows] @ second
-        grad_hidden, hidden, *of_hidden = ops.gelu_fake_quant_backward.default(
-            above, hidden, scales[1], offsets[1], grids[3:]
+        grad_hidden, activated, *of_hidden = ops.gelu_fake_quant_backward.default(
+            grad[rows] @ second, hidden[rows], scales[1], offsets[1], grids[3:]
         )
         grad_hidden = grad_hidden.to(dtype)
-        grad_weights[1].addmm_(grad[rows].T, hidden.to(dtype))
+        grad_weights[1].addmm_(grad[rows].T, activated.to(dtype))
         grad_weights[0].addmm_(grad_hidden.T, values)
         grad_bias += grad_hidden.sum(0)
         grad_x[rows], *of_input = ops.fake_quant_backward.default(

@@ -173,8 +173,8 @@ def calls():
         'mlp_fake_quant_backward': (
             torch.randn(6, 5),
             ops.fake_quant(x[0], scale, offset, WIDE)[1],
+            torch.randn(6, 20),
             weights,
-            torch.randn(20),
             *mlp,
         ),
     }
