@@ -1,14 +1,17 @@
-"""Measure the Triton kernels on a GPU against bf16 cuBLAS, torch._int_mm and torch.compile.
+"""Measure the Triton kernels on a GPU against bf16 cuBLAS, torch._int_mm and torch.compile, and
+those of training against the same arithmetic in plain torch.
 
-    python benchmarks/gpu.py                      # everything, about 15 minutes
+    python benchmarks/gpu.py                      # everything
     python benchmarks/gpu.py check                # equal integers only
     python benchmarks/gpu.py linear --batch 32 256
     python benchmarks/gpu.py model --batch 128
+    python benchmarks/gpu.py check train --batch 32
 
-``check`` and ``linear`` need torch, triton and mmengine; ``model`` needs everything. Results are
-written beside this file as ``gpu_<device>.json`` and ``.csv``, rows of name, shape or model,
-batch, impl, median_ms, gops. Input and output of every layer are bf16. The first call of every
-shape compiles and tunes, which is most of the time; Triton keeps the outcome.
+``check`` and ``linear`` need torch, triton and mmengine; ``model`` and ``train`` need everything.
+Results are written beside this file as ``gpu_<device>.json`` and ``.csv``, rows of name, shape or
+model, batch, impl, median_ms, gops. Input and output of every packed layer are bf16; training is
+measured in float32. The first call of every shape compiles and tunes, which is most of the time;
+Triton keeps the outcome.
 """
 
 import argparse
@@ -28,14 +31,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gplq_mm.checkpoint import atomic_write
-from gplq_mm.ops import reference
+from gplq_mm.ops import reference, training_reference
 from gplq_mm.quant.packing import pack_multiplier_panels, pack_panels
 
-PARTS = ('check', 'linear', 'model')
-OURS = 'gplq_int4'
+PARTS = ('check', 'linear', 'model', 'train')
+OURS, OURS_TRAINING = 'gplq_int4', 'gplq'
 # Goals: times as fast as the peer.
 LINEAR_GOAL, MODEL_GOAL = 1.5, 1.3
 ROUNDS = 5
+# Images a step of training; the plain formulation keeps much for backward.
+MAX_TRAINING_BATCH = 64
+# Code range of four bits, and bits of the rounding residual beside a code.
+TRAINING_GRID = [0, 15, 12]
 
 
 def transformer_shapes(tokens: int, width: int, prefix: str) -> list[tuple[str, int, int, int]]:
@@ -162,18 +169,79 @@ def check() -> list[str]:
             reference.int4_attention(qkv, heads, scale, grids, *rest),
             0.02,
         )
+    for name, call in training_calls(2).items():
+        host = call(training_reference, torch.device('cpu'))()
+        for i, actual in enumerate(call(ops, torch.device('cuda'))()):
+            compare(f'{name}, result {i}', actual, host[i], 0.01)
     return problems
+
+
+def training_calls(batch: int) -> dict[str, Callable]:
+    """The ops of training at the shapes of DeiT-S, forward and backward.
+
+    Returns:
+        Name to a function of the ops and a device, which gives a call without arguments.
+    """
+
+    def numbers(shape: tuple[int, ...], low: float, high: float) -> tuple[Tensor, Tensor]:
+        step = torch.linspace(0.9, 1.1, math.prod(shape)).view(shape) * (high - low) / 15
+        return step, torch.full(shape, low)
+
+    def input_of(shape: tuple[int, ...], scale_shape: tuple[int, ...], gelu: bool = False):
+        def make(ops, device: torch.device):
+            torch.manual_seed(0)
+            low = -0.2 if gelu else -2.0
+            tensors = torch.randn(shape), torch.randn(shape), *numbers(scale_shape, low, 2.0)
+            x, grad, scale, offset = (tensor.to(device) for tensor in tensors)
+            grid = (scale, offset, TRAINING_GRID)
+
+            def call():
+                if gelu:
+                    x_hat = ops.gelu_fake_quant(x, *grid)
+                    return x_hat, *ops.gelu_fake_quant_backward(grad, x, *grid)
+                x_hat, state = ops.fake_quant(x, *grid)
+                again = ops.fake_quant_values(state, *grid)
+                return x_hat, again, *ops.fake_quant_backward(grad, state, *grid)
+
+            return call
+
+        return make
+
+    def softmax(ops, device: torch.device):
+        torch.manual_seed(0)
+        scores, grad = (torch.randn(batch, 6, 197, 197) for _ in range(2))
+        scores, grad = (4 * scores).to(device), grad.to(device)
+        scale, offset = (tensor.to(device) for tensor in numbers((6, 1, 1), 0.0, 0.8))
+        rest = (0.5, None, None, scale, offset, TRAINING_GRID, True)
+
+        def call():
+            # In place: what is timed includes these copies.
+            probs, again, above = scores.clone(), scores.clone(), grad.clone()
+            total = ops.softmax_fake_quant_(probs, *rest)
+            sums = ops.softmax_fake_quant_backward_(above, again, *rest)
+            return probs, total, above, again, *sums
+
+        return call
+
+    return {
+        'input a channel': input_of((batch, 197, 384), (384,)),
+        'q, k or v a head': input_of((batch, 6, 197, 64), (6, 1, 1)),
+        'gelu a channel': input_of((batch, 197, 1536), (1536,), gelu=True),
+        'softmax a head': softmax,
+    }
 
 
 # -- timing -------------------------------------------------------------------------------
 
 
-def time_in_turns(candidates: dict[str, Callable[[], object]]) -> dict[str, float]:
+def time_in_turns(
+    candidates: dict[str, Callable[[], object]], inference: bool = True
+) -> dict[str, float]:
     """Median milliseconds of each candidate over rounds in which all take turns."""
     from triton.testing import do_bench
 
     samples: dict[str, list[float]] = {name: [] for name in candidates}
-    with torch.inference_mode():
+    with torch.inference_mode(inference):
         for call in candidates.values():
             call()
         for _ in range(ROUNDS):
@@ -182,18 +250,20 @@ def time_in_turns(candidates: dict[str, Callable[[], object]]) -> dict[str, floa
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def report(name: str, subject: dict, batch: int, operations: float, times: dict) -> list[dict]:
+def report(
+    name: str, subject: dict, batch: int, operations: float | None, times: dict, ours: str = OURS
+) -> list[dict]:
     """Prints the candidates of a measurement and returns its rows."""
-    rows = [
-        dict(name=name, **subject, batch=batch, impl=impl, median_ms=ms, gops=operations / ms / 1e6)
-        for impl, ms in times.items()
-    ]
+    rows = []
     print(f'{" ".join(map(str, subject.values()))}, batch {batch}')
-    for row in rows:
-        ratio = row['median_ms'] / times[OURS]
-        print(
-            f'  {row["impl"]:28}{row["median_ms"]:9.3f} ms{row["gops"] / 1e3:9.1f} TOPS{ratio:8.2f}'
-        )
+    for impl, ms in times.items():
+        row = dict(name=name, **subject, batch=batch, impl=impl, median_ms=ms)
+        speed = ''
+        if operations is not None:
+            row['gops'] = operations / ms / 1e6
+            speed = f'{row["gops"] / 1e3:9.1f} TOPS'
+        print(f'  {impl:28}{ms:9.3f} ms{speed}{ms / times[ours]:8.2f}')
+        rows.append(row)
     return rows
 
 
@@ -319,6 +389,40 @@ def model_times(batches: list[int]) -> list[dict]:
     return rows
 
 
+def training(batches: list[int]) -> list[dict]:
+    """Ops of training, forward and backward, and whole steps of GPLQ on DeiT-S."""
+    from gplq_mm.engine.train_cost import build_step
+
+    cfg = dict(
+        type='mmpretrain.ImageClassifier',
+        backbone=dict(type='mmpretrain.VisionTransformer', arch='deit-small', img_size=224),
+        head=dict(
+            type='mmpretrain.VisionTransformerClsHead',
+            num_classes=1000,
+            in_channels=384,
+            loss=dict(type='mmpretrain.CrossEntropyLoss'),
+        ),
+    )
+    device, rows = torch.device('cuda'), []
+    for batch in (batch for batch in batches if batch <= MAX_TRAINING_BATCH):
+        for name, call in training_calls(batch).items():
+            times = time_in_turns(
+                {
+                    OURS_TRAINING: call(torch.ops.gplq_mm, device),
+                    'plain': call(training_reference, device),
+                }
+            )
+            rows += report('train_op', dict(layer=name), batch, None, times, OURS_TRAINING)
+        # `plain` is the same arithmetic as autograd keeps it.
+        steps = {
+            impl: build_step(impl, cfg, (3, 224, 224), batch)
+            for impl in (OURS_TRAINING, 'gplq_1byte', 'plain', 'fp32')
+        }
+        times = time_in_turns(steps, inference=False)
+        rows += report('train', dict(model='deit-small'), batch, None, times, OURS_TRAINING)
+    return rows
+
+
 def summarize(rows: list[dict], peer: str, goal: float) -> None:
     """Prints how many times as fast as ``peer`` ours is, over all measurements."""
 
@@ -387,6 +491,8 @@ def main(argv: list[str] | None = None) -> None:
         rows += linear(args.batch)
     if 'model' in args.parts:
         rows += model_times(args.batch)
+    if 'train' in args.parts:
+        rows += training(args.batch)
     if rows:
         print(write(args.out, rows, where))
 

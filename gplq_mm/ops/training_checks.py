@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from ..quant.code_state import state_dtype
-from .checks import check_codes, check_tensor, require
+from .checks import check_codes, check_float, check_tensor, require
 
 __all__ = [
+    'check_gelu',
     'check_learned_grid',
+    'check_quantized',
     'check_same_shape',
+    'check_score_gradient',
     'check_scores',
     'check_state',
 ]
@@ -53,6 +56,26 @@ def check_learned_grid(
         f'scale of shape {list(scale.shape)} must have at most one axis longer than 1, as long as '
         f'that of the input {list(shape)}.',
     )
+
+
+def check_quantized(x: Tensor, scale: Tensor, offset: Tensor | None, grid: Sequence[int]) -> None:
+    """Checks what is quantized, or its gradient, and its grid.
+
+    Raises:
+        ValueError: What is wrong, in one sentence.
+    """
+    check_float(x)
+    check_learned_grid(x.shape, scale, offset, grid, x.device)
+
+
+def check_gelu(x: Tensor, scale: Tensor, offset: Tensor | None, grid: Sequence[int]) -> None:
+    """Checks the input of a GELU and the grid of its output.
+
+    Raises:
+        ValueError: What is wrong, in one sentence.
+    """
+    check_quantized(x, scale, offset, grid)
+    require(scale.numel() in (1, *scale.shape[-1:]), 'scale must have one number, or one a column.')
 
 
 def check_state(state: Tensor, grid: Sequence[int]) -> None:
@@ -106,3 +129,13 @@ def check_scores(
         )
     check_learned_grid(scores.shape, scale, offset, grid, scores.device)
     require(scale.numel() == 1 or scale.shape[-1] == 1, 'scores have no scale a column.')
+
+
+def check_score_gradient(grad: Tensor, scores: Tensor) -> None:
+    """Checks the gradient that a softmax replaces in place.
+
+    Raises:
+        ValueError: What is wrong, in one sentence.
+    """
+    check_tensor('grad', grad, (torch.float32,), scores.shape, scores.device)
+    require(grad.is_contiguous(), 'grad must be contiguous.')

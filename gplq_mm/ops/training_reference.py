@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..quant.code_state import decode_state, encode_state, is_inside
 from ..quant.functional import dequantize, quantize, to_steps
-from . import checks, training_checks
+from . import training_checks
 
 __all__ = [
     'fake_quant',
@@ -29,16 +29,11 @@ __all__ = [
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-def _check(x: Tensor, scale: Tensor, offset: Tensor | None, grid: list[int]) -> None:
-    checks.check_float(x)
-    training_checks.check_learned_grid(x.shape, scale, offset, grid, x.device)
-
-
 def fake_quant(
     x: Tensor, scale: Tensor, offset: Tensor | None, grid: list[int]
 ) -> tuple[Tensor, Tensor]:
     """``x`` on the grid, float32, and its state; both of the shape of ``x``, contiguous."""
-    _check(x, scale, offset, grid)
+    training_checks.check_quantized(x, scale, offset, grid)
     return encode_state(x.float().contiguous(), scale, offset, *grid)
 
 
@@ -64,21 +59,14 @@ def fake_quant_backward(
 ) -> Gradients:
     """Gradients of :func:`fake_quant` from that of its first output, float32."""
     training_checks.check_state(state, grid)
-    _check(grad, scale, offset, grid)
+    training_checks.check_quantized(grad, scale, offset, grid)
     training_checks.check_same_shape('grad', grad, 'state', state)
     return _gradients(grad.float().contiguous(), *decode_state(state, *grid), scale)
 
 
-def _gelu_checks(x: Tensor, scale: Tensor, offset: Tensor | None, grid: list[int]) -> None:
-    _check(x, scale, offset, grid)
-    checks.require(
-        scale.numel() in (1, *scale.shape[-1:]), 'scale must have one number, or one a column.'
-    )
-
-
 def gelu_fake_quant(x: Tensor, scale: Tensor, offset: Tensor | None, grid: list[int]) -> Tensor:
     """``gelu(x)`` on the grid, float32, shape of ``x``. Backward needs ``x`` alone."""
-    _gelu_checks(x, scale, offset, grid)
+    training_checks.check_gelu(x, scale, offset, grid)
     activated = F.gelu(x.float().contiguous())
     return dequantize(quantize(activated, scale, offset, *grid[:2]), scale, offset)
 
@@ -87,7 +75,7 @@ def gelu_fake_quant_backward(
     grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, grid: list[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of :func:`gelu_fake_quant`, float32; its output is the second of the four."""
-    _gelu_checks(x, scale, offset, grid)
+    training_checks.check_gelu(x, scale, offset, grid)
     training_checks.check_same_shape('grad', grad, 'the input', x)
     x, grad = x.float().contiguous(), grad.float().contiguous()
     activated = F.gelu(x)
@@ -169,7 +157,7 @@ def softmax_fake_quant_backward_(
         Gradients of scale and offset.
     """
     training_checks.check_scores(scores, bias, mask, scale, offset, grid)
-    training_checks.check_same_shape('grad', grad, 'scores', scores)
+    training_checks.check_score_gradient(grad, scores)
     numerators = _numerators(scores, factor, bias, mask)
     total = numerators.sum(-1, keepdim=True)
     probs = numerators if row_relative else numerators / total

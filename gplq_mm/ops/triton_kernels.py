@@ -17,11 +17,14 @@ __all__ = [
     'GEMM_CONFIGS',
     'INTERPRETED',
     'LAUNCH',
+    'MAGIC',
     'OUT_CODES',
     'OUT_INT32',
     'OUT_REAL',
+    'SQRT_HALF',
     'attention_kernel',
     'expand_kernel',
+    'fma',
     'gemm_kernel',
     'quantize_kernel',
     'shared_bytes',
@@ -40,9 +43,9 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 _OUT_INT32 = tl.constexpr(OUT_INT32)
 _OUT_CODES = tl.constexpr(OUT_CODES)
 # 1.5 * 2**23: adding it leaves an integer in the low bits of a float32, rounded half to even.
-_MAGIC = tl.constexpr(12582912.0)
+MAGIC = tl.constexpr(12582912.0)
 _MAGIC_BITS = tl.constexpr(0x4B400000)
-_SQRT_HALF = tl.constexpr(0.7071067811865476)
+SQRT_HALF = tl.constexpr(0.7071067811865476)
 
 # Blocks of gemm_kernel that autotuning chooses from: rows, columns, packed bytes a step; warps;
 # pipeline stages. 64 rows and more feed a warpgroup instruction (wgmma) on Hopper.
@@ -74,7 +77,7 @@ def shared_bytes(config: triton.Config, a_packed: bool, w_packed: bool) -> int:
 
 
 @triton.jit
-def _fma(x, y, z):
+def fma(x, y, z):
     """``x * y + z`` rounded once, float32."""
     if _INTERPRETED:
         # The interpreter's own fma rounds twice. A product of two float32 is exact in float64.
@@ -86,11 +89,11 @@ def _fma(x, y, z):
 @triton.jit
 def _codes(x, inverse, shift, CODE_MIN: tl.constexpr, CODE_MAX: tl.constexpr):
     """Codes from 0, int32, of float32 values; NaN gives 0."""
-    steps = _fma(x, inverse, shift)
+    steps = fma(x, inverse, shift)
     # Clamping to integers and rounding commute, and within the range the magic sum is exact. NaN
     # is not above CODE_MIN.
     steps = tl.minimum(tl.where(steps > CODE_MIN, steps, CODE_MIN), CODE_MAX)
-    return (steps + _MAGIC).to(tl.int32, bitcast=True) - (_MAGIC_BITS + CODE_MIN)
+    return (steps + MAGIC).to(tl.int32, bitcast=True) - (_MAGIC_BITS + CODE_MIN)
 
 
 @triton.jit
@@ -336,9 +339,9 @@ def gemm_kernel(
         tl.store(out + place, sums, mask=mask)
     else:
         scale = tl.load(row_scale + w_row)[None, :]
-        value = _fma(sums.to(tl.float32), scale, tl.load(bias + w_row)[None, :])
+        value = fma(sums.to(tl.float32), scale, tl.load(bias + w_row)[None, :])
         if GELU:
-            value = value * 0.5 * (1.0 + tl.erf(value * _SQRT_HALF))
+            value = value * 0.5 * (1.0 + tl.erf(value * SQRT_HALF))
         if GAMMA:
             value = value * tl.load(gamma + w_row).to(tl.float32)[None, :]
         if ADD:

@@ -1,4 +1,4 @@
-"""The Triton kernels' cases (triton_cases.py), and how CUDA tensors reach them."""
+"""The Triton kernels' cases (triton_*cases.py), and how CUDA tensors reach the kernels."""
 
 import ast
 import logging
@@ -12,19 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from gplq_mm.ops import cuda, device, reference
+from gplq_mm.ops import cuda, device, reference, training, training_attention, training_reference
 from gplq_mm.ops.library import SCHEMAS
 
-CASES = Path(__file__).with_name('triton_cases.py')
-ROOT = CASES.parents[2]
+FOLDER = Path(__file__).parent
+CASES = [FOLDER / 'triton_cases.py', FOLDER / 'triton_training_cases.py']
+ROOT = FOLDER.parents[1]
 needs_triton = pytest.mark.skipif(find_spec('triton') is None, reason='triton is not installed')
 
 
 def case_names() -> list[str]:
-    tree = ast.parse(CASES.read_text(encoding='utf-8'))
     return [
         node.name
-        for node in tree.body
+        for path in CASES
+        for node in ast.parse(path.read_text(encoding='utf-8')).body
         if isinstance(node, ast.FunctionDef) and node.name.startswith('test_')
     ]
 
@@ -33,7 +34,7 @@ def case_names() -> list[str]:
 def outcomes(tmp_path_factory) -> dict[str, list[str]]:
     """Name of a case to the texts of its failures, after all ran in one interpreter process."""
     report = tmp_path_factory.mktemp('triton') / 'report.xml'
-    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', str(CASES)]
+    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', *map(str, CASES)]
     run = subprocess.run(
         [*command, f'--junitxml={report}'],
         cwd=ROOT,
@@ -55,6 +56,14 @@ def outcomes(tmp_path_factory) -> dict[str, list[str]]:
 
 
 @needs_triton
+def test_the_training_kernels_are_found(fresh_backend, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    backend = cuda.training_backend()
+    assert backend.__name__.endswith('triton_training')
+    assert set(backend.__all__) == set(training_reference.__all__)
+
+
+@needs_triton
 @pytest.mark.parametrize('name', case_names())
 def test_in_the_interpreter(name, outcomes):
     assert name in outcomes, 'the case did not run'
@@ -62,7 +71,9 @@ def test_in_the_interpreter(name, outcomes):
 
 
 def test_every_op_is_registered_for_cuda():
-    for name in SCHEMAS:
+    # Attention of training is made of other ops.
+    composed = set(training_attention.__all__)
+    for name in {*SCHEMAS, *training.SCHEMAS} - composed:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f'gplq_mm::{name}', 'CUDA')
 
 
@@ -78,30 +89,46 @@ def test_importing_the_ops_imports_no_triton():
 
 @pytest.fixture
 def fresh_backend():
-    cuda.cuda_backend.cache_clear()
-    device._warn_no_cuda.cache_clear()
+    caches = (cuda.cuda_backend, cuda.training_backend, device._warn_no_cuda)
+    for cached in caches:
+        cached.cache_clear()
     yield
-    cuda.cuda_backend.cache_clear()
-    device._warn_no_cuda.cache_clear()
+    for cached in caches:
+        cached.cache_clear()
 
 
-def test_without_triton_the_reference_runs_and_says_so_once(fresh_backend, monkeypatch, caplog):
+BACKENDS = [
+    (cuda.cuda_backend, reference, 'int4 ops'),
+    (cuda.training_backend, training_reference, 'training ops'),
+]
+
+
+@pytest.mark.parametrize(('backend', 'fallback', 'what'), BACKENDS)
+def test_without_triton_the_reference_runs_and_says_so_once(
+    backend, fallback, what, fresh_backend, monkeypatch, caplog
+):
     monkeypatch.setitem(sys.modules, 'triton', None)
     for name in [name for name in sys.modules if name.startswith('gplq_mm.ops.triton_')]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr('gplq_mm.ops.triton_ops', raising=False)
+    for name in ('triton_ops', 'triton_training'):
+        monkeypatch.delattr(f'gplq_mm.ops.{name}', raising=False)
     with caplog.at_level(logging.WARNING):
-        assert cuda.cuda_backend() is reference
-        assert cuda.cuda_backend() is reference
+        assert backend() is fallback
+        assert backend() is fallback
     (record,) = caplog.records
+    assert record.message.startswith(what)
     assert 'triton cannot be imported' in record.message
 
 
-def test_an_old_device_gets_the_reference(fresh_backend, monkeypatch, caplog):
+@pytest.mark.parametrize(('backend', 'fallback', 'what'), BACKENDS)
+def test_an_old_device_gets_the_reference(
+    backend, fallback, what, fresh_backend, monkeypatch, caplog
+):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: (7, 5))
     with caplog.at_level(logging.WARNING):
-        assert cuda.cuda_backend() is reference
+        assert backend() is fallback
+    assert what in caplog.text
     assert 'compute capability 7.5' in caplog.text
 
 

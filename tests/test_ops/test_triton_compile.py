@@ -2,18 +2,15 @@
 
 import re
 from importlib.util import find_spec
-from types import SimpleNamespace
 
 import pytest
 import torch
+from triton_targets import SHARED, CompileOnly
 
 from gplq_mm.quant.packing import pack_multiplier_panels, pack_panels
 
 pytestmark = pytest.mark.skipif(find_spec('triton') is None, reason='triton is not installed')
 
-# Compute capability -> shared memory that a block can have, in bytes (CUDA C++ Programming
-# Guide, technical specifications per compute capability).
-SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 INT8_PRODUCT = {
     80: r'mma\.sync\.aligned\.m16n8k32\S*\.s32\.s8\.s8\.s32',
     89: r'mma\.sync\.aligned\.m16n8k32\S*\.s32\.s8\.s8\.s32',
@@ -227,59 +224,15 @@ def test_attention_compiles(kernels, capability, keys, queries, depth):
     assert re.search(product, compiled.asm['ptx'])
 
 
-class FakeDriver:
-    """Enough of a driver to bind arguments and compile, on a machine without a device."""
-
-    def __init__(self, target):
-        self._target = target
-
-    def get_current_target(self):
-        return self._target
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, _device):
-        return 0
-
-    def get_benchmarker(self):
-        def time_once(call, quantiles=None):
-            call()
-            return [1.0] * len(quantiles)
-
-        return time_once
-
-
 @pytest.fixture
 def without_device(kernels, monkeypatch, tmp_path):
-    """Launches bind, tune and compile for sm_90 but run nothing; gives the kernels' names."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-
+    """Launches compile for sm_90 and run nothing; the product is tuned among two configs."""
     from gplq_mm.ops import triton_ops
 
-    launched = []
-    run = triton.runtime.JITFunction.run
-
-    def compile_only(self, *args, grid, warmup, **kwargs):
-        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
-        launched.append(self.fn.__name__)
-        return compiled
-
-    monkeypatch.setattr(triton.runtime.JITFunction, 'run', compile_only)
-    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
-    limits = SimpleNamespace(shared_memory_per_block_optin=SHARED[90])
-    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda _device: limits)
-    # Two configs: enough to be tuned.
     chosen = [kernels.GEMM_CONFIGS[i] for i in (4, 8)]
     monkeypatch.setattr(triton_ops._tuned_gemm, 'configs', chosen)
-    monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
-    monkeypatch.setattr(driver, '_active', FakeDriver(GPUTarget('cuda', 90, 32)))
-    yield launched
-    for kernel in (kernels.gemm_kernel, kernels.quantize_kernel, kernels.expand_kernel):
-        kernel.device_caches.clear()
-    kernels.attention_kernel.device_caches.clear()
+    with CompileOnly(monkeypatch, 90, tmp_path) as compiler:
+        yield compiler
     triton_ops._tuned_gemm.cache.clear()
 
 
@@ -303,9 +256,10 @@ def test_linear_launches(without_device, columns, rows, m):
     x = torch.zeros(m, columns, dtype=torch.bfloat16)
     triton_ops.int4_linear(x, layer, grid)
     expand = ['expand_kernel'] if m > triton_ops.UNPACK_IN_LOOP_ROWS else []
-    assert without_device[0] == 'quantize_kernel'
-    assert [name for name in without_device[1:] if name != 'gemm_kernel'] == expand
-    assert without_device[-1] == 'gemm_kernel'
+    names = without_device.names
+    assert names[0] == 'quantize_kernel'
+    assert [name for name in names[1:] if name != 'gemm_kernel'] == expand
+    assert names[-1] == 'gemm_kernel'
 
 
 def test_other_launches(without_device):
@@ -318,7 +272,7 @@ def test_other_launches(without_device):
     conv, grid = plain_layer(48, 8)
     triton_ops.int4_conv2d(torch.zeros(1, 3, 8, 8), conv, grid, [4, 4, 4, 4, 0, 0, 1, 1])
     triton_ops.quantize_codes(x, *norm, [0, 255, 1])
-    assert {'quantize_kernel', 'gemm_kernel'} == set(without_device)
+    assert {'quantize_kernel', 'gemm_kernel'} == set(without_device.names)
 
 
 @pytest.mark.parametrize(('windows', 'tokens', 'depth'), [(1, 1, 8), (4, 9, 16)])
@@ -331,4 +285,4 @@ def test_attention_launches(without_device, windows, tokens, depth):
     grids = torch.ones(4, 2, 2)
     triton_ops.int4_attention(qkv, 2, 0.5, grids, [0, 15] * 4, True, bias, mask, rows, len(qkv))
     triton_ops.int4_attention(qkv[None], 2, 0.5, grids, [-8, 7] * 4, False, None, None, None, 0)
-    assert without_device == ['attention_kernel'] * 2
+    assert without_device.names == ['attention_kernel'] * 2
