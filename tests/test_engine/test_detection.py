@@ -89,14 +89,13 @@ def test_everything_is_quantized_and_predictors_have_8_bits(whole):
     assert len(whole[1].quant_report.blocks) == 4
 
 
-def die_in_weight_ptq(model, batches, forward, method, track):
-    def dying_track(items, total, text):
-        for number, item in enumerate(items):
-            if number == 3:
-                raise Killed
-            yield item
+def die_in_weight_ptq(model, batches, forward, method, report):
+    def dying_report(progress):
+        report(progress)
+        if progress.position == 3:
+            raise Killed
 
-    return quantize_weights(model, batches, forward, method, dying_track)
+    return quantize_weights(model, batches, forward, method, dying_report)
 
 
 def test_a_killed_run_ends_like_an_undisturbed_one(whole, data, pretrained, tmp_path, monkeypatch):

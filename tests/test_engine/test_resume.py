@@ -106,14 +106,13 @@ def test_death_between_the_stages(tmp_path, float_checkpoints, undisturbed, poin
 def test_death_in_weight_ptq(tmp_path, float_checkpoints, undisturbed, monkeypatch):
     cfg = gplq_config(tmp_path, float_checkpoints['vit'])
 
-    def die_in_third_unit(model, batches, forward, method, track):
-        def dying_track(items, total, text):
-            for number, item in enumerate(items):
-                if number == 3:
-                    raise Killed
-                yield item
+    def die_in_third_unit(model, batches, forward, method, report):
+        def dying_report(progress):
+            report(progress)
+            if progress.position == 3:
+                raise Killed
 
-        return quantize_weights(model, batches, forward, method, dying_track)
+        return quantize_weights(model, batches, forward, method, dying_report)
 
     quantize_weights = loop_module.quantize_weights
     monkeypatch.setattr(loop_module, 'quantize_weights', die_in_third_unit)
