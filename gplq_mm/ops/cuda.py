@@ -78,7 +78,7 @@ def _deferred(name: str, backend: Callable[[], ModuleType]) -> Callable:
 def _register() -> None:
     for name in SCHEMAS:
         _LIBRARY.impl(name, _deferred(name, cuda_backend))
-    # Attention of training is made of the others.
+    # Attention and MLPs of training are made of these.
     for name in training_reference.__all__:
         _LIBRARY.impl(name, _deferred(name, training_backend))
 

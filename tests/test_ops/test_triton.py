@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from gplq_mm.ops import cuda, device, reference, training, training_attention, training_reference
+from gplq_mm.ops import (
+    cuda,
+    device,
+    reference,
+    training,
+    training_attention,
+    training_mlp,
+    training_reference,
+)
 from gplq_mm.ops.library import SCHEMAS
 
 FOLDER = Path(__file__).parent
@@ -71,8 +79,8 @@ def test_in_the_interpreter(name, outcomes):
 
 
 def test_every_op_is_registered_for_cuda():
-    # Attention of training is made of other ops.
-    composed = set(training_attention.__all__)
+    # Attention and MLPs of training are made of other ops.
+    composed = {*training_attention.__all__, *training_mlp.__all__}
     for name in {*SCHEMAS, *training.SCHEMAS} - composed:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f'gplq_mm::{name}', 'CUDA')
 
