@@ -414,8 +414,9 @@ class GPLQ(BaseModel):
             parts = ', '.join(f'{key}={float(value.detach()):.4g}' for key, value in log.items())
             raise NonFiniteLossError(
                 f'the loss is not finite ({parts}); the step was not made and the last checkpoint '
-                'is intact. Lower the learning rate, or check the images and the checkpoint, '
-                'then continue with --resume.'
+                'is intact. Check the images and the pretrained weights, then continue with '
+                '--resume. A resumed run keeps its learning rate: for a smaller '
+                'optim_wrapper.optimizer.lr start a new run.'
             )
         return loss, log
 

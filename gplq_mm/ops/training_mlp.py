@@ -12,7 +12,7 @@ from torch import Tensor
 __all__ = ['mlp_fake_quant', 'mlp_fake_quant_backward']
 
 # Hidden values that are worked on at a time, by kind of device.
-CHUNK = {'cpu': 1 << 20, 'cuda': 1 << 28}
+CHUNK = {'cpu': 1 << 19, 'cuda': 1 << 28}
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:

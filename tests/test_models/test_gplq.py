@@ -38,7 +38,8 @@ def checkpoint(tmp_path_factory):
 
 
 def build(checkpoint, calibrated=True, **options):
-    options = {'mimic': dict(num_components=8), **options}
+    # The default precision of the teacher depends on the machine.
+    options = {'mimic': dict(num_components=8), 'teacher_dtype': 'float32', **options}
     model = GPLQ(vit_cfg(), str(checkpoint), **options)
     model.init_weights()
     model.eval()

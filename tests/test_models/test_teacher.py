@@ -24,8 +24,11 @@ def checkpoint(tmp_path_factory):
 
 
 def build(checkpoint, **options):
-    """Calibrated model with both losses of the teacher."""
-    options = {'distill': dict(loss_weight=0.5), 'mimic': dict(num_components=8), **options}
+    """Calibrated model with both losses of the teacher, in float32 on every machine."""
+    defaults = dict(
+        distill=dict(loss_weight=0.5), mimic=dict(num_components=8), teacher_dtype='float32'
+    )
+    options = {**defaults, **options}
     model = GPLQ(vit_cfg(), str(checkpoint), policy=FAST, **options)
     model.init_weights()
     model.eval()
