@@ -22,6 +22,7 @@ ALLOWED = {
     'models': LOW | {'checkpoint', 'ops'},
     'deploy': LOW | BASE | {'ops', 'ptq', 'models'},
     'engine': LOW | BASE | {'ops', 'ptq', 'evaluation', 'models', 'datasets'},
+    'benchmark': {'checkpoint', 'deploy'},
     '__init__': {'version'},
 }
 FRAMEWORKS = {'mmpretrain', 'mmdet'}

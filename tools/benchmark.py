@@ -6,30 +6,36 @@ All candidates take turns, on the same number of threads; a row is the median ov
 
 import argparse
 import copy
-import csv
 import json
 import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from gplq_mm.benchmark import (
+    LINEAR_IMPLS,
+    MODEL_IMPLS,
+    OURS,
+    count_operations,
+    linear_candidates,
+    model_candidates,
+    show,
+    show_ptq,
+    show_training,
+    write,
+)
 from gplq_mm.checkpoint import atomic_write
-from gplq_mm.deploy.peers import PACKAGES, PEERS, PeerUnavailable, build_peer
-from gplq_mm.deploy.synthetic import synthetic_linear, synthetic_model
+from gplq_mm.deploy.peers import PACKAGES
 from gplq_mm.engine import one_line_errors
 from gplq_mm.engine.ptq_cost import weight_ptq_cost
 from gplq_mm.engine.train_cost import IMPLS as TRAINING_IMPLS
@@ -38,9 +44,6 @@ from gplq_mm.evaluation.timing import Timing, describe_machine, interleave
 from gplq_mm.ops import native
 from gplq_mm.registry import MODELS
 
-OURS = 'gplq_int4'
-LINEAR_IMPLS = (OURS, 'torch_fp32', 'torch_bf16', 'torch_int8')
-MODEL_IMPLS = (OURS, *PEERS)
 # What the others are compared with.
 BASES = {'linear': OURS, 'model': OURS, 'train': 'fp32'}
 CONFIGS = Path(__file__).resolve().parent.parent / 'configs'
@@ -213,77 +216,6 @@ def parse_shapes(texts: list[str], batches: list[int]) -> list[tuple[int, int, i
     return list(found)
 
 
-def linear_candidates(
-    shape: tuple[int, int, int], impls: list[str]
-) -> dict[str, Callable[[], Any]]:
-    """Calls by implementation, all from random data."""
-    rows, inputs, outputs = shape
-    torch.manual_seed(0)
-    x, layer = torch.randn(rows, inputs), nn.Linear(inputs, outputs)
-    layer.requires_grad_(False)
-    build = {
-        OURS: lambda: _bound(synthetic_linear(layer, x), x),
-        'torch_fp32': lambda: _bound(F.linear, x, layer.weight, layer.bias),
-        'torch_bf16': lambda: _bound(
-            F.linear, *(t.bfloat16() for t in (x, layer.weight, layer.bias))
-        ),
-        # Codes in, int32 sums out: no quantization, no scale, no bias.
-        'torch_int8': lambda: _bound(
-            torch._int_mm,
-            torch.randint(-8, 8, (rows, inputs), dtype=torch.int8),
-            torch.randint(-8, 8, (outputs, inputs), dtype=torch.int8).t(),
-        ),
-    }
-    return {name: build[name]() for name in impls}
-
-
-def _bound(function: Callable, *args) -> Callable[[], Any]:
-    @torch.inference_mode()
-    def call():
-        return function(*args)
-
-    return call
-
-
-def model_candidates(
-    model: nn.Module, images: Tensor, args: argparse.Namespace, console: Console
-) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
-    """Calls by implementation, and why others are left out."""
-    candidates, skipped = {}, {}
-    compensation = None if args.compensation == 'none' else args.compensation
-    with torch.no_grad():
-        expected = model(images).shape
-    for name in args.impls:
-        with console.status(f'preparing {name}'):
-            try:
-                if name == OURS:
-                    deployed = synthetic_model(copy.deepcopy(model), images, compensation)
-                    candidates[name] = _bound(deployed, images)
-                else:
-                    candidates[name] = build_peer(name, model, images, args.threads)
-            except PeerUnavailable as error:
-                skipped[name] = str(error)
-                console.print(f'skipped {name}: {error}', style='yellow', markup=False)
-                continue
-        if tuple(candidates[name]().shape) != tuple(expected):
-            raise RuntimeError(f'{name} does not compute the model: its output has another shape.')
-    return candidates, skipped
-
-
-@torch.no_grad()
-def count_operations(model: nn.Module, images: Tensor) -> int:
-    """Multiplications and additions of all matrix products and convolutions."""
-
-    def attention(query, key, value, *_args, **_kwargs) -> int:
-        return sdpa_flop_count(query, key, value)
-
-    # torch counts attention on GPUs only.
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    with FlopCounterMode(display=False, custom_mapping={fused: attention}) as counter:
-        model(images)
-    return counter.get_total_flops()
-
-
 # -- running and reporting ----------------------------------------------------------------
 
 
@@ -337,12 +269,15 @@ def run_linear(args: argparse.Namespace, console: Console) -> tuple[list[dict], 
 
 def run_model(args: argparse.Namespace, console: Console) -> tuple[list[dict], dict]:
     rows, skipped = [], {}
+    compensation = None if args.compensation == 'none' else args.compensation
     for name in args.model:
         model, image = build_float(name)
         for batch in args.batch:
             label = f'{Path(name).stem if name not in ARCHITECTURES else name}, batch {batch}'
             images = torch.randn(batch, *image)
-            candidates, left_out = model_candidates(model, images, args, console)
+            candidates, left_out = model_candidates(
+                model, images, args.impls, compensation, args.threads, console
+            )
             skipped.update(left_out)
             timings = measure(candidates, args.rounds, label, console)
             subject = {
@@ -399,22 +334,6 @@ def run_train(args: argparse.Namespace, console: Console) -> tuple[list[dict], d
     return rows, {}
 
 
-def show_training(rows: list[dict], title: str, console: Console) -> None:
-    """Prints what training steps cost."""
-    table = Table(title=title, title_justify='left')
-    table.add_column('implementation')
-    for heading in ('kept for backward', 'peak memory', 'step'):
-        table.add_column(heading, justify='right')
-    for row in rows:
-        table.add_row(
-            row['impl'],
-            f'{row["saved_ratio"]:.2f}  ({row["saved_mb"]:.0f} MB)',
-            f'{row["peak_ratio"]:.2f}  ({row["peak_mb"]:.0f} MB)',
-            f'{row["step_ratio"]:.2f}  ({row["step_ms"]:.0f} ms)',
-        )
-    console.print(table)
-
-
 def run_ptq(args: argparse.Namespace, console: Console) -> dict:
     cfg = load_config(args.model)
     compensation = None if args.compensation == 'none' else args.compensation
@@ -423,105 +342,6 @@ def run_ptq(args: argparse.Namespace, console: Console) -> dict:
     )
     show_ptq(result, args.model, console)
     return {'model': args.model, **result}
-
-
-def show_ptq(result: dict, model: str, console: Console) -> None:
-    """Prints the cost of Stage 2."""
-    table = Table(
-        title=f'{model}, {result["images"]} images ({result["image_source"]}), '
-        f'{result["threads"]} threads',
-        title_justify='left',
-    )
-    for heading in ('step', 'seconds', 'CPU seconds', 'memory growth, MB'):
-        table.add_column(heading, justify='left' if heading == 'step' else 'right')
-    for step, seconds in result['cpu_seconds'].items():
-        growth = f'{result["memory_growth_mb"][step]:.0f}'
-        table.add_row(step, f'{result["seconds"][step]:.1f}', f'{seconds:.1f}', growth)
-    for unit, seconds in result['units'].items():
-        table.add_row(f'  {unit}', f'{seconds:.1f}')
-    console.print(table)
-
-
-def show(rows: list[dict], title: str, console: Console) -> None:
-    """Prints one comparison."""
-    table = Table(title=title, title_justify='left')
-    table.add_column('implementation')
-    for heading in ('median ms', 'quartiles', 'GOPS', 'time / ours'):
-        table.add_column(heading, justify='right')
-    for row in rows:
-        table.add_row(
-            row['impl'],
-            f'{row["median_ms"]:.3g}',
-            f'{row["quartile1_ms"]:.3g} to {row["quartile3_ms"]:.3g}',
-            f'{row["gops"]:.0f}',
-            f'{row["times_ours"]:.2f}',
-            style='bold' if row['impl'] == OURS else None,
-        )
-    console.print(table)
-
-
-def draw(rows: list[dict]) -> bytes:
-    """Bars of the ratios, one panel for each comparison, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    groups: dict[str, list[dict]] = {}
-    for row in rows:
-        title = row.get('shape') or f'{row["model"]}, batch {row["batch"]}'
-        groups.setdefault(title, []).append(row)
-    figure = Figure(figsize=(8, 0.6 + 2.0 * len(groups)), layout='constrained')
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(len(groups), 1, squeeze=False)[:, 0]
-    for panel, (title, group) in zip(panels, groups.items(), strict=True):
-        if group[0]['name'] == 'train':
-            draw_training(panel, group)
-        else:
-            colors = ['tab:orange' if row['impl'] == OURS else 'tab:blue' for row in group]
-            bars = panel.barh(
-                [row['impl'] for row in group], [row['times_ours'] for row in group], color=colors
-            )
-            panel.bar_label(bars, [f'{row["median_ms"]:.3g} ms' for row in group], padding=3)
-        panel.set_title(f'{title}, {group[0]["threads"]} threads', loc='left', fontsize=10)
-        panel.margins(x=0.15)
-        panel.invert_yaxis()
-    training = rows[0]['name'] == 'train'
-    panels[-1].set_xlabel(
-        'multiples of FP32 training' if training else 'time / ours (shorter is faster)'
-    )
-    buffer = BytesIO()
-    figure.savefig(buffer, format='png', dpi=120)
-    return buffer.getvalue()
-
-
-def draw_training(panel, group: list[dict]) -> None:
-    """Three bars an implementation: kept bytes, peak memory, time of a step."""
-    height = 0.27
-    for index, (key, label) in enumerate(
-        (('saved', 'kept for backward'), ('peak', 'peak memory'), ('step', 'step'))
-    ):
-        places = [place + (index - 1) * height for place in range(len(group))]
-        values = [row[f'{key}_ratio'] for row in group]
-        bars = panel.barh(places, values, height, label=label)
-        panel.bar_label(bars, [f'{value:.2f}' for value in values], padding=3, fontsize=8)
-    panel.set_yticks(range(len(group)), [row['impl'] for row in group])
-    panel.legend(fontsize=8)
-
-
-def write(path: Path, rows: list[dict], skipped: dict, environment: dict) -> None:
-    """Writes ``path`` (JSON) and beside it the rows as CSV and the plot as PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    result = {'environment': environment, 'rows': rows, 'skipped': skipped}
-    table = StringIO()
-    writer = csv.DictWriter(table, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    files = {
-        path: json.dumps(result, indent=2).encode(),
-        path.with_suffix('.csv'): table.getvalue().encode(),
-        path.with_suffix('.png'): draw(rows),
-    }
-    for file, content in files.items():
-        atomic_write(file, lambda stream, content=content: stream.write(content))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -152,7 +152,7 @@ def test_float32_stays_float32_under_amp(checkpoint):
 @pytest.mark.parametrize('fast', [True, False])
 def test_auto_asks_the_device(checkpoint, monkeypatch, fast):
     monkeypatch.setattr('gplq_mm.models.frozen.has_fast_bf16', lambda _device: fast)
-    logits = build(checkpoint)._teacher.targets(images())[1]
+    logits = build(checkpoint, teacher_dtype='auto')._teacher.targets(images())[1]
     assert logits.dtype == (torch.bfloat16 if fast else torch.float32)
 
 

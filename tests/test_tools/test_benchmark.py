@@ -10,6 +10,8 @@ from builders import NUM_CLASSES, build_float, images, vit_cfg
 from mmengine.config import Config
 from tiny_runs import load_tool
 
+from gplq_mm.benchmark import LINEAR_IMPLS, OURS, PeerUnavailable, candidates, count_operations
+
 ROW = {'name', 'threads', 'impl', 'median_ms', 'gops', 'times_ours', 'rounds'}
 
 
@@ -60,10 +62,10 @@ def by_impl(rows: list[dict], **subject) -> dict[str, dict]:
 def test_linear(tool, tmp_path, config, capsys):
     result = run(tool, tmp_path / 'a' / 'b.json', 'linear', '--shapes', '24x64x48', config)
     first = by_impl(result['rows'], shape='24x64x48')
-    assert set(first) == set(tool.LINEAR_IMPLS)
+    assert set(first) == set(LINEAR_IMPLS)
     for row in first.values():
         assert row['gops'] == pytest.approx(2 * 24 * 64 * 48 / row['median_ms'] / 1e6)
-        ratio = row['median_ms'] / first[tool.OURS]['median_ms']
+        ratio = row['median_ms'] / first[OURS]['median_ms']
         assert row['times_ours'] == pytest.approx(ratio)
     # The layers of the model at batch 8: 17 tokens, width 32; the head sees one token.
     shapes = {row['shape'] for row in result['rows']}
@@ -111,9 +113,9 @@ def test_ptq(tool, tmp_path, config, capsys):
 
 def test_absent_peer_is_named(tool, tmp_path, config, capsys, monkeypatch):
     def build(name, *_args):
-        raise tool.PeerUnavailable(f'{name} needs what is not here')
+        raise PeerUnavailable(f'{name} needs what is not here')
 
-    monkeypatch.setattr(tool, 'build_peer', build)
+    monkeypatch.setattr(candidates, 'build_peer', build)
     arguments = ('--impls', 'openvino_int8', '--batch', 1)
     result = run(tool, tmp_path / 'r.json', 'model', '--model', config, *arguments)
     # Ours is there without being asked for: ratios are those to ours.
@@ -127,8 +129,8 @@ def test_operations_are_those_of_the_model(tool):
     patches = 16 * 3 * 8 * 8 * width
     block = tokens * width * (3 * width + width + 2 * hidden) + 2 * tokens**2 * width
     expected = 2 * (patches + layers * block + width * NUM_CLASSES)
-    assert tool.count_operations(build_float('vit'), images(1)) == expected
-    assert tool.count_operations(build_float('vit'), images(3)) == 3 * expected
+    assert count_operations(build_float('vit'), images(1)) == expected
+    assert count_operations(build_float('vit'), images(3)) == 3 * expected
 
 
 @pytest.mark.parametrize('name', ['vit-tiny', 'deit-small', 'swin-tiny'])
