@@ -46,6 +46,7 @@ BENCH_REQUIREMENTS = [*ONNX_REQUIREMENTS, 'nncf>=3.0', 'onnxruntime>=1.20', 'ope
 DEV_REQUIREMENTS = [
     *ONNX_REQUIREMENTS,
     'hypothesis',
+    'model-index>=0.1.11',
     'onnxruntime>=1.20',
     'pytest',
     'pytest-timeout',

@@ -23,6 +23,7 @@ ALLOWED = {
     'deploy': LOW | BASE | {'ops', 'ptq', 'models'},
     'engine': LOW | BASE | {'ops', 'ptq', 'evaluation', 'models', 'datasets'},
     'benchmark': {'checkpoint', 'deploy'},
+    'zoo': BASE | {'evaluation', 'engine'},
     '__init__': {'version'},
 }
 FRAMEWORKS = {'mmpretrain', 'mmdet'}

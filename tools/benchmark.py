@@ -40,7 +40,8 @@ from gplq_mm.engine import one_line_errors
 from gplq_mm.engine.ptq_cost import weight_ptq_cost
 from gplq_mm.engine.train_cost import IMPLS as TRAINING_IMPLS
 from gplq_mm.engine.train_cost import build_step, training_memory
-from gplq_mm.evaluation.timing import Timing, describe_machine, interleave
+from gplq_mm.evaluation.provenance import describe_machine
+from gplq_mm.evaluation.timing import Timing, interleave
 from gplq_mm.ops import native
 from gplq_mm.registry import MODELS
 

@@ -8,8 +8,6 @@ Every step is an ordinary call of tools/train.py; the commands are printed.
 
 import argparse
 import json
-import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +16,7 @@ from mmengine.config import Config
 from rich.console import Console
 
 from gplq_mm.engine import print_summary
+from gplq_mm.zoo import Line, RunFailedError, follow, shown, train_command
 
 ROOT = Path(__file__).resolve().parent.parent
 # Model -> folder of its configs, name of its FP32 config, folder of its results.
@@ -26,38 +25,24 @@ MODELS = {
     'swin': ('quickstart', 'swin_mnist', 'quickstart-swin'),
     'mask-rcnn': ('quickstart-det', 'mask-rcnn_mnist', 'quickstart-det'),
 }
-# Lines of the log that tell a reader how far it is.
-TELLING = re.compile(
-    r'Epoch\((train|val)\)|calibrat|PCA|Weight-PTQ|evaluation of|Error|resumed|compensation'
-)
 
 
 def run(config: Path, work_dir: Path, options: list[str], resume: bool, console: Console) -> None:
     """Runs tools/train.py, shows the telling lines and keeps all of them in a file."""
-    command = [sys.executable, str(ROOT / 'tools' / 'train.py'), str(config)]
-    command += ['--work-dir', str(work_dir)]
-    command += ['--resume'] if resume else []
-    command += ['--cfg-options', *options] if options else []
-    shown = [part.removeprefix(f'{ROOT}/') for part in command[1:]]
-    console.print('$ python', *shown, style='bold', soft_wrap=True)
-    work_dir.mkdir(parents=True, exist_ok=True)
+    command = train_command(ROOT / 'tools' / 'train.py', config, work_dir, options, resume)
+    console.print('$', shown(command, ROOT), style='bold', soft_wrap=True, highlight=False)
     log = work_dir / 'console.log'
-    start = time.monotonic()
-    with log.open('w') as file:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
-        )
-        last = ''
-        for line in process.stdout:
-            file.write(line)
-            last = line.strip() or last
-            if TELLING.search(line) and ' - INFO - ' in line:
-                message = line.split(' - INFO - ', 1)[1].strip()
-                message = re.sub(r'base_lr.*?(eta: \S+).* (loss: \S+).*', r'\1  \2', message)
-                elapsed = f'{time.monotonic() - start:4.0f} s'
-                console.print(f'  {elapsed}  {message}', highlight=False, markup=False)
-        if process.wait():
-            sys.exit(f'{last}\nThe whole log is in {log}.')
+    log.unlink(missing_ok=True)
+
+    def show(line: Line, seconds: float) -> None:
+        if line.telling is not None:
+            elapsed = f'{seconds:4.0f} s'
+            console.print(f'  {elapsed}  {line.telling}', highlight=False, markup=False)
+
+    try:
+        follow(command, log, show, cwd=ROOT)
+    except RunFailedError as error:
+        sys.exit(str(error))
 
 
 def main() -> None:

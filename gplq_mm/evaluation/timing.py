@@ -5,21 +5,13 @@ candidates there is a pause, and the first call of a turn is not counted.
 """
 
 import math
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
-import torch
-
-__all__ = ['Timing', 'describe_machine', 'interleave']
+__all__ = ['Timing', 'interleave']
 
 WARM_UP_CALLS = 3
 # Longer than the threads of OpenMP and ONNX Runtime spin.
@@ -98,58 +90,3 @@ def interleave(
             candidates[name]()
             samples[name].append(1e3 * _duration(candidates[name], calls[name]))
     return {name: Timing(tuple(values)) for name, values in samples.items()}
-
-
-def _cpu_name() -> str:
-    try:
-        text = Path('/proc/cpuinfo').read_text(encoding='utf-8')
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(':')[2].strip() for line in text.splitlines() if 'model name' in line]
-    return names[0] if names else platform.machine()
-
-
-def _commit() -> str | None:
-    """Commit of the checkout that this file is part of, with ``-dirty`` for changed files."""
-    here = Path(__file__)
-    git = ['git', '-C', str(here.parent)]
-    try:
-        for command in (
-            # Inside a virtual environment git may find a checkout of something else.
-            [*git, 'ls-files', '--error-unmatch', here.name],
-            [*git, 'describe', '--always', '--dirty', '--abbrev=40'],
-        ):
-            answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.stdout.strip()
-
-
-def describe_machine(packages: Iterable[str]) -> dict[str, Any]:
-    """Where a measurement was taken.
-
-    Args:
-        packages: Distributions whose versions are noted.
-
-    Returns:
-        ``cpu``, ``isa`` (as torch names it), ``cores`` (those this process may use), ``load``
-        (runnable processes, mean over the last minute), ``python``, ``platform``, ``versions``
-        (None where a package is absent), ``commit`` (None outside a checkout), ``time`` (UTC).
-    """
-    versions: dict[str, str | None] = {}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    return {
-        'cpu': _cpu_name(),
-        'isa': torch.backends.cpu.get_cpu_capability(),
-        'cores': len(os.sched_getaffinity(0)),
-        'load': os.getloadavg()[0],
-        'python': platform.python_version(),
-        'platform': platform.platform(),
-        'versions': versions,
-        'commit': _commit(),
-        'time': datetime.now(timezone.utc).isoformat(timespec='seconds'),
-    }

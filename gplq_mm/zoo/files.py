@@ -1,0 +1,99 @@
+"""YAML that is read strictly and written so that a change of one number is one changed line."""
+
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..checkpoint import atomic_write
+
+__all__ = ['ZooError', 'dump_yaml', 'read_yaml', 'write_yaml']
+
+WIDTH = 100
+
+
+class ZooError(RuntimeError):
+    """A run, a metafile or a table that the zoo cannot use; the message names cause and mend."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping: the first would vanish silently."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f'the key {key!r} stands here twice', key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Lists are indented below their key, and the same object is written out each time."""
+
+    def increase_indent(self, flow=False, indentless=False):
+        return super().increase_indent(flow, False)
+
+    def ignore_aliases(self, data):
+        return True
+
+
+def _represent_text(dumper: yaml.Dumper, text: str) -> yaml.Node:
+    style = '|' if '\n' in text else None
+    return dumper.represent_scalar('tag:yaml.org,2002:str', text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Content of a YAML file whose top is a mapping; an empty file is an empty mapping.
+
+    Raises:
+        ZooError: If it is missing, no YAML, or holds a key twice; the message names the line.
+    """
+    try:
+        with Path(path).open(encoding='utf-8') as file:
+            content = yaml.load(file, Loader=_Loader)
+    except FileNotFoundError as error:
+        raise ZooError(f'{path} does not exist.') from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ZooError(f'{path} cannot be read, correct it: {error}') from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ZooError(f'{path} holds a {type(content).__name__} instead of a mapping.')
+    return content
+
+
+def dump_yaml(content: dict[str, Any]) -> str:
+    """YAML text in the order of the keys; what holds no further list or mapping is one line."""
+    return yaml.dump(
+        content,
+        Dumper=_Dumper,
+        default_flow_style=None,
+        sort_keys=False,
+        allow_unicode=True,
+        width=WIDTH,
+    )
+
+
+def write_yaml(path: Path, content: dict[str, Any]) -> None:
+    """Writes a file whole or not at all; comments at its top stay.
+
+    Raises:
+        OSError: If it cannot be written; the old file is intact.
+    """
+    path = Path(path)
+    head = []
+    if path.exists():
+        for line in path.read_text(encoding='utf-8').splitlines(keepends=True):
+            if not line.startswith('#'):
+                break
+            head.append(line)
+    text = ''.join(head) + dump_yaml(content)
+    atomic_write(path, lambda file: file.write(text.encode()))

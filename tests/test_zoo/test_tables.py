@@ -1,0 +1,256 @@
+"""Tables show what is measured, and leave out what is not."""
+
+import copy
+import re
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from zoo_checkout import TABLES, measured, write_config
+
+from gplq_mm.zoo.files import ZooError, write_yaml
+from gplq_mm.zoo.metafile import Zoo, complete_entry, load_zoo, put_entry
+from gplq_mm.zoo.pages import parse_table
+from gplq_mm.zoo.tables import Spec, Table, build_table, load_specs
+
+COLUMNS = (
+    {'title': 'model', 'cell': '{label}'},
+    {'title': 'bits', 'cell': '{bits}'},
+    {'title': 'top-1', 'cell': '{top1:.1f}'},
+    {'title': 'distance', 'cell': '{relative_l2:.3f}'},
+)
+STAGES = (
+    {'label': 'FP32', 'stage': 'fp32'},
+    {'label': 'PTQ', 'stage': 'ptq'},
+    {'label': 'Stage 1', 'stage': 'act'},
+    {'label': 'latent', 'stage': 'latent_fp32'},
+    {'label': 'Stage 2', 'stage': 'final'},
+)
+
+
+def zoo_of(root, **models) -> Zoo:
+    """A zoo of models by their content of ``Measured``."""
+    entries = {}
+    for name, content in models.items():
+        config = f'configs/demo/{name}.py'
+        entry = {'Name': name, 'In Collection': 'demo', 'Config': config, 'Measured': content}
+        entries[name] = complete_entry(entry)
+    return Zoo(root, entries, {})
+
+
+def spec_of(rows=STAGES, columns=COLUMNS, caption=(), **common) -> Spec:
+    rows = tuple({'model': 'tiny', **row} for row in rows)
+    return Spec('t', tuple(columns), rows, None, tuple(caption), **common)
+
+
+def cells(spec: Spec, zoo: Zoo, page: str = 'README.md') -> tuple:
+    return build_table(spec, zoo, page).rows
+
+
+def test_rows_are_stages(tmp_path):
+    zoo = zoo_of(tmp_path, tiny=measured())
+    assert cells(spec_of(), zoo) == (
+        ('FP32', 'W32A32', '72.0', ''),
+        ('PTQ', 'W4A4', '51.6', '0.703'),
+        ('Stage 1', 'W32A4', '68.6', '0.475'),
+        # latent_fp32 was not measured.
+        ('Stage 2', 'W4A4', '66.0', '0.518'),
+    )
+
+
+def test_bits_follow_the_run(tmp_path):
+    stages = {'fp32': {'top1': 1.0}, 'ptq_w3a3': {'top1': 2.0}, 'w32a3': {'top1': 3.0}}
+    zoo = zoo_of(tmp_path, tiny=measured(stages={**stages, 'w3a3': {'top1': 4.0}}))
+    assert [row[1] for row in cells(spec_of(), zoo)] == ['W32A32', 'W3A3', 'W32A3', 'W3A3']
+
+
+def test_a_column_without_any_number_is_left_out(tmp_path):
+    zoo = zoo_of(tmp_path, tiny=measured(stages={'w4a4': {'top1': 66.0}}))
+    table = build_table(spec_of(), zoo, 'README.md')
+    assert table.titles == ('model', 'bits', 'top-1')
+    assert table.rows == (('Stage 2', 'W4A4', '66.0'),)
+
+
+def test_a_table_of_unmeasured_models_is_empty(tmp_path):
+    assert build_table(spec_of(), zoo_of(tmp_path), 'README.md').markdown() == ''
+
+
+def test_a_row_and_a_column_may_be_of_other_models_and_stages(tmp_path):
+    other = measured(stages={'fp32': {'top1': 10.0}, 'w4a4': {'top1': 9.0}})
+    zoo = zoo_of(tmp_path, tiny=measured(), other=other)
+    columns = (
+        {'title': 'model', 'cell': '{label}'},
+        {'title': 'top-1', 'cell': '{top1:.1f}'},
+        {'title': 'FP32', 'cell': '{top1:.1f}', 'stage': 'fp32'},
+        {'title': 'beside', 'cell': '{top1:.1f}', 'model': '{beside}'},
+    )
+    rows = (
+        {'label': 'a', 'beside': 'other'},
+        {'label': 'b', 'model': 'other', 'beside': ''},
+    )
+    assert cells(spec_of(rows, columns), zoo) == (
+        ('a', '66.0', '72.0', '9.0'),
+        ('b', '9.0', '10.0', ''),
+    )
+
+
+def test_a_pattern_is_a_row_for_every_measured_model(tmp_path):
+    zoo = zoo_of(tmp_path, a1=measured(), b1=measured(), a2=measured(seconds=1))
+    rows = ({'model': 'a*'},)
+    columns = (
+        {'title': 'config', 'cell': '{label}'},
+        {'title': 'seconds', 'cell': '{seconds:,.0f}'},
+    )
+    assert cells(spec_of(rows, columns), zoo, 'docs/zoo.md') == (
+        ('[a1](../configs/demo/a1.py)', '564'),
+        ('[a2](../configs/demo/a2.py)', '1'),
+    )
+
+
+def test_a_cell_may_hold_several_numbers_and_is_empty_if_one_is_missing(tmp_path):
+    columns = (
+        {'title': 'model', 'cell': '{label}'},
+        {'title': 'images', 'cell': '{data.training.images:,} + {data.validation.images}'},
+        {'title': 'both', 'cell': '{top1:.1f} / {relative_l2:.3f}'},
+    )
+    zoo = zoo_of(tmp_path, tiny=measured())
+    rows = cells(spec_of(STAGES[:2], columns), zoo)
+    assert rows == (('FP32', '3,000 + 500', ''), ('PTQ', '3,000 + 500', '51.6 / 0.703'))
+
+
+def test_the_caption_says_what_to_repeat(tmp_path):
+    zoo = zoo_of(tmp_path, tiny=measured(command='make tiny\n'))
+    fields = ('commit', 'date', 'machine', 'data', 'seconds', 'command')
+    assert build_table(spec_of(caption=fields), zoo, 'README.md').caption == (
+        'Measured: commit 7765805; Xeon, 2 cores; nette, 3,000 + 500 images; 564 s.\n\n'
+        '```bash\nmake tiny\n```'
+    )
+
+
+def test_the_caption_tells_runs_apart_where_they_differ(tmp_path):
+    first = measured(command='export A=1\nmake a \\\n    x=1', date='2026-11-02')
+    second = measured(command='export A=1\nmake b \\\n    x=1', date='2026-11-01', commit='aaaaaaa')
+    zoo = zoo_of(tmp_path, tiny=first, other=second)
+    rows = ({'label': 'a'}, {'label': 'b', 'model': 'other'})
+    fields = ('commit', 'date', 'machine', 'seconds', 'command')
+    assert build_table(spec_of(rows, caption=fields), zoo, 'README.md').caption == (
+        'Measured: commit 7765805 (`tiny`), aaaaaaa (`other`); 2026-11-01 to 2026-11-02; '
+        'Xeon, 2 cores.\n\n'
+        '```bash\nexport A=1\nmake a \\\n    x=1\nmake b \\\n    x=1\n```'
+    )
+
+
+def test_a_note_holds_numbers_too(tmp_path):
+    spec = spec_of(note='PTQ has {stages.ptq_w4a4.top1:.1f}.', model='tiny')
+    table = build_table(spec, zoo_of(tmp_path, tiny=measured()), 'README.md')
+    assert table.caption == 'PTQ has 51.6.'
+    without = measured(stages={'w4a4': {'top1': 1.0}})
+    assert build_table(spec, zoo_of(tmp_path, tiny=without), 'README.md').caption == ''
+
+
+def test_published_figures_stand_alone_with_their_source(tmp_path):
+    paper = {
+        'source': 'A paper',
+        'url': 'https://example.org',
+        'note': 'ImageNet.',
+        'rows': [{'model': 'Swin-T', 'fp32': 81.2}, {'model': 'Swin-L'}],
+    }
+    columns = ({'title': 'model', 'cell': '{model}'}, {'title': 'FP32', 'cell': '{fp32:.1f}'})
+    spec = Spec('t', columns, tuple(paper['rows']), 'paper', ())
+    table = build_table(spec, Zoo(tmp_path, {}, {'paper': paper}), 'README.md')
+    assert table.rows == (('Swin-T', '81.2'), ('Swin-L', ''))
+    assert table.caption == (
+        'Published, not measured by us: [A paper](https://example.org). ImageNet.'
+    )
+
+
+def test_a_value_that_does_not_fit_its_format_is_an_error(tmp_path):
+    columns = ({'title': 'x', 'cell': '{machine:.1f}'},)
+    with pytest.raises(ZooError, match=r'table t: .* cannot be written as \{machine:\.1f\}'):
+        build_table(spec_of(columns=columns), zoo_of(tmp_path, tiny=measured()), 'README.md')
+
+
+# -- layouts ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'colums': []}, 'unknown keys.*colums'),
+        ({'rows': None}, 'no rows'),
+        ({'rows': 'stagess'}, "rows 'stagess' are none of"),
+        ({'columns': [{'title': 'x'}]}, 'has title and cell'),
+        ({'columns': [{'title': 'x', 'cell': '{top_1}'}]}, "no run has 'top_1'"),
+        ({'columns': [{'title': 'x', 'cell': '{top1'}]}, 'no template'),
+        ({'columns': [{'title': 'x', 'cell': '{top1}'}] * 2}, 'same title'),
+        ({'model': 'tinny'}, 'no config of the name tinny'),
+        ({'model': ''}, 'has no model'),
+        ({'caption': ['weather']}, 'weather'),
+        ({'published': 'paper'}, "'paper' must be one of"),
+        ({'note': '{nothing}'}, "no run has 'nothing'"),
+    ],
+)
+def test_a_wrong_layout_is_named(root, change, message):
+    tables = copy.deepcopy(TABLES)
+    tables['Tables']['tiny'].update(change)
+    write_yaml(root / 'configs' / 'demo' / 'tables.yml', tables)
+    with pytest.raises(ZooError, match=message) as error:
+        load_specs(root, load_zoo(root))
+    assert 'tiny' in str(error.value)
+
+
+def test_rows_and_columns_may_be_shared_by_name(root):
+    (root / 'configs' / '_base_').mkdir()
+    shared = {'Rows': {'all': list(STAGES)}, 'Columns': {'few': list(COLUMNS[:3])}}
+    write_yaml(root / 'configs' / '_base_' / 'tables.yml', shared)
+    tables = {'Tables': {'tiny': {'model': 'tiny', 'rows': 'all', 'columns': 'few'}}}
+    write_yaml(root / 'configs' / 'demo' / 'tables.yml', tables)
+    put_entry(root, 'tiny', root / 'configs' / 'demo' / 'tiny.py', measured())
+    zoo = load_zoo(root)
+    table = build_table(load_specs(root, zoo)['tiny'], zoo, 'README.md')
+    assert [row[2] for row in table.rows] == ['72.0', '51.6', '68.6', '66.0']
+
+
+def test_an_unmeasured_config_may_have_its_row_already(root):
+    write_config(root, 'later')
+    tables = copy.deepcopy(TABLES)
+    tables['Tables']['tiny']['rows'].append({'label': 'later', 'model': 'later'})
+    write_yaml(root / 'configs' / 'demo' / 'tables.yml', tables)
+    assert len(load_specs(root, load_zoo(root))['tiny'].rows) == 5
+
+
+# -- what is written is what is read ------------------------------------------------------------
+
+percent = st.floats(0, 100).map(lambda value: float(f'{value:.6g}'))
+stage = st.fixed_dictionaries({'top1': percent}, optional={'relative_l2': percent})
+stages = st.fixed_dictionaries(
+    {'w4a4': stage}, optional={'fp32': stage, 'ptq_w4a4': stage, 'w32a4': stage}
+)
+labels = st.text(
+    st.characters(codec='utf-8', categories=('L', 'N', 'P', 'S')), min_size=1, max_size=8
+).filter(lambda text: not re.search(r'[\\{}]', text))
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(stages=stages, label=labels)
+def test_a_table_gives_back_the_numbers_of_the_metafile(root, stages, label):
+    config = root / 'configs' / 'demo' / 'tiny.py'
+    put_entry(root, 'tiny', config, measured(stages=stages))
+    roles = {'fp32': 'fp32', 'ptq': 'ptq_w4a4', 'act': 'w32a4', 'final': 'w4a4'}
+    rows = tuple({'label': f'{label} {role}', 'stage': role} for role in roles)
+    table = build_table(spec_of(rows), load_zoo(root), 'README.md')
+    titles, found = parse_table(table.markdown())
+    assert tuple(titles) == table.titles
+    read = {row[0]: dict(zip(titles, row, strict=True)) for row in found}
+    assert set(read) == {f'{label} {role}' for role, name in roles.items() if name in stages}
+    for role, name in roles.items():
+        if name in stages:
+            row = read[f'{label} {role}']
+            assert row['top-1'] == f'{stages[name]["top1"]:.1f}'
+            distance = stages[name].get('relative_l2')
+            assert row.get('distance', '') == ('' if distance is None else f'{distance:.3f}')
+
+
+def test_bars_in_a_cell_survive():
+    table = Table(('a', 'b'), (('x|y', '|'),), '')
+    assert parse_table(table.markdown()) == (['a', 'b'], [['x|y', '|']])
