@@ -41,9 +41,14 @@ def settings(cfg: dict, prefix: str = '') -> dict:
     return leaves
 
 
+@cache
+def flat(path: Path) -> dict:
+    return settings(load(path).to_dict())
+
+
 def changed(path: Path) -> set[str]:
     """Settings in which a config differs from the base."""
-    base, own = (settings(load(file).to_dict()) for file in (BASE, path))
+    base, own = flat(BASE), flat(path)
     return {key for key in base | own if base.get(key, '-') != own.get(key, '-')}
 
 
@@ -75,8 +80,8 @@ def test_taken_over_from_the_base(path):
 
 @pytest.mark.parametrize('path', FILES, ids=named)
 def test_no_two_are_the_same(path):
-    own = settings(load(path).to_dict())
-    assert not [other for other in FILES if other != path and settings(load(other)) == own]
+    own = flat(path)
+    assert not [other for other in FILES if other != path and flat(other) == own]
 
 
 @pytest.mark.parametrize('path', [*FILES, *DIRECT], ids=named)

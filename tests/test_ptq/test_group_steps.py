@@ -44,7 +44,8 @@ def test_never_worse_than_integer_multipliers(weight, bits, group_size):
 
 def test_better_than_integer_multipliers():
     weight = torch.randn(64, 256) * torch.linspace(-2, 1, 256).exp()
-    for group_size in (16, 32, 64):
+    # Over seeds 0 to 5 the ratios are 0.933 to 0.939, 0.968 to 0.972 and 0.990 to 0.992.
+    for group_size, ratio in ((16, 0.95), (32, 0.98), (64, 0.995)):
         float_error, integer_error = (
             squared_error(weight, RoundToNearest()(weight, WeightSpec(**options))).sum()
             for options in (
@@ -52,7 +53,7 @@ def test_better_than_integer_multipliers():
                 dict(group_size=group_size),
             )
         )
-        assert float_error < 0.99 * integer_error
+        assert float_error < ratio * integer_error
 
 
 @relaxed
