@@ -9,7 +9,6 @@ uint8. A block's compensation is ``name.compensation.weight`` and ``.bias``, flo
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any, get_origin, get_type_hints
 
 import torch
@@ -42,6 +41,8 @@ __all__ = [
     'weight_spec_of',
 ]
 
+# What a header means that does not name a field, since the field did not exist.
+LATER_FIELDS = {'group_scale': 'integer'}
 # A multiplier 1..15 minus this is a 4-bit code.
 MULTIPLIER_BIAS = 8
 
@@ -87,6 +88,8 @@ def _is_of(value: Any, hint: Any) -> bool:
 
 def _spec(cls: type, data: Any, where: str):
     hints = get_type_hints(cls)
+    if isinstance(data, Mapping):
+        data = {**{key: value for key, value in LATER_FIELDS.items() if key in hints}, **data}
     if (
         not isinstance(data, Mapping)
         or set(data) != set(hints)
@@ -151,8 +154,8 @@ def layer_record(name: str, layer: QuantWeightLayer) -> tuple[dict, dict[str, Te
     value = quantizer.value
     entry = {
         'kind': kind_of(layer),
-        'activation': _plain(layer.act_quantizer.spec),
-        'weight': _plain(quantizer.spec),
+        'activation': layer.act_quantizer.spec.to_dict(),
+        'weight': quantizer.spec.to_dict(),
     }
     narrow = torch.int16 if value.codes.shape[1] <= 2**15 else torch.int32
     factors = value.multiplier.to(torch.int8) - MULTIPLIER_BIAS
@@ -206,13 +209,6 @@ def fill_layer(name: str, layer: QuantWeightLayer, table: TensorTable) -> None:
         raise DeployError(f'{error} Deploy the checkpoint again.') from error
 
 
-def _plain(spec: ActSpec | WeightSpec) -> dict:
-    data = asdict(spec)
-    if isinstance(data['percentile'], tuple):
-        data['percentile'] = list(data['percentile'])
-    return data
-
-
 # -- attention --------------------------------------------------------------------------------
 
 
@@ -223,7 +219,7 @@ def attention_record(name: str, attention: QuantAttention) -> tuple[dict, dict[s
     for operand in OPERANDS:
         quantizer = getattr(attention, operand)
         if isinstance(quantizer, ActQuantizer):
-            entry[operand] = _plain(quantizer.spec)
+            entry[operand] = quantizer.spec.to_dict()
             tensors.update(_grid_tensors(quantizer, f'{name}.{operand}'))
         else:
             entry[operand] = None

@@ -29,6 +29,7 @@ class RunRecord:
         ptq_error: ``without_stage1`` and ``with_stage1`` (before and after training), of
             ``layer_output_error``.
         feature_distance: Stage to the result of :func:`gplq_mm.evaluation.feature_distance`.
+        act_qat_from: Checkpoint of another run whose Stage 1 this one goes on with, or None.
         clock: Seconds and peak memory.
     """
 
@@ -39,6 +40,7 @@ class RunRecord:
     weight_drift: dict = field(default_factory=dict)
     ptq_error: dict = field(default_factory=dict)
     feature_distance: dict = field(default_factory=dict)
+    act_qat_from: str | None = None
     clock: StageClock = field(default_factory=StageClock)
 
     def state_dict(self) -> dict:
@@ -51,6 +53,22 @@ class RunRecord:
         state = dict(state)
         self.clock.load_state_dict(state.pop('clock'))
         self.__dict__.update(state)
+
+    def continue_from(self, state: dict, source: str) -> None:
+        """Goes on where another run has ended Stage 1.
+
+        Its plain PTQ stays behind: it belongs to the weight grid of that run.
+
+        Args:
+            state: Of :meth:`state_dict`.
+            source: The checkpoint that it comes from.
+        """
+        self.load_state_dict(state)
+        self.act_qat_from = source
+        for table in (self.metrics, self.feature_distance):
+            for name in [name for name in table if name.startswith('ptq_')]:
+                del table[name]
+        self.ptq_error.pop('without_stage1', None)
 
 
 # Metric of a data set's evaluator -> name in the summary, and what makes it percent or AP points.
@@ -94,6 +112,7 @@ def write_summary(path: Path, record: RunRecord, extra: dict) -> dict:
         'pca': record.pca,
         'calibration': record.calibration,
         'weight_ptq': record.weight_ptq,
+        'act_qat_from': record.act_qat_from,
         **extra,
         'environment': environment,
     }
@@ -143,6 +162,8 @@ def print_summary(summary: dict, console: Console | None = None) -> None:
     for stage, seconds in summary['seconds'].items():
         costs.add_row(stage, f'{seconds:.1f}', f'{summary["peak_memory_mb"][stage]:.0f}')
     console.print(costs)
+    if summary.get('act_qat_from'):
+        console.print(f'Stage 1 is that of {summary["act_qat_from"]}')
     drift = summary['weight_drift']
     if drift:
         console.print(f'weight drift: MAE {drift["mae"]:.3g}, MSE {drift["mse"]:.3g}')

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from mmengine.model import is_model_wrapper
 from torch import nn
 
-from ..checkpoint import CheckpointError, load_float_weights, state_dict_of
-from ..models import GPLQ
+from ..checkpoint import CheckpointError, load_float_weights, read_checkpoint, state_dict_of
+from ..models import GPLQ, Stage
 
-__all__ = ['load_run_weights', 'unwrap']
+__all__ = ['load_act_qat', 'load_run_weights', 'unwrap']
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -16,7 +16,19 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if is_model_wrapper(model) else model
 
 
-def load_run_weights(model: nn.Module, checkpoint: Mapping, source: str) -> None:
+def _activation_part(policy: Mapping) -> dict:
+    """What of a policy, of ``QuantPolicy.to_dict``, acts before Stage 2."""
+    rules = [
+        {key: rule[key] for key in ('pattern', 'activation', 'exclude')}
+        for rule in policy['rules']
+        if rule['activation'] or rule['exclude'] is not None
+    ]
+    return {'activations': policy['activations'], 'rules': rules}
+
+
+def load_run_weights(
+    model: nn.Module, checkpoint: Mapping, source: str, activations_only: bool = False
+) -> None:
     """Loads the weights of a checkpoint of any state.
 
     A GPLQ model takes a GPLQ checkpoint (any stage, same policy) or the FP32 checkpoint of its
@@ -26,6 +38,7 @@ def load_run_weights(model: nn.Module, checkpoint: Mapping, source: str) -> None
         model: Model, wrapped or not.
         checkpoint: Content of the file.
         source: Its name, for messages.
+        activations_only: Whether the policy may differ in what it says of weights.
 
     Raises:
         CheckpointError: If it is of another architecture, policy or method (``direct``).
@@ -35,6 +48,8 @@ def load_run_weights(model: nn.Module, checkpoint: Mapping, source: str) -> None
         load_float_weights(model.architecture if isinstance(model, GPLQ) else model, source)
         return
     saved, own = checkpoint['gplq']['policy'], model.policy.to_dict()
+    if activations_only:
+        saved, own = _activation_part(saved), _activation_part(own)
     if saved != own:
         different = [key for key in own if saved.get(key) != own[key]]
         raise CheckpointError(
@@ -61,3 +76,35 @@ def load_run_weights(model: nn.Module, checkpoint: Mapping, source: str) -> None
             f'checkpoint {source} is of another architecture: {len(problems)} entries do not '
             f'match, for example {problems[0]}.'
         )
+
+
+def load_act_qat(model: nn.Module, source: str) -> dict:
+    """Loads the end of Stage 1 of another run, for another Stage 2.
+
+    Nothing that a policy says of weights has acted by then, so it may differ.
+
+    Args:
+        model: GPLQ model, wrapped or not.
+        source: Checkpoint that a GPLQ run has written after Stage 1.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: If it is another file, or of another architecture, or the activations
+            were quantized under another policy.
+    """
+    checkpoint = read_checkpoint(source)
+    state = checkpoint.get('gplq')
+    ends_stage_1 = (
+        state is not None
+        and state['stage'] != Stage.WEIGHT_PTQ.name
+        and any(name.startswith('w32a') for name in state['record']['metrics'])
+    )
+    if not ends_stage_1:
+        raise CheckpointError(
+            f'checkpoint {source} is not one of the end of Stage 1; give the file that a GPLQ run '
+            'writes then, such as w32a4.pth.'
+        )
+    load_run_weights(model, checkpoint, source, activations_only=True)
+    return checkpoint

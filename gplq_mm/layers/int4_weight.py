@@ -33,7 +33,8 @@ def move_only(module: nn.Module, fn) -> None:
 
 
 def check_packable(layer: QuantWeightLayer) -> None:
-    """Raises DeployError unless the layer has frozen integers of the ``folded`` layout."""
+    """Raises DeployError unless the layer has frozen integers of the ``folded`` layout, with
+    integer multipliers."""
     quantizer, act = layer.weight_quantizer, layer.act_quantizer
     if not quantizer.is_quantized:
         raise DeployError(
@@ -44,6 +45,11 @@ def check_packable(layer: QuantWeightLayer) -> None:
         raise DeployError(
             f'{layer.site}: layout "raw" is a simulation that no integer product can compute. '
             'Quantize with weight=dict(layout="folded"), the default of preset "gplq".'
+        )
+    if quantizer.spec.has_float_groups:
+        raise DeployError(
+            f'{layer.site}: float group scales are a simulation that no integer product can '
+            'compute. Quantize with weight=dict(group_scale="integer"), the default.'
         )
     if not (quantizer.enabled and act.enabled):
         raise DeployError(f'{layer.site}: switched off; deploy the model with all quantizers on.')
@@ -64,8 +70,8 @@ class Int4WeightLayer(nn.Module):
         """Fills the buffers from a layer after Stage 2.
 
         Raises:
-            DeployError: If the layer has no integers, its layout is not ``folded``, or its
-                quantizers are not frozen.
+            DeployError: If the layer has no integers, its layout is not ``folded``, its group
+                scales are floats, or its quantizers are not frozen.
         """
         check_packable(layer)
         quantizer, act = layer.weight_quantizer, layer.act_quantizer

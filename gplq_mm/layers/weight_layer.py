@@ -21,7 +21,8 @@ class QuantWeightLayer(nn.Module):
     After it, in the ``folded`` layout, the operand is the integer code itself and the weight the
     integer ``multiplier * code``; scale and bias of a row follow. These are the integers of the
     deployed model, and the arithmetic is exact: the product runs in float64 where float32 could
-    not hold the sum.
+    not hold the sum. With float group scales, which no deployed model has, it is the same product
+    in floats.
     """
 
     act_quantizer: ActQuantizer

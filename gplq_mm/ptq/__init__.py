@@ -5,7 +5,7 @@ from .build import build_weight_ptq
 from .forecast import Progress
 from .gptq import GPTQ, damped_hessian, gptq_round
 from .learned import init_learned_weights
-from .refinement import coordinate_descent, refit_row_scale
+from .refinement import coordinate_descent, refit_group_scale, refit_row_scale
 from .reparam import Reparametrization, reparametrize, reparametrize_
 from .rounding import RoundToNearest
 from .scales import group_width, search_group_scales, search_row_scale
@@ -26,6 +26,7 @@ __all__ = [
     'group_width',
     'init_learned_weights',
     'quantize_weights',
+    'refit_group_scale',
     'refit_row_scale',
     'reparametrize',
     'reparametrize_',

@@ -15,7 +15,7 @@ from ..quant.functional import round_steps_
 from ..quant.quantized_weight import QuantizedWeight
 from ..quant.spec import WeightSpec
 from ..registry import WEIGHT_PTQ
-from .refinement import coordinate_descent, refit_row_scale
+from .refinement import coordinate_descent, refit_group_scale, refit_row_scale
 from .rounding import expand_multiplier, to_stored_order
 from .scales import group_width, search_group_scales
 
@@ -179,8 +179,9 @@ class GPTQ:
             diagonal of the second moment. Defaults to True.
         sweeps: Sweeps of coordinate descent after GPTQ; each costs about as much as GPTQ.
             Defaults to 4.
-        refine_scale: Whether the row scale is refitted to the integers, before each sweep and at
-            the end. Defaults to True.
+        refine_scale: Whether the scales are refitted to the codes, before each sweep and at the
+            end: the row's, and before it those of its groups where they are floats. Defaults to
+            True.
 
     Raises:
         ValueError: For an option out of range.
@@ -248,6 +249,9 @@ class GPTQ:
         hessian = hessian.float()
         target = weight @ hessian
         for sweep in range(self.sweeps + 1):
+            if self.refine_scale and spec.has_float_groups:
+                multiplier = refit_group_scale(weight, codes, hessian, row_scale, multiplier, width)
+                multiple = expand_multiplier(multiplier, width, weight.shape[1])
             integers = codes * multiple
             product = integers @ hessian
             if self.refine_scale:

@@ -1,15 +1,16 @@
 """Refinement of a quantized weight under the output error ``tr(E H E^T)``, ``E = W - W_hat``.
 
 Codes by sweeps of coordinate descent (Behdin et al., "QuantEase: Optimization-based Quantization
-for Language Models", 2023), row scales in closed form. Neither step can raise the error.
+for Language Models", 2023), scales in closed form. No step can raise the error.
 """
 
 import torch
 from torch import Tensor
 
 from ..quant.functional import dequantize, round_steps_
+from .group_steps import LEAST_RATIO
 
-__all__ = ['coordinate_descent', 'refit_row_scale']
+__all__ = ['coordinate_descent', 'refit_group_scale', 'refit_row_scale']
 
 
 @torch.no_grad()
@@ -100,3 +101,43 @@ def refit_row_scale(
     best = (product * weight).sum(1, dtype=torch.float64) / torch.where(power > 0, power, 1.0)
     best = best.to(torch.float32)
     return torch.where(best > 0, best, row_scale)
+
+
+@torch.no_grad()
+def refit_group_scale(
+    weight: Tensor,
+    codes: Tensor,
+    hessian: Tensor,
+    row_scale: Tensor,
+    multiplier: Tensor,
+    width: int,
+) -> Tensor:
+    """Best float scale of each group for given codes, one group after the other.
+
+    Args:
+        weight: ``(out, K)``.
+        codes: int8 ``(out, K)``, columns as in ``weight``.
+        hessian: ``(K, K)`` symmetric positive definite.
+        row_scale: ``(out,)``, positive.
+        multiplier: float32 ``(out, G)``, scales of the groups in units of the row's; one is kept
+            where the formula gives nothing positive (a group of zeros).
+        width: Columns of a group.
+
+    Returns:
+        float32 ``(out, G)``.
+    """
+    hessian = hessian.to(weight.device, torch.float32)
+    steps = multiplier.repeat_interleave(width, 1)[:, : weight.shape[1]]
+    # In units of the row's scale, whose square may underflow.
+    pull = (weight.float() / row_scale[:, None] - steps * codes) @ hessian
+    result = multiplier.clone()
+    for index, scale in enumerate(result.unbind(1)):
+        columns = slice(index * width, (index + 1) * width)
+        group = codes[:, columns].float()
+        product = group @ hessian[columns]
+        power = (product[:, columns] * group).sum(1)
+        best = scale + (pull[:, columns] * group).sum(1) / torch.where(power > 0, power, 1.0)
+        best = torch.where(best > LEAST_RATIO, best, scale)
+        pull.addcmul_(product, (scale - best)[:, None])
+        scale.copy_(best)
+    return result

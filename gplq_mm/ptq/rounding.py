@@ -47,7 +47,7 @@ def to_stored_order(
 
 
 def expand_multiplier(multiplier: Tensor, width: int, columns: int) -> Tensor:
-    """Multiplier of every column, float32 ``(out, K)``, from uint8 ``(out, G)``."""
+    """Multiplier of every column, float32 ``(out, K)``, from ``(out, G)``."""
     return multiplier.float().repeat_interleave(width, 1)[:, :columns]
 
 

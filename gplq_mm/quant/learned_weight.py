@@ -57,7 +57,8 @@ class LearnedWeightQuantizer(LearnedQuantizer):
         self.ratio = nn.Parameter(torch.ones(scales, 1))
         self.register_buffer('unit', torch.ones(scales, 1))
         groups = -(-columns // self.group_size)
-        self.register_buffer('multiplier', torch.ones(rows, groups, dtype=torch.uint8))
+        dtype = torch.float32 if spec.has_float_groups else torch.uint8
+        self.register_buffer('multiplier', torch.ones(rows, groups, dtype=dtype))
         self.register_buffer('permutation', torch.arange(columns, dtype=torch.int32))
 
     @torch.no_grad()
@@ -67,7 +68,8 @@ class LearnedWeightQuantizer(LearnedQuantizer):
         Args:
             scale: Real value of one step of ``multiplier * code``, positive, ``(out,)`` or
                 ``(1,)`` by granularity.
-            multiplier: uint8 ``(out, G)``, ones in the raw layout.
+            multiplier: uint8 ``(out, G)``, ones in the raw layout; float32 with float group
+                scales.
             permutation: ``(K,)``: stored column j is column ``permutation[j]`` of the weight.
 
         Raises:
@@ -97,7 +99,7 @@ class LearnedWeightQuantizer(LearnedQuantizer):
 
     def step(self) -> Tensor:
         """Real value of one step of the code, broadcastable to the matrix."""
-        if self.spec.max_multiplier == 1:
+        if self.spec.has_one_step:
             return self.scale()
         stored = self.multiplier.repeat_interleave(self.group_size, 1)
         own = torch.empty_like(self.permutation, dtype=torch.int64)

@@ -6,6 +6,7 @@ it is not.
 """
 
 import copy
+import math
 from enum import IntEnum
 
 import torch
@@ -321,7 +322,8 @@ class WeightQuantizer(nn.Module):
             bias: float32 ``(out,)``, with what the zero-points and the rounding contribute.
 
         Raises:
-            ValueError: If shape, range or group size are not this quantizer's.
+            ValueError: If shape, range, group size or kind of multipliers are not this
+                quantizer's.
         """
         qmin, qmax = self.spec.code_range
         if tuple(weight.codes.shape) != self.shape or weight.group_size != self.group_size:
@@ -333,9 +335,15 @@ class WeightQuantizer(nn.Module):
             qmin <= int(weight.codes.min()) and int(weight.codes.max()) <= qmax
         ):
             raise ValueError(f'{self.site}: weight codes leave [{qmin}, {qmax}].')
+        if weight.multiplier.is_floating_point() != self.spec.has_float_groups:
+            raise ValueError(
+                f'{self.site}: got multipliers of type {weight.multiplier.dtype}, which do not go '
+                f'with group_scale={self.spec.group_scale!r}.'
+            )
         self.codes = weight.codes.to(torch.int8)
         self.row_scale = weight.row_scale.float()
-        self.multiplier = weight.multiplier.to(torch.uint8)
+        dtype = torch.float32 if self.spec.has_float_groups else torch.uint8
+        self.multiplier = weight.multiplier.to(dtype)
         self.permutation = weight.permutation.to(torch.int32)
         self.bias = bias.float()
         self._forget()
@@ -362,7 +370,8 @@ class WeightQuantizer(nn.Module):
     def integers(self) -> Tensor:
         """``multiplier * code`` as float32 ``(out, K)`` in the weight's own column order.
 
-        Kept after the first call: it is the operand of every forward.
+        No integers with float group scales. Kept after the first call: it is the operand of every
+        forward.
         """
         cached = self.__dict__.get('_integers')
         if cached is None or cached.device != self.codes.device:
@@ -371,11 +380,12 @@ class WeightQuantizer(nn.Module):
         return cached
 
     def largest_row_sum(self) -> int:
-        """Largest sum over a row of the magnitudes of :meth:`integers`; bounds every product."""
+        """Largest sum over a row of the magnitudes of :meth:`integers`, rounded up; bounds every
+        product."""
         cached = self.__dict__.get('_row_sum')
         if cached is None:
             rows = self.integers().double().abs().sum(1)
-            cached = int(rows.max()) if len(rows) else 0
+            cached = math.ceil(rows.max().item()) if len(rows) else 0
             self.__dict__['_row_sum'] = cached
         return cached
 

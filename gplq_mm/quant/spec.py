@@ -15,6 +15,7 @@ GRANULARITIES = ('tensor', 'channel', 'head', 'token')
 QUANTIZERS = ('uniform', 'log_sqrt2')
 OBSERVERS = ('minmax', 'percentile', 'mse')
 LAYOUTS = ('folded', 'raw')
+GROUP_SCALES = ('integer', 'float')
 
 # Granularities whose scale does not lie on the reduction axis of the product that follows, or
 # can be folded into a weight before that is quantized. Anything else is not an integer product.
@@ -96,6 +97,10 @@ class ActSpec:
             return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         return 0, 2**self.bits - 1
 
+    def to_dict(self) -> dict:
+        """Plain data for files."""
+        return {**asdict(self), 'percentile': list(self.percentile)}
+
 
 @dataclass(frozen=True)
 class WeightSpec:
@@ -108,6 +113,9 @@ class WeightSpec:
             the row's scale, so that the product is an integer GEMM. ``'raw'``: the weight is
             quantized on its own, one scale a row (the paper's simulation).
         group_size: Columns that share a multiplier (``folded`` only).
+        group_scale: ``'integer'``: multipliers are integers, what an integer GEMM computes.
+            ``'float'``: each group has a float scale of its own, a simulation to compare with
+            (``folded`` only).
         observer: How scales are chosen: ``'mse'``, ``'percentile'`` or ``'minmax'``.
         percentile: Fraction of a row's magnitudes that the percentile observer keeps unclipped.
     """
@@ -117,10 +125,12 @@ class WeightSpec:
     group_size: int = 32
     observer: str = 'mse'
     percentile: float = 0.999
+    group_scale: str = 'integer'
 
     def __post_init__(self):
         _check_bits('weight', self.bits)
         _check_choice('weight', 'layout', self.layout, LAYOUTS)
+        _check_choice('weight', 'group_scale', self.group_scale, GROUP_SCALES)
         _check_choice('weight', 'observer', self.observer, OBSERVERS)
         if not isinstance(self.group_size, int) or self.group_size < 1:
             raise PolicyError(f'weight.group_size={self.group_size!r} must be a positive integer.')
@@ -133,11 +143,32 @@ class WeightSpec:
         return -min(2 ** (self.bits - 1), 127), 2 ** (self.bits - 1) - 1
 
     @property
+    def has_float_groups(self) -> bool:
+        """Whether every group has a float scale of its own."""
+        return self.layout == 'folded' and self.group_scale == 'float'
+
+    @property
     def max_multiplier(self) -> int:
-        """Largest group multiplier, so that multiplier * code fits a signed byte."""
+        """Largest integer multiplier, so that multiplier * code fits a signed byte."""
         if self.layout == 'raw':
             return 1
         return max(1, min(15, 127 // -self.code_range[0]))
+
+    @property
+    def has_one_step(self) -> bool:
+        """Whether all columns of a row have the same step."""
+        return self.max_multiplier == 1 and not self.has_float_groups
+
+    def to_dict(self) -> dict:
+        """Plain data for files.
+
+        ``group_scale`` is younger than the first files and left out at its default, so that
+        theirs are still the same.
+        """
+        data = asdict(self)
+        if self.group_scale == 'integer':
+            del data['group_scale']
+        return data
 
 
 @dataclass(frozen=True)
@@ -329,11 +360,8 @@ class QuantPolicy:
         """Plain data that says everything the policy does; stored in checkpoints."""
         return {
             'preset': self.preset,
-            'weight': asdict(self.weight),
-            'activations': {
-                key: {**asdict(spec), 'percentile': list(spec.percentile)}
-                for key, spec in self.activations.items()
-            },
+            'weight': self.weight.to_dict(),
+            'activations': {key: spec.to_dict() for key, spec in self.activations.items()},
             'rules': [
                 {**rule, 'activation': dict(rule['activation']), 'weight': dict(rule['weight'])}
                 for rule in self.rules

@@ -138,6 +138,12 @@ def test_raw_layout():
         convert(quantized_classifier('vit', dict(preset='paper')))
 
 
+def test_float_group_scales():
+    policy = dict(weight=dict(group_scale='float'))
+    with pytest.raises(DeployError, match=r'backbone\.\S+: float group scales.*"integer"'):
+        convert(quantized_classifier('vit', policy))
+
+
 def test_not_a_quantized_model(models):
     with pytest.raises(DeployError, match='no quantized layers'):
         convert(nn.Sequential(nn.Linear(3, 3)))

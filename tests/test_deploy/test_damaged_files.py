@@ -298,6 +298,8 @@ HEADERS = {
     'fewer bits': (spec_entry('weight', bits=2), 'weight codes leave'),
     'group size': (spec_entry('weight', group_size=0), 'positive integer'),
     'raw': (spec_entry('weight', layout='raw'), 'multiplier'),
+    'float groups': (spec_entry('weight', group_scale='float'), "group_scale='float'"),
+    'group scale': (spec_entry('weight', group_scale='half'), 'integer, float'),
     'granularity': (spec_entry('activation', granularity='token'), 'no quantizer of this site'),
     'quantizer': (spec_entry('activation', quantizer='log_sqrt2'), 'no quantizer of this site'),
     'operand missing': (

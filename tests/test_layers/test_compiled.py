@@ -88,7 +88,13 @@ def test_part_of_a_model():
 
 
 @pytest.mark.parametrize(
-    'policy', [dict(preset='paper'), dict(exclude=[r'\.probs$'])], ids=['raw', 'float probs']
+    'policy',
+    [
+        dict(preset='paper'),
+        dict(weight=dict(group_scale='float')),
+        dict(exclude=[r'\.probs$']),
+    ],
+    ids=['raw', 'float groups', 'float probs'],
 )
 def test_what_has_no_kernel_stays(policy):
     model = finished('vit', policy)

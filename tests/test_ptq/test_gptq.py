@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from weight_cases import correlated_moment, output_error
 
 from gplq_mm.ptq import (
     GPTQ,
@@ -17,21 +18,6 @@ from gplq_mm.quant import WeightSpec
 from gplq_mm.quant.functional import quantize
 
 PLAIN = dict(sweeps=0, refine_scale=False, use_importance=False)
-
-
-def correlated_moment(columns: int, seed: int, rank: int | None = None) -> torch.Tensor:
-    """Second moment of inputs that share a few factors and differ in size."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
-    mixing *= torch.linspace(0, -4, columns, dtype=torch.float64).exp()
-    mixing = mixing[:, :rank]
-    size = torch.randn(columns, 1, generator=generator, dtype=torch.float64).exp()
-    return (mixing * size) @ (mixing * size).T
-
-
-def output_error(weight, values, moment) -> float:
-    difference = (weight - values).double()
-    return float(((difference @ moment.double()) * difference).sum())
 
 
 def fixed_problem(out=16, columns=48, bits=4, seed=0):

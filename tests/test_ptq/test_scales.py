@@ -5,28 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from weight_cases import squared_error, weights
 
 from gplq_mm.ptq import RoundToNearest, search_group_scales, search_row_scale
 from gplq_mm.ptq.scales import CHUNK_ELEMENTS
 from gplq_mm.quant import WeightSpec
-from gplq_mm.quant.quantized_weight import QuantizedWeight
 
 relaxed = settings(max_examples=50, deadline=None)
-
-
-@st.composite
-def weights(draw):
-    """Matrix with heavy tails, columns of different size, maybe zero rows and zero columns."""
-    out, columns = draw(st.integers(1, 6)), draw(st.integers(1, 70))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    weight = torch.randn(out, columns, generator=generator).pow(3)
-    weight *= torch.rand(columns, generator=generator).mul(draw(st.integers(0, 6))).exp()
-    if draw(st.booleans()):
-        weight[draw(st.integers(0, out - 1))] = 0
-    if draw(st.booleans()):
-        start = draw(st.integers(0, columns - 1))
-        weight[:, start : start + 40] = 0
-    return weight * 10.0 ** draw(st.integers(-6, 6))
 
 
 specs = st.builds(
@@ -37,13 +22,6 @@ specs = st.builds(
     observer=st.sampled_from(['minmax', 'percentile', 'mse']),
     percentile=st.sampled_from([0.9, 0.999]),
 )
-
-
-def squared_error(weight: torch.Tensor, quantized: QuantizedWeight, importance=1.0):
-    """Squared error of every row, relative to its own power, ``(out,)``."""
-    unit = weight.double().abs().amax(1, keepdim=True).clamp(min=1e-30)
-    difference = (quantized.dequantize().double() - weight.double()) / unit
-    return (difference.square() * importance).sum(1)
 
 
 def naive_error(weight: torch.Tensor, bits: int) -> torch.Tensor:

@@ -213,6 +213,7 @@ def test_weight_quantizer_is_loaded_onto_its_own_device():
         dict(codes=torch.full((3, 10), -9, dtype=torch.int8)),
         dict(codes=torch.zeros(3, 9, dtype=torch.int8)),
         dict(group_size=5),
+        dict(multiplier=torch.ones(3, 3)),
     ],
 )
 def test_weight_quantizer_checks_what_it_takes(changes):
@@ -220,3 +221,19 @@ def test_weight_quantizer_checks_what_it_takes(changes):
     with pytest.raises(ValueError, match=r'block\.fc'):
         quantizer.set(integers(**changes), torch.zeros(3))
     assert not quantizer.is_quantized
+
+
+def test_float_multipliers_are_held_as_they_are():
+    spec = WeightSpec(group_size=4, group_scale='float')
+    quantizer = WeightQuantizer(spec, (3, 10), 'block.fc')
+    value = integers(multiplier=torch.rand(3, 3))
+    quantizer.set(value, torch.zeros(3))
+    other = WeightQuantizer(spec, (3, 10))
+    other.load_state_dict(quantizer.state_dict())
+    for holder in (quantizer, other):
+        assert torch.equal(holder.value.multiplier, value.multiplier)
+        assert torch.equal(holder.value.dequantize(), value.dequantize())
+        sums = holder.integers().double().abs().sum(1)
+        assert sums.max() <= holder.largest_row_sum() < sums.max() + 1
+    with pytest.raises(ValueError, match=r"block\.fc.*uint8.*group_scale='float'"):
+        quantizer.set(integers(), torch.zeros(3))

@@ -112,6 +112,7 @@ def test_log_sqrt2_is_for_probabilities():
         (dict(q=dict(zeropoint='none')), r'policy\.q.*zeropoint'),
         (dict(weight=dict(group_size=0)), 'group_size=0'),
         (dict(weight=dict(layout='packed')), 'packed'),
+        (dict(weight=dict(group_scale='half')), "group_scale='half'.*integer, float"),
         (dict(weight=dict(percentile=0.2)), r'0\.2'),
         (dict(activation=dict(observer='kl')), 'kl'),
         (dict(activation=dict(granularity='row')), 'row'),
@@ -163,3 +164,23 @@ def test_to_dict_is_plain_and_stable(tmp_path):
     plain['rules'].clear()
     plain['weight']['bits'] = 7
     assert policy.to_dict()['weight']['bits'] == 3
+
+
+def test_a_policy_without_the_younger_keys_is_that_of_an_older_file():
+    plain = QuantPolicy(weight=dict(bits=3)).to_dict()
+    assert plain['weight'] == dict(
+        bits=3, layout='folded', group_size=32, observer='mse', percentile=0.999
+    )
+    assert QuantPolicy(weight=dict(bits=3, group_scale='integer')).to_dict() == plain
+    changed = QuantPolicy(weight=dict(bits=3, group_scale='float')).to_dict()
+    assert changed['weight'] == {**plain['weight'], 'group_scale': 'float'}
+
+
+@pytest.mark.parametrize('bits', [4, 8])
+def test_float_group_scales_belong_to_the_folded_layout(bits):
+    assert WeightSpec(bits=bits, group_scale='float').has_float_groups
+    assert not WeightSpec(bits=bits, group_scale='float').has_one_step
+    assert WeightSpec(bits=bits).has_one_step == (bits == 8)
+    raw = WeightSpec(bits=bits, group_scale='float', layout='raw')
+    assert raw.has_one_step
+    assert not raw.has_float_groups

@@ -1,11 +1,15 @@
 """The two-stage loop: activations first, weights later."""
 
+import torch
+
+from ...checkpoint import CheckpointError
 from ...layers import weights_disabled
 from ...models import Stage
 from ...ptq import build_weight_ptq, quantize_weights
 from ...registry import LOOPS
 from ..calibration_set import CalibrationSet
 from ..progress import show_weight_ptq
+from ..weights import load_act_qat
 from .quant_loop import QuantTrainLoop
 
 __all__ = ['GPLQTrainLoop']
@@ -20,6 +24,10 @@ class GPLQTrainLoop(QuantTrainLoop):
         dataloader: Training data; its sampler must be a ``gplq_mm.ResumableSampler``.
         weight_ptq: ``dict(type=..., num_images=..., batch_size=..., seed=...)``: the PTQ method
             with its options, and the training images that it sees.
+        act_qat_from: Checkpoint ``w32a4.pth`` of another run. This one then begins where that
+            one ended Stage 1, with its metrics, but for those of plain PTQ. For comparisons of
+            Stage 2 alone: the policies may differ in what they say of weights, and in nothing
+            else. Defaults to None, which runs Stage 1.
         **kwargs: As in :class:`QuantTrainLoop`; ``max_epochs=0`` leaves Stage 1 out (plain PTQ
             with compensation).
 
@@ -27,7 +35,14 @@ class GPLQTrainLoop(QuantTrainLoop):
         ValueError: If the model is one for direct QAT.
     """
 
-    def __init__(self, runner, dataloader, weight_ptq: dict | None = None, **kwargs):
+    def __init__(
+        self,
+        runner,
+        dataloader,
+        weight_ptq: dict | None = None,
+        act_qat_from: str | None = None,
+        **kwargs,
+    ):
         settings = {'type': 'GPTQ', 'num_images': 512, 'batch_size': 16, 'seed': 0}
         settings.update(weight_ptq or {})
         self.ptq_images = {key: settings.pop(key) for key in ('num_images', 'batch_size', 'seed')}
@@ -39,6 +54,31 @@ class GPLQTrainLoop(QuantTrainLoop):
                 'GPLQTrainLoop quantizes activations first; for direct QAT set '
                 "train_cfg.type='gplq_mm.DirectQATLoop', for GPLQ set model.direct=None."
             )
+        self.act_qat_from = act_qat_from
+
+    def run(self) -> torch.nn.Module:
+        """Runs what has not been run yet.
+
+        Raises:
+            CheckpointError: If ``act_qat_from`` cannot be begun with, or the run that is resumed
+                has begun in another way.
+        """
+        if self.act_qat_from is not None:
+            if self.model.stage == Stage.FLOAT:
+                self._continue_from(self.act_qat_from)
+            elif self.record.act_qat_from is None:
+                raise CheckpointError(
+                    'train_cfg.act_qat_from is set, but the checkpoint that is resumed is of a '
+                    'run with a Stage 1 of its own; choose another work dir, or set it to None.'
+                )
+        return super().run()
+
+    def _continue_from(self, source: str) -> None:
+        checkpoint = load_act_qat(self.model, source)
+        self.record.continue_from(checkpoint['gplq']['record'], source)
+        self.take_seed(checkpoint['gplq']['seed'])
+        self._iter, self._epoch = (checkpoint['meta'][key] for key in ('iter', 'epoch'))
+        self.runner.logger.info(f'Stage 1 is that of {source}')
 
     def _quantize(self) -> None:
         names = self.names

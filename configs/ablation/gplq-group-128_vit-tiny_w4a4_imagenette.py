@@ -1,0 +1,4 @@
+# Weights in groups of 128. Beside the base, which has groups of 32.
+_base_ = ['../_base_/gplq_vit-tiny_imagenette_stage2.py']
+
+model = dict(policy=dict(weight=dict(group_size=128)))

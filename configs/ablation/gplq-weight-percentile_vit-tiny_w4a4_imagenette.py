@@ -1,0 +1,5 @@
+# Scales of weights that keep 99.9 % of the magnitudes of a group unclipped. Beside the base,
+# whose scales have the least squared error.
+_base_ = ['../_base_/gplq_vit-tiny_imagenette_stage2.py']
+
+model = dict(policy=dict(weight=dict(observer='percentile')))
