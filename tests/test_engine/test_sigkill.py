@@ -18,6 +18,15 @@ from tiny_runs import (
     weights,
 )
 
+# A small file is written in less time than this test takes to see it.
+SLOW_WRITES = """
+import os, runpy, sys, time
+fsync = os.fsync
+os.fsync = lambda file: (time.sleep(0.5), fsync(file))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
 
 def command(config: Path, *options: str) -> list[str]:
     return [sys.executable, str(ROOT / 'tools' / 'train.py'), str(config), *options]
@@ -30,9 +39,13 @@ def environment() -> dict[str, str]:
 
 def kill_when(config: Path, log: Path, condition) -> None:
     """Starts a run and kills it as soon as ``condition(text of the log)`` holds."""
+    python, *arguments = command(config)
     with log.open('w') as file:
         process = subprocess.Popen(
-            command(config), stdout=file, stderr=subprocess.STDOUT, env=environment()
+            [python, '-c', SLOW_WRITES, *arguments],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment(),
         )
     deadline = time.monotonic() + 240
     try:
