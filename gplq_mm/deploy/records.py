@@ -27,6 +27,7 @@ from ..quant import (
     WeightSpec,
 )
 from ..quant.packing import pack_nibbles, unpack_nibbles
+from ..quant.spec import LATER_FIELDS
 
 __all__ = [
     'TensorTable',
@@ -41,8 +42,6 @@ __all__ = [
     'weight_spec_of',
 ]
 
-# What a header means that does not name a field, since the field did not exist.
-LATER_FIELDS = {'group_scale': 'integer'}
 # A multiplier 1..15 minus this is a 4-bit code.
 MULTIPLIER_BIAS = 8
 

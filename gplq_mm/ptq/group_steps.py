@@ -11,7 +11,6 @@ from torch import Tensor
 from ..quant.functional import quantize
 from ..quant.spec import WeightSpec
 from .observed_step import (
-    GROUP_GRID,
     REFITS,
     ROW_GRID,
     fit_step,
@@ -82,7 +81,7 @@ def _choose(
 
 
 def search_two_level(
-    weight: Tensor, importance: Tensor | None, spec: WeightSpec
+    weight: Tensor, wanted: Tensor, importance: Tensor | None, spec: WeightSpec
 ) -> tuple[Tensor, Tensor]:
     """Base ``(R, 1, 1)`` and multiplier ``(R, G, 1)`` of little squared error.
 
@@ -90,7 +89,6 @@ def search_two_level(
     best one is then improved in turns: base in closed form given the integers, multipliers by
     their neighbours given the base.
     """
-    wanted, _ = observed_step(weight, importance, spec, GROUP_GRID)
     # A single step a row is the first candidate, so the result is never worse than it.
     flat = None if importance is None else importance.flatten()
     best, least = observed_step(weight.flatten(1)[:, None], flat, spec, ROW_GRID)
@@ -112,16 +110,20 @@ def search_two_level(
 
 
 def search_float(
-    weight: Tensor, importance: Tensor | None, spec: WeightSpec
+    weight: Tensor,
+    wanted: Tensor,
+    error: Tensor | None,
+    importance: Tensor | None,
+    spec: WeightSpec,
 ) -> tuple[Tensor, Tensor]:
     """Largest step ``(R, 1, 1)`` of a row, and the groups' own steps ``(R, G, 1)`` in units of it.
 
     A group gets the step that it wants, and for ``'mse'`` the better one of that and the step that
-    it has in the two-level search.
+    it has in the two-level search. ``error`` is that of the wanted steps, of ``'mse'`` only.
     """
-    step, error = observed_step(weight, importance, spec, GROUP_GRID)
+    step = wanted
     if spec.observer == 'mse':
-        base, multiple = search_two_level(weight, importance, spec)
+        base, multiple = search_two_level(weight, wanted, importance, spec)
         other = base * multiple
         is_better = (squared_error(weight, other, importance, spec) < error) & (step > 0)
         step = torch.where(is_better, other, step)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..quant.functional import dequantize, round_steps_
 from .group_steps import LEAST_RATIO
+from .rounding import expand_multiplier
 
 __all__ = ['coordinate_descent', 'refit_group_scale', 'refit_row_scale']
 
@@ -127,7 +128,7 @@ def refit_group_scale(
         float32 ``(out, G)``.
     """
     hessian = hessian.to(weight.device, torch.float32)
-    steps = multiplier.repeat_interleave(width, 1)[:, : weight.shape[1]]
+    steps = expand_multiplier(multiplier, width, weight.shape[1])
     # In units of the row's scale, whose square may underflow.
     pull = (weight.float() / row_scale[:, None] - steps * codes) @ hessian
     result = multiplier.clone()

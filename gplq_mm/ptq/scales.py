@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..quant.quantized_weight import multiplier_dtype
 from ..quant.spec import WeightSpec
 from .group_steps import LEAST_RATIO, cover_steps, search_float, search_two_level
 from .observed_step import GROUP_GRID, ROW_GRID, observed_step
@@ -88,7 +89,7 @@ def search_group_scales(
     out, columns = weight.shape
     width = group_width(spec, columns)
     groups = -(-columns // width)
-    dtype = torch.float32 if spec.has_float_groups else torch.uint8
+    dtype = multiplier_dtype(spec)
     multiplier = torch.ones(out, groups, dtype=dtype, device=weight.device)
     if spec.has_one_step or groups == 1:
         return search_row_scale(weight, spec, importance), multiplier
@@ -101,12 +102,12 @@ def search_group_scales(
     for rows in _chunks(weight):
         block, unit = _normalise(weight[rows])
         block = F.pad(block, (0, pad)).view(len(block), groups, width)
+        wanted, error = observed_step(block, importance, spec, GROUP_GRID)
         if spec.has_float_groups:
-            base, multiple = search_float(block, importance, spec)
+            base, multiple = search_float(block, wanted, error, importance, spec)
         elif spec.observer == 'mse':
-            base, multiple = search_two_level(block, importance, spec)
+            base, multiple = search_two_level(block, wanted, importance, spec)
         else:
-            wanted, _ = observed_step(block, importance, spec, GROUP_GRID)
             base, multiple = cover_steps(wanted, spec)
         # The finest step must not underflow either.
         least = LEAST_RATIO if spec.has_float_groups else 1.0

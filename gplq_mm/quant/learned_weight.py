@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import fake_quantize, quantize
-from .quantized_weight import QuantizedWeight
+from .quantized_weight import QuantizedWeight, multiplier_dtype
 from .quantizers import LearnedQuantizer, NotCalibratedError, QuantState
 from .spec import PolicyError, WeightSpec
 
@@ -57,8 +57,8 @@ class LearnedWeightQuantizer(LearnedQuantizer):
         self.ratio = nn.Parameter(torch.ones(scales, 1))
         self.register_buffer('unit', torch.ones(scales, 1))
         groups = -(-columns // self.group_size)
-        dtype = torch.float32 if spec.has_float_groups else torch.uint8
-        self.register_buffer('multiplier', torch.ones(rows, groups, dtype=dtype))
+        multiplier = torch.ones(rows, groups, dtype=multiplier_dtype(spec))
+        self.register_buffer('multiplier', multiplier)
         self.register_buffer('permutation', torch.arange(columns, dtype=torch.int32))
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ from .functional import (
     quantize_log_sqrt2,
 )
 from .observers import build_observer
-from .quantized_weight import QuantizedWeight
+from .quantized_weight import QuantizedWeight, multiplier_dtype
 from .reduce import rank_and_world_size
 from .spec import ActSpec, WeightSpec
 
@@ -342,8 +342,7 @@ class WeightQuantizer(nn.Module):
             )
         self.codes = weight.codes.to(torch.int8)
         self.row_scale = weight.row_scale.float()
-        dtype = torch.float32 if self.spec.has_float_groups else torch.uint8
-        self.multiplier = weight.multiplier.to(dtype)
+        self.multiplier = weight.multiplier.to(multiplier_dtype(self.spec))
         self.permutation = weight.permutation.to(torch.int32)
         self.bias = bias.float()
         self._forget()

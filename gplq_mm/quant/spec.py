@@ -16,6 +16,8 @@ QUANTIZERS = ('uniform', 'log_sqrt2')
 OBSERVERS = ('minmax', 'percentile', 'mse')
 LAYOUTS = ('folded', 'raw')
 GROUP_SCALES = ('integer', 'float')
+# Settings that are younger than the first files, and what a file means that does not name them.
+LATER_FIELDS = {'group_scale': 'integer'}
 
 # Granularities whose scale does not lie on the reduction axis of the product that follows, or
 # can be folded into a weight before that is quantized. Anything else is not an integer product.
@@ -162,13 +164,14 @@ class WeightSpec:
     def to_dict(self) -> dict:
         """Plain data for files.
 
-        ``group_scale`` is younger than the first files and left out at its default, so that
-        theirs are still the same.
+        :data:`LATER_FIELDS` are left out where they say what the first files mean without them, so
+        that theirs are still the same.
         """
-        data = asdict(self)
-        if self.group_scale == 'integer':
-            del data['group_scale']
-        return data
+        return {
+            key: value
+            for key, value in asdict(self).items()
+            if key not in LATER_FIELDS or value != LATER_FIELDS[key]
+        }
 
 
 @dataclass(frozen=True)
