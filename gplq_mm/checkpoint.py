@@ -17,6 +17,7 @@ from torch import nn
 __all__ = [
     'CheckpointError',
     'atomic_write',
+    'atomic_write_text',
     'load_float_weights',
     'read_checkpoint',
     'state_dict_of',
@@ -224,6 +225,15 @@ def atomic_write(path: str | os.PathLike, write: Callable[[Any], None]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def atomic_write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a text in UTF-8 as :func:`atomic_write` does.
+
+    Raises:
+        OSError: If the disk is full or the folder cannot be written; the message says so.
+    """
+    atomic_write(path, lambda file: file.write(text.encode()))
 
 
 def to_plain(value: Any) -> Any:

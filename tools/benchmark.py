@@ -34,7 +34,7 @@ from gplq_mm.benchmark import (
     show_training,
     write,
 )
-from gplq_mm.checkpoint import atomic_write
+from gplq_mm.checkpoint import atomic_write_text
 from gplq_mm.deploy.peers import PACKAGES
 from gplq_mm.engine import one_line_errors
 from gplq_mm.engine.ptq_cost import weight_ptq_cost
@@ -367,9 +367,7 @@ def main(argv: list[str] | None = None) -> None:
             result = {'environment': environment, **args.run(args, console)}
             result['environment']['load_at_end'] = os.getloadavg()[0]
             if args.out is not None:
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                content = json.dumps(result, indent=2).encode()
-                atomic_write(args.out, lambda stream: stream.write(content))
+                atomic_write_text(args.out, json.dumps(result, indent=2))
             return
         rows, skipped = args.run(args, console)
         if args.out is not None:

@@ -10,7 +10,7 @@ from mmengine.config import Config, DictAction
 from mmengine.dist import is_main_process
 from mmengine.registry import RUNNERS
 
-from gplq_mm.checkpoint import atomic_write
+from gplq_mm.checkpoint import atomic_write_text
 from gplq_mm.engine import headline_metrics, one_line_errors, one_of_the_ranks, unwrap
 from gplq_mm.layers import quantizers_disabled
 from gplq_mm.models import GPLQ, Stage
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         if is_main_process():
             text = json.dumps(result, indent=2)
             if args.out:
-                atomic_write(args.out, lambda file: file.write(text.encode()))
+                atomic_write_text(args.out, text)
             print(text)
 
 

@@ -9,7 +9,7 @@ from .candidates import (
     linear_candidates,
     model_candidates,
 )
-from .report import draw, show, show_ptq, show_training, write
+from .report import show, show_ptq, show_training, write
 
 __all__ = [
     'LINEAR_IMPLS',
@@ -17,7 +17,6 @@ __all__ = [
     'OURS',
     'PeerUnavailable',
     'count_operations',
-    'draw',
     'linear_candidates',
     'model_candidates',
     'show',

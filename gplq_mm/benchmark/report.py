@@ -8,18 +8,24 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..checkpoint import atomic_write
+from ..checkpoint import atomic_write, atomic_write_text
 from .candidates import OURS
 
 __all__ = ['draw', 'show', 'show_ptq', 'show_training', 'write']
 
 
+def _table(title: str, first: str, *numbers: str) -> Table:
+    """An empty table: a column of names, and columns of numbers."""
+    table = Table(title=title, title_justify='left')
+    table.add_column(first)
+    for heading in numbers:
+        table.add_column(heading, justify='right')
+    return table
+
+
 def show_training(rows: list[dict], title: str, console: Console) -> None:
     """Prints what training steps cost."""
-    table = Table(title=title, title_justify='left')
-    table.add_column('implementation')
-    for heading in ('kept for backward', 'peak memory', 'step'):
-        table.add_column(heading, justify='right')
+    table = _table(title, 'implementation', 'kept for backward', 'peak memory', 'step')
     for row in rows:
         table.add_row(
             row['impl'],
@@ -32,13 +38,9 @@ def show_training(rows: list[dict], title: str, console: Console) -> None:
 
 def show_ptq(result: dict, model: str, console: Console) -> None:
     """Prints the cost of Stage 2."""
-    table = Table(
-        title=f'{model}, {result["images"]} images ({result["image_source"]}), '
-        f'{result["threads"]} threads',
-        title_justify='left',
-    )
-    for heading in ('step', 'seconds', 'CPU seconds', 'memory growth, MB'):
-        table.add_column(heading, justify='left' if heading == 'step' else 'right')
+    title = f'{model}, {result["images"]} images ({result["image_source"]}), '
+    title += f'{result["threads"]} threads'
+    table = _table(title, 'step', 'seconds', 'CPU seconds', 'memory growth, MB')
     for step, seconds in result['cpu_seconds'].items():
         growth = f'{result["memory_growth_mb"][step]:.0f}'
         table.add_row(step, f'{result["seconds"][step]:.1f}', f'{seconds:.1f}', growth)
@@ -49,10 +51,7 @@ def show_ptq(result: dict, model: str, console: Console) -> None:
 
 def show(rows: list[dict], title: str, console: Console) -> None:
     """Prints one comparison."""
-    table = Table(title=title, title_justify='left')
-    table.add_column('implementation')
-    for heading in ('median ms', 'quartiles', 'GOPS', 'time / ours'):
-        table.add_column(heading, justify='right')
+    table = _table(title, 'implementation', 'median ms', 'quartiles', 'GOPS', 'time / ours')
     for row in rows:
         table.add_row(
             row['impl'],
@@ -114,16 +113,12 @@ def draw_training(panel, group: list[dict]) -> None:
 
 def write(path: Path, rows: list[dict], skipped: dict, environment: dict) -> None:
     """Writes ``path`` (JSON) and beside it the rows as CSV and the plot as PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     result = {'environment': environment, 'rows': rows, 'skipped': skipped}
     table = StringIO()
     writer = csv.DictWriter(table, list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
-    files = {
-        path: json.dumps(result, indent=2).encode(),
-        path.with_suffix('.csv'): table.getvalue().encode(),
-        path.with_suffix('.png'): draw(rows),
-    }
-    for file, content in files.items():
-        atomic_write(file, lambda stream, content=content: stream.write(content))
+    picture = draw(rows)
+    atomic_write_text(path, json.dumps(result, indent=2))
+    atomic_write_text(path.with_suffix('.csv'), table.getvalue())
+    atomic_write(path.with_suffix('.png'), lambda file: file.write(picture))

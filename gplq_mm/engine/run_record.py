@@ -1,6 +1,7 @@
 """What a run has measured so far, and the table and JSON made from it."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from mmengine.utils.dl_utils import collect_env
 from rich.console import Console
 from rich.table import Table
 
-from ..checkpoint import atomic_write
+from ..checkpoint import atomic_write_text
 from ..version import __version__
 from .stage_clock import StageClock
 
@@ -79,6 +80,12 @@ HEADLINES = {
 }
 
 
+def stage_bits(stage: str) -> str:
+    """Widths that a stage computes with, such as ``'W4A4'`` of ``'ptq_w4a4'``."""
+    quantized = re.search(r'w\d+a\d+', stage)
+    return quantized[0].upper() if quantized else 'W32A32'
+
+
 def headline_metrics(metrics: dict[str, dict]) -> dict[str, dict]:
     """``{'top1': {stage: value}, ...}`` from the metrics of every stage."""
     table: dict[str, dict] = {}
@@ -116,8 +123,7 @@ def write_summary(path: Path, record: RunRecord, extra: dict) -> dict:
         **extra,
         'environment': environment,
     }
-    text = json.dumps(summary, indent=2)
-    atomic_write(path, lambda file: file.write(text.encode()))
+    atomic_write_text(path, json.dumps(summary, indent=2))
     return summary
 
 
@@ -151,9 +157,10 @@ def print_summary(summary: dict, console: Console | None = None) -> None:
         if stage not in summary['metrics']:
             continue
         distance = summary['feature_distance'].get(stage, {}).get('relative_l2')
-        bits = 'W32A32' if row in ('fp32', 'latent_fp32') else stage.removeprefix('ptq_').upper()
         cells = [f'{values[stage]:.2f}' for values in headlines.values()]
-        table.add_row(titles[row], bits, *cells, '' if distance is None else f'{distance:.3f}')
+        table.add_row(
+            titles[row], stage_bits(stage), *cells, '' if distance is None else f'{distance:.3f}'
+        )
     console.print(table)
 
     costs = Table(title='cost')

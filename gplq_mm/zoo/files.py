@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from ..checkpoint import atomic_write
+from ..checkpoint import atomic_write_text
 
 __all__ = ['ZooError', 'dump_yaml', 'read_yaml', 'write_yaml']
 
@@ -95,5 +95,4 @@ def write_yaml(path: Path, content: dict[str, Any]) -> None:
             if not line.startswith('#'):
                 break
             head.append(line)
-    text = ''.join(head) + dump_yaml(content)
-    atomic_write(path, lambda file: file.write(text.encode()))
+    atomic_write_text(path, ''.join(head) + dump_yaml(content))

@@ -70,8 +70,9 @@ def load_zoo(root: Path) -> Zoo:
     root = Path(root)
     models: dict[str, dict] = {}
     for path in sorted(root.glob('configs/*/metafile.yml')):
-        collections = [entry.get('Name') for entry in read_yaml(path).get('Collections') or []]
-        for entry in read_yaml(path).get('Models') or []:
+        content = read_yaml(path)
+        collections = [entry.get('Name') for entry in content.get('Collections') or []]
+        for entry in content.get('Models') or []:
             _check_entry(root, path, entry, collections)
             if entry['Name'] in models:
                 raise ZooError(f'{path}: there is another model {entry["Name"]}; rename one.')

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from ..checkpoint import atomic_write
+from ..checkpoint import atomic_write_text
 from .files import ZooError
 from .metafile import load_zoo
 from .tables import Spec, Table, build_table, load_specs
@@ -143,7 +143,7 @@ def write_pages(root: Path) -> list[Path]:
         if '\n'.join(lines) != old:
             texts[page] = '\n'.join(lines)
     for page, text in texts.items():
-        atomic_write(page, lambda file, text=text: file.write(text.encode()))
+        atomic_write_text(page, text)
     return list(texts)
 
 

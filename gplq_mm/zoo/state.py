@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import atomic_write
+from ..checkpoint import atomic_write_text
 from .files import ZooError
 
 __all__ = ['RunState', 'locked', 'next_step', 'set_aside']
@@ -77,8 +77,7 @@ class RunState:
     def write(self, work_dir: Path) -> None:
         """Writes the state whole or not at all."""
         self.updated = time.time()
-        text = json.dumps(asdict(self), indent=2)
-        atomic_write(work_dir / 'zoo.json', lambda file: file.write(text.encode()))
+        atomic_write_text(work_dir / 'zoo.json', json.dumps(asdict(self), indent=2))
 
     def sample_load(self) -> None:
         """Notes how many processes are runnable now."""

@@ -6,6 +6,7 @@ import string
 from collections.abc import Mapping
 from typing import Any
 
+from ..engine.run_record import stage_bits
 from .files import ZooError
 from .metafile import MEASURED, STAGE, final_stage
 
@@ -16,7 +17,6 @@ ROLES = {
     'ptq': re.compile(r'ptq_w\d+a\d+'),
     'act': re.compile(r'w32a\d+'),
 }
-FLOAT_STAGES = ('fp32', 'latent_fp32', 'trained')
 # Made here of what an entry holds.
 MADE = {'name', 'link', 'label', 'bits', 'stage'}
 KNOWN = MEASURED | STAGE | MADE
@@ -54,7 +54,6 @@ def model_values(entry: Mapping, role: str | None, page: str) -> dict[str, Any]:
     measured = entry['Measured']
     config = posixpath.relpath(entry['Config'], posixpath.dirname(page) or '.')
     link = f'[{entry["Name"]}]({config})'
-    bits = 'W32A32' if stage in FLOAT_STAGES else stage.removeprefix('ptq_').upper()
     return {
         **measured,
         **measured['stages'][stage],
@@ -63,7 +62,7 @@ def model_values(entry: Mapping, role: str | None, page: str) -> dict[str, Any]:
         # Of rows that say nothing else.
         'label': link,
         'stage': stage,
-        'bits': bits,
+        'bits': stage_bits(stage),
     }
 
 

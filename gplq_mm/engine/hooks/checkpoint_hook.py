@@ -6,7 +6,7 @@ from pathlib import Path
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 
-from ...checkpoint import atomic_write
+from ...checkpoint import atomic_write_text
 from ...registry import HOOKS
 
 __all__ = ['GPLQCheckpointHook']
@@ -85,7 +85,7 @@ class GPLQCheckpointHook(Hook):
         if is_main_process():
             path = Path(runner.work_dir) / filename
             pointer = Path(runner.work_dir) / 'last_checkpoint'
-            atomic_write(pointer, lambda file: file.write(str(path).encode()))
+            atomic_write_text(pointer, str(path))
             runner.logger.info(f'saved {path}')
 
     def _remove_old(self, runner) -> None:
