@@ -4,24 +4,17 @@ import re
 from functools import cache
 from pathlib import Path
 
+import config_files
 import pytest
-from mmengine.config import Config
+from config_files import CONFIGS
 from mmengine.registry import DATA_SAMPLERS, DATASETS
 
-CONFIGS = Path(__file__).resolve().parent.parent / 'configs'
+load = cache(config_files.load)
 BASE = CONFIGS / 'gplq' / 'gplq_vit-tiny_w4a4_imagenette.py'
 FILES = sorted((CONFIGS / 'ablation').glob('gplq*.py'))
 DIRECT = sorted((CONFIGS / 'ablation').glob('direct*_imagenette.py'))
 # What Stage 2 alone reads.
 STAGE_2 = {'model.policy.weight', 'model.compensation', 'train_cfg.weight_ptq'}
-
-
-@cache
-def load(path: Path) -> Config:
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ('IMAGENETTE', 'VIT_TINY', 'VIT_TINY_W32A4'):
-            patch.delenv(f'GPLQ_{name}', raising=False)
-        return Config.fromfile(path)
 
 
 def named(path: Path) -> str:

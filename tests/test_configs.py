@@ -10,10 +10,12 @@ from functools import cache, lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
+import config_files
 import mmpretrain
 import pytest
 import torch
 import yaml
+from config_files import CONFIGS
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.optim import build_optim_wrapper
@@ -27,7 +29,7 @@ from gplq_mm.models import GPLQ
 from gplq_mm.ptq import build_weight_ptq, init_learned_weights
 from gplq_mm.quant import ActQuantizer
 
-CONFIGS = Path(__file__).resolve().parent.parent / 'configs'
+load = cache(config_files.load)
 FILES = sorted(
     path
     for path in CONFIGS.rglob('*.py')
@@ -36,25 +38,12 @@ FILES = sorted(
 GPLQ_FILES = [path for path in FILES if not path.stem.endswith('fp32')]
 # Folder and file of the config of mmpretrain that a config stands on.
 BASES = {path: re.search(r"'mmpretrain::(\w+)/([\w.-]+)'", path.read_text()) for path in FILES}
-SET_ON_A_MACHINE = (
-    *('IMAGENETTE', 'VIT_TINY', 'VIT_TINY_W32A4', 'DSB2018', 'BCCD', 'COCO200'),
-    'FEATURE_CACHE',
-)
 # GPUs of 16 images -> learning rate, from the paper's appendix.
 PAPER_RATES = {8: 5e-6, 4: 2.5e-6, 2: 1e-6, 1: 1e-6}
 
 
 def named(path: Path) -> str:
     return str(path.relative_to(CONFIGS).with_suffix(''))
-
-
-@cache
-def load(path: Path) -> Config:
-    # What is set on this machine is not part of the config.
-    with pytest.MonkeyPatch.context() as patch:
-        for name in SET_ON_A_MACHINE:
-            patch.delenv(f'GPLQ_{name}', raising=False)
-        return Config.fromfile(path)
 
 
 @cache

@@ -1,11 +1,9 @@
 """Every config of a downstream task builds, trains what it should, and runs; no download."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from config_files import CONFIGS, load
 from mmdet.structures import DetDataSample
-from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import InstanceData
@@ -17,24 +15,9 @@ from gplq_mm.engine.hooks import CalibrationHook
 from gplq_mm.layers import calibrate, quant_layers
 from gplq_mm.models import GPLQ, QuantBackbone
 
-FOLDER = Path(__file__).resolve().parent.parent / 'configs' / 'transfer'
+FOLDER = CONFIGS / 'transfer'
 PROBES = sorted(FOLDER.glob('linear-probe_*.py'))
 DETECTORS = sorted(FOLDER.glob('*bccd.py'))
-ENVIRONMENT = (
-    'BCCD',
-    'VIT_TINY',
-    'VIT_TINY_W4A4',
-    'VIT_TINY_W32A4',
-    'PROBE_DATA',
-    'FEATURE_CACHE',
-)
-
-
-def load(path: Path) -> Config:
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ENVIRONMENT:
-            patch.delenv(f'GPLQ_{name}', raising=False)
-        return Config.fromfile(path)
 
 
 def test_finds_the_configs():

@@ -17,6 +17,8 @@ from mmpretrain.registry import MODELS
 from torch.nn import functional as F
 from yapf.yapflib import yapf_api
 
+from gplq_mm.engine.loops import gplq_loop
+
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ('vit', 'swin')
 ITERATIONS = 12
@@ -269,6 +271,26 @@ def load_tool(name: str):
 
 class Killed(BaseException):
     """Stands for kill -9: nothing in the code under test may handle it."""
+
+
+def die_in_weight_ptq(patch, position: int) -> None:
+    """Weight-PTQ of the runs that follow dies in a unit.
+
+    Args:
+        patch: ``pytest.MonkeyPatch``; undone, nothing dies any more.
+        position: Number of the unit, from 1.
+    """
+    quantize_weights = gplq_loop.quantize_weights
+
+    def dying(model, batches, forward, method, report):
+        def dying_report(progress):
+            report(progress)
+            if progress.position == position:
+                raise Killed
+
+        return quantize_weights(model, batches, forward, method, dying_report)
+
+    patch.setattr(gplq_loop, 'quantize_weights', dying)
 
 
 class KillHook(Hook):

@@ -9,6 +9,7 @@ from tiny_runs import (
     KillHook,
     assert_same_weights,
     comparable,
+    die_in_weight_ptq,
     direct_config,
     gplq_config,
     load,
@@ -17,7 +18,6 @@ from tiny_runs import (
     weights,
 )
 
-import gplq_mm.engine.loops.gplq_loop as loop_module
 from gplq_mm.checkpoint import CheckpointError
 
 PLAIN_PTQ = 'ptq_w4a4'
@@ -114,16 +114,7 @@ def test_death_and_resume(begun, tmp_path, undisturbed, point, count):
 
 
 def test_death_in_weight_ptq(begun, tmp_path, undisturbed, monkeypatch):
-    def die(model, batches, forward, method, report):
-        def dying_report(progress):
-            report(progress)
-            if progress.position == 2:
-                raise Killed
-
-        return quantize_weights(model, batches, forward, method, dying_report)
-
-    quantize_weights = loop_module.quantize_weights
-    monkeypatch.setattr(loop_module, 'quantize_weights', die)
+    die_in_weight_ptq(monkeypatch, 2)
     with pytest.raises(Killed):
         run(begun())
     monkeypatch.undo()

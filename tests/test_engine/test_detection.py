@@ -16,6 +16,7 @@ from tiny_runs import (
     KillHook,
     assert_same_weights,
     build_runner,
+    die_in_weight_ptq,
     load,
     load_tool,
     read_summary,
@@ -24,11 +25,9 @@ from tiny_runs import (
     weights,
 )
 
-import gplq_mm.engine.loops.gplq_loop as loop_module
 from gplq_mm.checkpoint import CheckpointError
 from gplq_mm.engine import ClassCountError, MaskError
 from gplq_mm.layers import QuantConvTranspose2d, quant_layers
-from gplq_mm.ptq import quantize_weights
 from gplq_mm.quant import PolicyError
 
 STAGES = {'fp32', 'ptq_w4a4', 'w32a4', 'latent_fp32', 'w4a4'}
@@ -89,15 +88,6 @@ def test_everything_is_quantized_and_predictors_have_8_bits(whole):
     assert len(whole[1].quant_report.blocks) == 4
 
 
-def die_in_weight_ptq(model, batches, forward, method, report):
-    def dying_report(progress):
-        report(progress)
-        if progress.position == 3:
-            raise Killed
-
-    return quantize_weights(model, batches, forward, method, dying_report)
-
-
 def test_a_killed_run_ends_like_an_undisturbed_one(whole, data, pretrained, tmp_path, monkeypatch):
     cfg = mimicking(detection_config(tmp_path, data, pretrained))
     with pytest.raises(Killed):
@@ -107,7 +97,7 @@ def test_a_killed_run_ends_like_an_undisturbed_one(whole, data, pretrained, tmp_
         run(cfg, KillAt('before_save_checkpoint'), resume=True)
     assert not (tmp_path / 'w32a4.pth').exists()
     with monkeypatch.context() as patch:
-        patch.setattr(loop_module, 'quantize_weights', die_in_weight_ptq)
+        die_in_weight_ptq(patch, 3)
         with pytest.raises(Killed):
             run(cfg, resume=True)
     assert (tmp_path / 'last_checkpoint').read_text().endswith('w32a4.pth')

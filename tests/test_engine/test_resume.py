@@ -11,6 +11,7 @@ from tiny_runs import (
     KillHook,
     assert_same_weights,
     comparable,
+    die_in_weight_ptq,
     gplq_config,
     load,
     read_summary,
@@ -19,7 +20,6 @@ from tiny_runs import (
 )
 
 import gplq_mm.checkpoint as checkpoint_module
-import gplq_mm.engine.loops.gplq_loop as loop_module
 import gplq_mm.engine.loops.quant_loop as quant_loop_module
 
 
@@ -105,17 +105,7 @@ def test_death_between_the_stages(tmp_path, float_checkpoints, undisturbed, poin
 
 def test_death_in_weight_ptq(tmp_path, float_checkpoints, undisturbed, monkeypatch):
     cfg = gplq_config(tmp_path, float_checkpoints['vit'])
-
-    def die_in_third_unit(model, batches, forward, method, report):
-        def dying_report(progress):
-            report(progress)
-            if progress.position == 3:
-                raise Killed
-
-        return quantize_weights(model, batches, forward, method, dying_report)
-
-    quantize_weights = loop_module.quantize_weights
-    monkeypatch.setattr(loop_module, 'quantize_weights', die_in_third_unit)
+    die_in_weight_ptq(monkeypatch, 3)
     kill(cfg)
     monkeypatch.undo()
     assert not (tmp_path / 'w4a4.pth').exists()

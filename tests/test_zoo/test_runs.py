@@ -281,12 +281,18 @@ def wait_for(path: Path) -> None:
         time.sleep(0.05)
 
 
-def test_sigterm_ends_the_run_and_leaves_it_to_be_resumed(keeper):
-    write_config(keeper.root, 'tiny', 'hang')
+def start_amid(keeper, kind: str) -> tuple[subprocess.Popen, Path]:
+    """A zoo in the midst of a run of some kind, and the run's work dir."""
+    write_config(keeper.root, 'tiny', kind)
     commit(keeper.root)
     work_dir = keeper.work_dir('tiny')
     process = start(keeper.root)
     wait_for(work_dir / 'hanging')
+    return process, work_dir
+
+
+def test_sigterm_ends_the_run_and_leaves_it_to_be_resumed(keeper):
+    process, work_dir = start_amid(keeper, 'hang')
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
@@ -300,11 +306,7 @@ def test_sigterm_ends_the_run_and_leaves_it_to_be_resumed(keeper):
 
 
 def test_a_run_outlives_a_killed_zoo_and_is_taken_when_it_has_ended(keeper):
-    write_config(keeper.root, 'tiny', 'slow')
-    commit(keeper.root)
-    work_dir = keeper.work_dir('tiny')
-    process = start(keeper.root)
-    wait_for(work_dir / 'hanging')
+    process, work_dir = start_amid(keeper, 'slow')
     process.kill()
     process.communicate()
     assert not (work_dir / 'summary.json').exists()
