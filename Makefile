@@ -9,7 +9,7 @@ INSTALL_INPUTS := requirements.txt constraints.txt setup.py gplq_mm/version.py \
 	$(wildcard gplq_mm/ops/csrc/*.h gplq_mm/ops/csrc/cpu/*.h gplq_mm/ops/csrc/cpu/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart quickstart-det test test-slow test-asan lint format clean distclean
+.PHONY: help install quickstart quickstart-det test test-slow test-asan lint format docs clean distclean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | \
@@ -55,6 +55,9 @@ lint: $(INSTALLED) ## Check the code with ruff.
 format: $(INSTALLED) ## Let ruff fix and format the code.
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
+
+docs: $(INSTALLED) ## Build the documentation into build/docs (open index.html).
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict $(ARGS)
 
 clean: ## Remove build outputs and caches; keep .venv and work_dirs.
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -43,7 +43,9 @@ NO_COMPILER = (
 ONNX_REQUIREMENTS = ['onnx>=1.18', 'onnxscript>=0.5']
 # What tools/benchmark.py measures beside our own kernels.
 BENCH_REQUIREMENTS = [*ONNX_REQUIREMENTS, 'nncf>=3.0', 'onnxruntime>=1.20', 'openvino>=2026.0']
+DOCS_REQUIREMENTS = ['mkdocs>=1.6,<2.0', 'mkdocs-material>=9.7', 'mkdocstrings[python]>=1.0']
 DEV_REQUIREMENTS = [
+    *DOCS_REQUIREMENTS,
     *ONNX_REQUIREMENTS,
     'hypothesis',
     'model-index>=0.1.11',
@@ -168,6 +170,7 @@ setup(
     extras_require={
         'bench': BENCH_REQUIREMENTS,
         'dev': DEV_REQUIREMENTS,
+        'docs': DOCS_REQUIREMENTS,
         'onnx': ONNX_REQUIREMENTS,
     },
     ext_modules=KERNELS.get('ext_modules', []),

@@ -42,3 +42,13 @@ OBSERVERS = Registry('observer', scope='gplq_mm', locations=['gplq_mm.quant'])
 QUANTIZERS = Registry('quantizer', scope='gplq_mm', locations=['gplq_mm.quant'])
 WEIGHT_PTQ = Registry('weight ptq', scope='gplq_mm', locations=['gplq_mm.ptq'])
 COMPENSATORS = Registry('compensator', scope='gplq_mm', locations=['gplq_mm.layers'])
+
+
+def registered(registry: Registry) -> dict[str, type]:
+    """Entries of a registry by name.
+
+    ``Registry.get`` imports what it does not know by its path. Names that come from a file of
+    someone else are looked up here instead.
+    """
+    registry.import_from_location()
+    return registry.module_dict

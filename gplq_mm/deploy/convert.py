@@ -97,7 +97,9 @@ def convert_in_place(model: nn.Module) -> DeployReport:
             else:
                 report.simulated[name] = reason
     report.fused = fuse_blocks(model)
-    model.eval().requires_grad_(False)
+    # Backbones of mmpretrain return nothing here.
+    model.eval()
+    model.requires_grad_(False)
     return report
 
 

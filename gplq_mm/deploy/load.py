@@ -20,6 +20,7 @@ from ..layers.reproducible import make_reproducible
 from ..ops.device import resolve_device
 from ..quant import PolicyError, SiteSpec
 from ..quant.spec import SITE_GRANULARITIES
+from ..registry import QUANTIZERS, registered
 from .architecture import build_architecture, check_pipeline, check_scope, decode
 from .convert import convert_in_place
 from .export import attentions, other_entries
@@ -131,8 +132,9 @@ def _swap_layers(model: nn.Module, entries: dict) -> None:
 
 
 def _check_site(spec, kind: str, name: str) -> None:
-    uniform = spec.quantizer == 'uniform' and not spec.row_relative
-    if spec.granularity not in SITE_GRANULARITIES[kind] or not (uniform or kind == 'probs'):
+    quantizer = registered(QUANTIZERS)[spec.quantizer]
+    fits = kind in quantizer.sites and spec.granularity in SITE_GRANULARITIES[kind]
+    if not fits or (spec.row_relative and kind != 'probs'):
         raise DeployError(f'{name}: the header describes no quantizer of this site. {AGAIN}')
 
 

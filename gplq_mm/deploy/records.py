@@ -153,7 +153,7 @@ def layer_record(name: str, layer: QuantWeightLayer) -> tuple[dict, dict[str, Te
     value = quantizer.value
     entry = {
         'kind': kind_of(layer),
-        'activation': layer.act_quantizer.spec.to_dict(),
+        'activation': _act_entry(layer.act_quantizer),
         'weight': quantizer.spec.to_dict(),
     }
     narrow = torch.int16 if value.codes.shape[1] <= 2**15 else torch.int32
@@ -208,6 +208,12 @@ def fill_layer(name: str, layer: QuantWeightLayer, table: TensorTable) -> None:
         raise DeployError(f'{error} Deploy the checkpoint again.') from error
 
 
+def _act_entry(quantizer: ActQuantizer) -> dict:
+    """Spec of a quantizer; one with a uniform grid is a uniform one now that it is frozen."""
+    entry = quantizer.spec.to_dict()
+    return {**entry, 'quantizer': 'uniform'} if quantizer.is_uniform() else entry
+
+
 # -- attention --------------------------------------------------------------------------------
 
 
@@ -218,7 +224,7 @@ def attention_record(name: str, attention: QuantAttention) -> tuple[dict, dict[s
     for operand in OPERANDS:
         quantizer = getattr(attention, operand)
         if isinstance(quantizer, ActQuantizer):
-            entry[operand] = quantizer.spec.to_dict()
+            entry[operand] = _act_entry(quantizer)
             tensors.update(_grid_tensors(quantizer, f'{name}.{operand}'))
         else:
             entry[operand] = None

@@ -102,7 +102,8 @@ def compare(
         deployed: The same model, deployed.
         run: Runs a model on some images and returns its outputs.
     """
-    simulated = strip_wrappers(simulated).eval()
+    simulated = strip_wrappers(simulated)
+    simulated.eval()
     unequal: set[str] = set()
     compared: set[str] = set()
     layers = quant_layers(simulated)

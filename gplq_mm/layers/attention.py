@@ -52,10 +52,10 @@ class QuantAttention(nn.Module):
         """Why the products are not those of integer codes with a grid per head, or None."""
         for operand in OPERANDS:
             quantizer = getattr(self, operand)
-            # A subclass rounds in its own way (powers of sqrt(2)).
-            if type(quantizer) is not ActQuantizer:
-                spec = getattr(quantizer, 'spec', None)
-                return f'{operand} is ' + ('not quantized' if spec is None else spec.quantizer)
+            if not isinstance(quantizer, ActQuantizer):
+                return f'{operand} is not quantized'
+            if not quantizer.is_uniform():
+                return f'{operand} is {quantizer.spec.quantizer}'
             if quantizer.spec.granularity not in ('tensor', 'head'):
                 return f'{operand} has a scale per {quantizer.spec.granularity}'
         return None
@@ -79,7 +79,7 @@ class QuantAttention(nn.Module):
 
     def computes_on_codes(self, query: Tensor) -> bool:
         """Whether to compute exactly what the deployed model computes: all grids are final and no
-        gradient is asked for."""
+        gradient is asked for. For self-attention only."""
         if torch.is_grad_enabled() and query.requires_grad:
             return False
         return self.float_reason() is None and all(
@@ -99,19 +99,23 @@ class QuantAttention(nn.Module):
     ) -> Tensor:
         """Attention of quantized operands.
 
-        Once all four grids are frozen, and without gradients, it is computed on the codes
-        (:func:`gplq_mm.quant.arithmetic.attention`), as in the deployed model.
+        Once all four grids are frozen, and without gradients, self-attention is computed on the
+        codes (:func:`gplq_mm.quant.arithmetic.attention`), as in the deployed model.
 
         Args:
-            query, key, value: ``(B, heads, N, d)``.
+            query: ``(B, heads, N, d)``.
+            key: ``(B, heads, M, d)``; M and N differ where queries look at other tokens.
+            value: ``(B, heads, M, e)``.
             scale: Factor on the scores.
-            bias: ``(heads, N, N)`` added to the scores, or None.
-            mask: ``(M, N, N)`` added to the scores of item ``i % M`` of the batch, or None.
+            bias: ``(heads, N, M)`` added to the scores, or None.
+            mask: ``(W, N, M)`` added to the scores of item ``i % W`` of the batch, or None.
             dropout_p: Dropout of probabilities.
 
         Returns:
-            ``(B, heads, N, d)``.
+            ``(B, heads, N, e)``.
         """
+        if not query.shape == key.shape == value.shape:
+            return self._attend_plainly(query, key, value, scale, bias, mask, dropout_p)
         if dropout_p == 0 and self.computes_on_codes(query):
             with torch.autocast(query.device.type, enabled=False):
                 out = arithmetic.attention(
@@ -159,9 +163,9 @@ class QuantAttention(nn.Module):
         if bias is not None:
             scores = scores + bias
         if mask is not None:
-            batch, heads, tokens, _ = scores.shape
-            scores = scores.reshape(-1, len(mask), heads, tokens, tokens) + mask[:, None]
-            scores = scores.reshape(batch, heads, tokens, tokens)
+            shape = scores.shape
+            scores = scores.reshape(-1, len(mask), *shape[1:]) + mask[:, None]
+            scores = scores.reshape(shape)
         return self.mix(scores, value, dropout_p)
 
     def scores(self, query: Tensor, key: Tensor, scale: float) -> Tensor:

@@ -22,15 +22,26 @@ __all__ = [
 ATTENTION_ADAPTERS: dict[str, Callable] = {}
 
 
-def register_attention_adapter(*class_names: str):
-    """Registers ``adapter(module, specs, name)`` for attention classes, named in full.
+def full_name(cls: type) -> str:
+    """Module and name of a class."""
+    return f'{cls.__module__}.{cls.__qualname__}'
 
-    The adapter changes ``module`` in place so that it computes with a :class:`QuantAttention`.
+
+def register_attention_adapter(*classes: type | str):
+    """Registers ``adapter(module, specs, name)`` for attention classes.
+
+    The adapter changes ``module`` in place so that it computes with a :class:`QuantAttention`,
+    which ``specs`` (operand -> spec or None) and ``name`` are handed to.
+
+    Args:
+        classes: Attention classes, or their names in full (``'package.module.Class'``) where
+            their package is not to be imported. A subclass needs an adapter of its own, since it
+            may compute something else.
     """
 
     def register(adapter: Callable) -> Callable:
-        for class_name in class_names:
-            ATTENTION_ADAPTERS[class_name] = adapter
+        for cls in classes:
+            ATTENTION_ADAPTERS[cls if isinstance(cls, str) else full_name(cls)] = adapter
         return adapter
 
     return register
@@ -38,8 +49,7 @@ def register_attention_adapter(*class_names: str):
 
 def attention_adapter_of(module: nn.Module) -> Callable | None:
     """Adapter of exactly this class (a subclass may compute something else), or None."""
-    cls = type(module)
-    return ATTENTION_ADAPTERS.get(f'{cls.__module__}.{cls.__qualname__}')
+    return ATTENTION_ADAPTERS.get(full_name(type(module)))
 
 
 def looks_like_attention(module: nn.Module) -> bool:

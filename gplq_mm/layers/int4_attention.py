@@ -9,18 +9,13 @@ from torch import Tensor, nn
 from ..ops import library as _library  # noqa: F401  (defines the ops)
 from ..quant import QuantState
 from .attention import OPERANDS, QuantAttention
-from .attention_adapters import QuantWindowMSA
+from .attention_adapters import QuantWindowMSA, full_name
 from .int4_weight import DeployError, move_only
 
 __all__ = ['Int4Attention', 'Int4MultiheadAttention', 'Int4WindowMSA', 'pack_attention']
 
 MULTIHEAD = 'mmpretrain.models.utils.attention.MultiheadAttention'
 _attention = torch.ops.gplq_mm.int4_attention.default
-
-
-def full_name(cls: type) -> str:
-    """Module and name of a class."""
-    return f'{cls.__module__}.{cls.__qualname__}'
 
 
 def unsupported(attention: QuantAttention) -> str | None:

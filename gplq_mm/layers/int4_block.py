@@ -10,13 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import library as _library  # noqa: F401  (defines the ops)
-from .int4_attention import (
-    Int4Attention,
-    Int4MultiheadAttention,
-    Int4WindowMSA,
-    full_name,
-    with_mixin,
-)
+from .attention_adapters import full_name
+from .int4_attention import Int4Attention, Int4MultiheadAttention, Int4WindowMSA, with_mixin
 from .int4_linear import Int4Linear
 from .reproducible import ReproducibleGELU, ReproducibleLayerNorm
 

@@ -3,7 +3,14 @@
 import torch
 from torch import Tensor, nn
 
-from ..quant import ActQuantizer, ActSpec, QuantizedWeight, WeightQuantizer, WeightSpec
+from ..quant import (
+    ActQuantizer,
+    ActSpec,
+    PolicyError,
+    QuantizedWeight,
+    WeightQuantizer,
+    WeightSpec,
+)
 from ..quant.quantizers import build_act_quantizer
 from .coded import Convolution, coded_product
 
@@ -36,8 +43,19 @@ class QuantWeightLayer(nn.Module):
     def _add_quantizers(
         self, act: ActSpec, weight: WeightSpec, act_shape: tuple[int, ...], name: str
     ) -> None:
+        """Adds both quantizers.
+
+        Raises:
+            PolicyError: If the grid of the activations cannot be folded into the weight.
+        """
         self.site = name
         self.act_quantizer = build_act_quantizer(act, act_shape, f'{name}.input')
+        if weight.layout == 'folded' and not self.act_quantizer.is_uniform():
+            raise PolicyError(
+                f'{name}: layout "folded" takes the scale of a uniform grid into the weight, and '
+                f'the {act.quantizer} quantizer has another grid; set weight=dict(layout="raw") '
+                'for this site.'
+            )
         shape = tuple(self.as_matrix(self.weight.detach()).shape)
         self.weight_quantizer = WeightQuantizer(weight, shape, name)
 

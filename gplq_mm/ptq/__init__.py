@@ -7,7 +7,7 @@ from .gptq import GPTQ, damped_hessian, gptq_round
 from .learned import init_learned_weights
 from .refinement import coordinate_descent, refit_group_scale, refit_row_scale
 from .reparam import Reparametrization, reparametrize, reparametrize_
-from .rounding import RoundToNearest
+from .rounding import RoundToNearest, expand_multiplier, to_stored_order
 from .scales import group_width, search_group_scales, search_row_scale
 from .statistics import SecondMoment
 from .stream import find_units
@@ -21,6 +21,7 @@ __all__ = [
     'build_weight_ptq',
     'coordinate_descent',
     'damped_hessian',
+    'expand_multiplier',
     'find_units',
     'gptq_round',
     'group_width',
@@ -33,4 +34,5 @@ __all__ = [
     'round_weights',
     'search_group_scales',
     'search_row_scale',
+    'to_stored_order',
 ]

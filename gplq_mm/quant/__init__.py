@@ -17,10 +17,10 @@ from .quantizers import (
     NotCalibratedError,
     ProbQuantizer,
     QuantState,
-    WeightQuantizer,
     build_act_quantizer,
 )
 from .spec import ActSpec, PolicyError, QuantPolicy, SiteSpec, WeightSpec
+from .weight_quantizer import WeightQuantizer
 
 __all__ = [
     'ActQuantizer',

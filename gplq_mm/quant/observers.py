@@ -9,13 +9,13 @@ dealt out, and memory does not depend on how many there are.
 import torch
 from torch import Tensor
 
-from ..registry import OBSERVERS
-from .functional import dequantize_log_sqrt2, quantize, quantize_log_sqrt2
+from ..registry import OBSERVERS, QUANTIZERS, registered
 from .reduce import all_reduce_max, all_reduce_min, all_reduce_sum
 from .spec import ActSpec
 
 __all__ = ['MSEObserver', 'MinMaxObserver', 'PercentileObserver', 'build_observer']
 
+# Narrower ranges are given bins of this width in all.
 TINY_RANGE = 1e-8
 
 
@@ -34,6 +34,9 @@ def by_channel(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 class MinMaxObserver:
     """Range of every channel; the scale covers it.
 
+    What a grid is, the quantizer that ``spec`` names says
+    (:meth:`gplq_mm.quant.ActQuantizer.cover`).
+
     Args:
         spec: What to initialise.
         shape: Shape of the scale, broadcastable to the activations.
@@ -43,6 +46,7 @@ class MinMaxObserver:
 
     def __init__(self, spec: ActSpec, shape: tuple[int, ...]):
         self.spec = spec
+        self.quantizer = registered(QUANTIZERS)[spec.quantizer]
         self.shape = tuple(shape)
         self.low: Tensor | None = None
         self.high: Tensor | None = None
@@ -98,30 +102,11 @@ class MinMaxObserver:
 
         The offset of a symmetric spec is zero.
         """
-        scale, offset = self._to_grid(*self._limits())
+        scale, offset = self.quantizer.cover(self.spec, *self._limits())
         return scale.reshape(self.shape), offset.reshape(self.shape)
 
     def _limits(self) -> tuple[Tensor, Tensor]:
         return self.low, self.high
-
-    def _to_grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Grid that covers [low, high]; both of shape (channels,)."""
-        qmin, qmax = self.spec.code_range
-        if self.spec.quantizer == 'log_sqrt2':
-            return high.clamp(min=TINY_RANGE), torch.zeros_like(high)
-        if self.spec.zero_point == 'none':
-            reach = torch.maximum(high, -low) if self.spec.signed else high
-            return reach.clamp(min=TINY_RANGE) / qmax, torch.zeros_like(high)
-        if self.spec.zero_point == 'integer':
-            low, high = low.clamp(max=0), high.clamp(min=0)
-        # A constant channel: any scale will do as long as it can be represented beside its
-        # offset in float32.
-        floor = torch.maximum(low.abs(), high.abs()) * 1e-6
-        scale = torch.maximum(high - low, floor.clamp(min=TINY_RANGE)) / (qmax - qmin)
-        if self.spec.zero_point == 'integer':
-            zero_point = (-low / scale).round().clamp(qmin, qmax)
-            return scale, -scale * zero_point
-        return scale, low
 
 
 OBSERVERS.register_module(name='minmax', module=MinMaxObserver)
@@ -210,12 +195,8 @@ class MSEObserver(_HistogramObserver):
         return low, high
 
     def _error(self, centers: Tensor, weights: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        scale, offset = (value[:, None] for value in self._to_grid(low, high))
-        qmin, qmax = self.spec.code_range
-        if self.spec.quantizer == 'log_sqrt2':
-            values = dequantize_log_sqrt2(quantize_log_sqrt2(centers, scale, qmax), scale)
-        else:
-            values = quantize(centers, scale, offset, qmin, qmax).mul_(scale).add_(offset)
+        grid = (value[:, None] for value in self.quantizer.cover(self.spec, low, high))
+        values = self.quantizer.nearest(self.spec, centers, *grid)
         return values.sub_(centers).square_().mul_(weights).sum(1)
 
 
@@ -224,4 +205,4 @@ OBSERVERS.register_module(name='mse', module=MSEObserver)
 
 def build_observer(spec: ActSpec, shape: tuple[int, ...]) -> MinMaxObserver:
     """Observer that ``spec`` names, for a scale of ``shape``."""
-    return OBSERVERS.get(spec.observer)(spec, shape)
+    return registered(OBSERVERS)[spec.observer](spec, shape)

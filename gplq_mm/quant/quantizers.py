@@ -5,25 +5,23 @@ The state is saved with the parameters, so a checkpoint can never be evaluated a
 it is not.
 """
 
-import copy
-import math
 from enum import IntEnum
 
 import torch
 from torch import Tensor, nn
 
-from ..registry import QUANTIZERS
+from ..registry import QUANTIZERS, registered
 from .code_state import level_bits_of
 from .functional import (
+    dequantize_log_sqrt2,
     fake_quantize,
     fake_quantize_log_sqrt2,
     quantize,
     quantize_log_sqrt2,
 )
 from .observers import build_observer
-from .quantized_weight import QuantizedWeight, multiplier_dtype
 from .reduce import rank_and_world_size
-from .spec import ActSpec, WeightSpec
+from .spec import SITE_GRANULARITIES, ActSpec
 
 __all__ = [
     'ActQuantizer',
@@ -31,11 +29,13 @@ __all__ = [
     'NotCalibratedError',
     'ProbQuantizer',
     'QuantState',
-    'WeightQuantizer',
+    'build_act_quantizer',
 ]
 
 # Scales are learned without a constraint; this floor keeps a bad step from reaching zero.
 MIN_SCALE = 1e-8
+# Ranges of observed values that are narrower count as this wide.
+TINY_RANGE = 1e-8
 # Dtypes of inputs that the ops of training take; another one is computed in its own precision.
 CODED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -94,6 +94,10 @@ class ActQuantizer(LearnedQuantizer):
     ``scale`` (and ``offset`` for a float zero-point) are parameters of their final shape from
     the start; calibration fills them in place, so an optimizer may already hold them.
 
+    A subclass that is registered in ``gplq_mm.registry.QUANTIZERS`` can be named in a policy. It
+    overrides :meth:`effective_scale` for other scales; for another grid :meth:`cover` and
+    :meth:`nearest` (calibration), :meth:`fake_quantize` (training) and :meth:`codes`.
+
     Args:
         spec: Bits, zero-point, granularity, observer.
         shape: Shape of scale and offset, broadcastable to the input, with at most one axis
@@ -104,6 +108,10 @@ class ActQuantizer(LearnedQuantizer):
     # Bytes a value of what backward is given, 1 or 2. With one, 4 bits of it are the rounding
     # residual, and the gradient of a scale is a few percent off; more than 4 bits take two.
     saved_bytes: int = 2
+    # Kinds of sites that the quantizer may stand at.
+    sites: tuple[str, ...] = tuple(SITE_GRANULARITIES)
+    # Whether codes of a signed spec without a zero-point start below 0.
+    has_signed_codes: bool = True
 
     def __init__(self, spec: ActSpec, shape: tuple[int, ...], name: str = ''):
         super().__init__(name)
@@ -118,6 +126,50 @@ class ActQuantizer(LearnedQuantizer):
             self.register_parameter('offset', None)
         if spec.zero_point == 'integer':
             self.register_buffer('zero_point', torch.zeros(shape))
+
+    @classmethod
+    def is_uniform(cls) -> bool:
+        """Whether a code q stands for ``scale * q + offset`` of :meth:`grid`, and a value gets the
+        nearest one. Then, frozen, it computes and deploys as the plain uniform quantizer does."""
+        return cls.codes is ActQuantizer.codes
+
+    @classmethod
+    def cover(cls, spec: ActSpec, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Grid of ``spec`` that covers ``[low, high]``; where calibration looks for its scales.
+
+        Args:
+            spec: Bits and zero-point.
+            low, high: Ends of the range, ``(channels,)``.
+
+        Returns:
+            Scale (positive) and offset, ``(channels,)`` each. The offset of a symmetric grid is
+            zero, and that of an integer zero-point a multiple of the scale.
+        """
+        qmin, qmax = spec.code_range
+        if spec.zero_point == 'none':
+            reach = torch.maximum(high, -low) if spec.signed else high
+            return reach.clamp(min=TINY_RANGE) / qmax, torch.zeros_like(high)
+        if spec.zero_point == 'integer':
+            low, high = low.clamp(max=0), high.clamp(min=0)
+        # A constant channel: any scale will do as long as it can be represented beside its
+        # offset in float32.
+        floor = torch.maximum(low.abs(), high.abs()) * 1e-6
+        scale = torch.maximum(high - low, floor.clamp(min=TINY_RANGE)) / (qmax - qmin)
+        if spec.zero_point == 'integer':
+            zero_point = (-low / scale).round().clamp(qmin, qmax)
+            return scale, -scale * zero_point
+        return scale, low
+
+    @classmethod
+    def nearest(cls, spec: ActSpec, x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+        """Values of the grid that ``x`` is rounded to, without gradients; a new tensor.
+
+        Args:
+            spec: Bits and zero-point.
+            x: Values, any shape.
+            scale, offset: Of :meth:`cover`, broadcastable to ``x``.
+        """
+        return quantize(x, scale, offset, *spec.code_range).mul_(scale).add_(offset)
 
     @property
     def row_relative(self) -> bool:
@@ -188,13 +240,18 @@ class ActQuantizer(LearnedQuantizer):
                 'saved after it.'
             )
 
+    def effective_scale(self) -> Tensor:
+        """The scale in force, positive; its gradient is that of the parameter."""
+        scale = self.scale
+        if self._state == QuantState.FROZEN:
+            return scale
+        # Straight through the floor: a scale that fell below it must be able to come back.
+        # The difference is exactly zero, so the value is exactly the floor.
+        return scale.detach().clamp(min=MIN_SCALE) + (scale - scale.detach())
+
     def grid(self) -> tuple[Tensor, Tensor | None]:
         """Effective scale (positive) and offset (None for a symmetric grid)."""
-        scale = self.scale
-        if self._state != QuantState.FROZEN:
-            # Straight through the floor: a scale that fell below it must be able to come back.
-            # The difference is exactly zero, so the value is exactly the floor.
-            scale = scale.detach().clamp(min=MIN_SCALE) + (scale - scale.detach())
+        scale = self.effective_scale()
         if self.spec.zero_point == 'integer':
             return scale, -scale * self.zero_point
         return scale, self.offset
@@ -226,9 +283,10 @@ class ActQuantizer(LearnedQuantizer):
             return x
         self._require_scale()
         self.check_shape(x)
-        return self._quantize(x)
+        return self.fake_quantize(x)
 
-    def _quantize(self, x: Tensor) -> Tensor:
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """``x`` on the grid, same shape and dtype, differentiable in ``x``, scale and offset."""
         scale, offset = self.grid()
         return fake_quantize(x, scale, offset, self.qmin, self.qmax, self._grad_scale(x))
 
@@ -237,6 +295,12 @@ class ActQuantizer(LearnedQuantizer):
         self._require_scale()
         scale, offset = self.grid()
         return quantize(x.float(), scale, offset, self.qmin, self.qmax)
+
+    def clips(self, x: Tensor) -> Tensor:
+        """Which values of ``x`` lie beyond the ends of the grid; bool, shape of ``x``."""
+        scale, offset = self.grid()
+        steps = x if offset is None else x - offset
+        return (steps < (self.qmin - 0.5) * scale) | (steps > (self.qmax + 0.5) * scale)
 
     def check_shape(self, x: Tensor) -> None:
         """Checks that the scale broadcasts to ``x``.
@@ -260,12 +324,24 @@ class ActQuantizer(LearnedQuantizer):
 class ProbQuantizer(ActQuantizer):
     """Quantizer of attention probabilities on powers of sqrt(2) (RepQ-ViT, eq. 9)."""
 
+    sites = ('probs',)
+    has_signed_codes = False
+
     def __init__(self, spec: ActSpec, shape: tuple[int, ...], name: str = ''):
         if spec.zero_point != 'none':
             raise ValueError(f'{name}: log_sqrt2 has no zero-point; set zero_point="none".')
         super().__init__(spec, shape, name)
 
-    def _quantize(self, x: Tensor) -> Tensor:
+    @classmethod
+    def cover(cls, spec: ActSpec, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The scale is the largest value."""
+        return high.clamp(min=TINY_RANGE), torch.zeros_like(high)
+
+    @classmethod
+    def nearest(cls, spec: ActSpec, x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+        return dequantize_log_sqrt2(quantize_log_sqrt2(x, scale, spec.code_range[1]), scale)
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
         scale, _ = self.grid()
         return fake_quantize_log_sqrt2(x, scale, self.qmax, self._grad_scale(x))
 
@@ -273,144 +349,16 @@ class ProbQuantizer(ActQuantizer):
         self._require_scale()
         return quantize_log_sqrt2(x.float(), self.grid()[0], self.qmax)
 
+    def clips(self, x: Tensor) -> Tensor:
+        return x > self.grid()[0]
+
 
 def build_act_quantizer(spec: ActSpec, shape: tuple[int, ...], name: str) -> ActQuantizer:
-    """Quantizer that ``spec.quantizer`` names."""
-    return QUANTIZERS.get(spec.quantizer)(spec, shape, name)
-
-
-class WeightQuantizer(nn.Module):
-    """Holds a quantized weight once Stage 2 has made it; empty before.
-
-    The integers live in buffers beside the FP32 parameter, which stays what Stage 1 left: the
-    latent weight can always be evaluated, and Stage 2 can be run again.
+    """Quantizer that ``spec.quantizer`` names.
 
     Args:
-        spec: Bits, layout, group size, observer.
-        shape: ``(out, K)`` of the weight as a matrix.
-        name: Full name of the layer, for messages.
+        spec: Bits, zero-point, granularity, observer.
+        shape: Shape of the scale.
+        name: Full name of the site, for messages.
     """
-
-    def __init__(self, spec: WeightSpec, shape: tuple[int, int], name: str = ''):
-        super().__init__()
-        self.spec = spec
-        self.shape = tuple(shape)
-        self.site = name
-        self.enabled = True
-        for buffer in ('codes', 'row_scale', 'multiplier', 'permutation', 'bias'):
-            self.register_buffer(buffer, None)
-        # Direct QAT's learned quantizer (LearnedWeightQuantizer); it simulates before `set`.
-        self.register_module('learned', None)
-        # Says where the module is while it is empty, so that loading fills it there.
-        self.register_buffer('_anchor', torch.empty(0), persistent=False)
-
-    @property
-    def group_size(self) -> int:
-        """Columns that share a multiplier; a whole row in the raw layout."""
-        return self.spec.group_size if self.spec.layout == 'folded' else max(self.shape[1], 1)
-
-    @property
-    def is_quantized(self) -> bool:
-        """Whether Stage 2 has filled this quantizer."""
-        return self.codes is not None
-
-    def set(self, weight: QuantizedWeight, bias: Tensor) -> None:
-        """Stores the integers and the bias that belongs to them.
-
-        Args:
-            weight: Result of a PTQ method.
-            bias: float32 ``(out,)``, with what the zero-points and the rounding contribute.
-
-        Raises:
-            ValueError: If shape, range, group size or kind of multipliers are not this
-                quantizer's.
-        """
-        qmin, qmax = self.spec.code_range
-        if tuple(weight.codes.shape) != self.shape or weight.group_size != self.group_size:
-            raise ValueError(
-                f'{self.site}: got integers of shape {tuple(weight.codes.shape)} in groups of '
-                f'{weight.group_size}, the layer has {self.shape} in groups of {self.group_size}.'
-            )
-        if weight.codes.numel() and not (
-            qmin <= int(weight.codes.min()) and int(weight.codes.max()) <= qmax
-        ):
-            raise ValueError(f'{self.site}: weight codes leave [{qmin}, {qmax}].')
-        if weight.multiplier.is_floating_point() != self.spec.has_float_groups:
-            raise ValueError(
-                f'{self.site}: got multipliers of type {weight.multiplier.dtype}, which do not go '
-                f'with group_scale={self.spec.group_scale!r}.'
-            )
-        self.codes = weight.codes.to(torch.int8)
-        self.row_scale = weight.row_scale.float()
-        self.multiplier = weight.multiplier.to(multiplier_dtype(self.spec))
-        self.permutation = weight.permutation.to(torch.int32)
-        self.bias = bias.float()
-        self._forget()
-
-    def clear(self) -> None:
-        """Forgets the integers: the layer is back at its latent weight."""
-        for buffer in ('codes', 'row_scale', 'multiplier', 'permutation', 'bias'):
-            setattr(self, buffer, None)
-        self._forget()
-
-    @property
-    def value(self) -> QuantizedWeight:
-        """The stored integers.
-
-        Raises:
-            RuntimeError: If Stage 2 has not filled the quantizer.
-        """
-        if self.codes is None:
-            raise RuntimeError(f'{self.site}: the weight is not quantized; run Stage 2 first.')
-        return QuantizedWeight(
-            self.codes, self.row_scale, self.multiplier, self.permutation.long(), self.group_size
-        )
-
-    def integers(self) -> Tensor:
-        """``multiplier * code`` as float32 ``(out, K)`` in the weight's own column order.
-
-        No integers with float group scales. Kept after the first call: it is the operand of every
-        forward.
-        """
-        cached = self.__dict__.get('_integers')
-        if cached is None or cached.device != self.codes.device:
-            cached = self.value.integers().float()
-            self.__dict__['_integers'] = cached
-        return cached
-
-    def largest_row_sum(self) -> int:
-        """Largest sum over a row of the magnitudes of :meth:`integers`, rounded up; bounds every
-        product."""
-        cached = self.__dict__.get('_row_sum')
-        if cached is None:
-            rows = self.integers().double().abs().sum(1)
-            cached = math.ceil(rows.max().item()) if len(rows) else 0
-            self.__dict__['_row_sum'] = cached
-        return cached
-
-    def _forget(self) -> None:
-        """Drops what was derived from the buffers."""
-        for name in ('_integers', '_row_sum'):
-            self.__dict__.pop(name, None)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        for buffer in ('codes', 'row_scale', 'multiplier', 'permutation', 'bias'):
-            saved = state_dict.get(prefix + buffer)
-            if saved is not None:
-                saved = torch.empty_like(saved, device=self._anchor.device)
-            setattr(self, buffer, saved)
-        self._forget()
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def __deepcopy__(self, memo):
-        cached = self.__dict__.pop('_integers', None)
-        clone = self.__class__.__new__(self.__class__)
-        memo[id(self)] = clone
-        clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        if cached is not None:
-            self.__dict__['_integers'] = cached
-        return clone
-
-    def extra_repr(self) -> str:
-        state = 'quantized' if self.is_quantized else 'latent'
-        return f'{self.spec.bits} bit, {self.spec.layout}, {state}'
+    return registered(QUANTIZERS)[spec.quantizer](spec, shape, name)

@@ -8,12 +8,15 @@ import re
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from mmengine.registry import Registry
+
+from ..registry import OBSERVERS, QUANTIZERS, registered
+
 __all__ = ['ActSpec', 'PolicyError', 'QuantPolicy', 'SiteSpec', 'WeightSpec']
 
 ZERO_POINTS = ('none', 'float', 'integer')
 GRANULARITIES = ('tensor', 'channel', 'head', 'token')
-QUANTIZERS = ('uniform', 'log_sqrt2')
-OBSERVERS = ('minmax', 'percentile', 'mse')
+WEIGHT_OBSERVERS = ('minmax', 'percentile', 'mse')
 LAYOUTS = ('folded', 'raw')
 GROUP_SCALES = ('integer', 'float')
 # Settings that are younger than the first files, and what a file means that does not name them.
@@ -41,6 +44,15 @@ def _check_choice(owner: str, field: str, value: Any, choices: tuple) -> None:
         raise PolicyError(f'{owner}.{field}={value!r} is not one of {", ".join(choices)}.')
 
 
+def _check_registered(field: str, value: Any, registry: Registry) -> None:
+    names = registered(registry)
+    if not isinstance(value, str) or value not in names:
+        raise PolicyError(
+            f'activation.{field}={value!r} is not one of {", ".join(names)}. One of your own is '
+            'known once its module is imported; a config does that with custom_imports.'
+        )
+
+
 def _check_bits(owner: str, bits: Any) -> None:
     if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
         raise PolicyError(f'{owner}.bits={bits!r} must be an integer from 2 to 8.')
@@ -57,10 +69,11 @@ class ActSpec:
         signed: With ``zero_point='none'``: codes from ``-2**(bits-1)`` if True, from 0 if
             False (for tensors that are never negative). Ignored otherwise.
         granularity: ``'tensor'``, ``'channel'``, ``'head'`` or ``'token'``: what shares a scale.
-        observer: Calibration: ``'minmax'``, ``'percentile'`` or ``'mse'``.
+        observer: Calibration: ``'minmax'``, ``'percentile'``, ``'mse'``, or another entry of
+            ``gplq_mm.registry.OBSERVERS``.
         percentile: The two quantiles of the percentile observer, fractions of 1.
-        quantizer: ``'uniform'``, or ``'log_sqrt2'`` (powers of sqrt(2); attention
-            probabilities only, RepQ-ViT).
+        quantizer: ``'uniform'``, ``'log_sqrt2'`` (powers of sqrt(2); attention probabilities
+            only, RepQ-ViT), or another entry of ``gplq_mm.registry.QUANTIZERS``.
         tokens: Number of tokens, needed by ``granularity='token'`` where the layer itself does
             not know it (a Swin window does, a ViT does not).
         row_relative: Attention probabilities only: quantize them relative to the largest of
@@ -81,8 +94,8 @@ class ActSpec:
         _check_bits('activation', self.bits)
         _check_choice('activation', 'zero_point', self.zero_point, ZERO_POINTS)
         _check_choice('activation', 'granularity', self.granularity, GRANULARITIES)
-        _check_choice('activation', 'observer', self.observer, OBSERVERS)
-        _check_choice('activation', 'quantizer', self.quantizer, QUANTIZERS)
+        _check_registered('observer', self.observer, OBSERVERS)
+        _check_registered('quantizer', self.quantizer, QUANTIZERS)
         if not isinstance(self.percentile, (list, tuple)) or len(self.percentile) != 2:
             raise PolicyError(f'activation.percentile={self.percentile!r} must be two fractions.')
         object.__setattr__(self, 'percentile', tuple(self.percentile))
@@ -95,7 +108,8 @@ class ActSpec:
     @property
     def code_range(self) -> tuple[int, int]:
         """Smallest and largest code, both included."""
-        if self.zero_point == 'none' and self.signed and self.quantizer == 'uniform':
+        signed = self.signed and registered(QUANTIZERS)[self.quantizer].has_signed_codes
+        if self.zero_point == 'none' and signed:
             return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         return 0, 2**self.bits - 1
 
@@ -133,7 +147,7 @@ class WeightSpec:
         _check_bits('weight', self.bits)
         _check_choice('weight', 'layout', self.layout, LAYOUTS)
         _check_choice('weight', 'group_scale', self.group_scale, GROUP_SCALES)
-        _check_choice('weight', 'observer', self.observer, OBSERVERS)
+        _check_choice('weight', 'observer', self.observer, WEIGHT_OBSERVERS)
         if not isinstance(self.group_size, int) or self.group_size < 1:
             raise PolicyError(f'weight.group_size={self.group_size!r} must be a positive integer.')
         if not 0.5 < self.percentile <= 1:
@@ -340,8 +354,11 @@ class QuantPolicy:
             )
         if act.row_relative and kind != 'probs':
             raise PolicyError(f'{name}: row_relative is for "probs" only.')
-        if act.quantizer == 'log_sqrt2' and kind != 'probs':
-            raise PolicyError(f'{name}: the log_sqrt2 quantizer is for "probs" only.')
+        sites = registered(QUANTIZERS)[act.quantizer].sites
+        if kind not in sites:
+            raise PolicyError(
+                f'{name}: the {act.quantizer} quantizer is for {", ".join(sites)} only.'
+            )
         return SiteSpec(act, weight)
 
     def check_matched(self, names: list[str]) -> None:

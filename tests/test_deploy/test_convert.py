@@ -171,3 +171,17 @@ def test_quant_backbone_is_taken_off(backbone, size):
     with torch.no_grad():
         for found, expected in zip(deployed(x), wrapped(x), strict=True):
             assert_close_but_for_flips(found, expected)
+
+
+@torch.no_grad()
+def test_a_backbone_alone():
+    """mmpretrain's return nothing from train() and eval()."""
+    wrapped = QuantBackbone(copy.deepcopy(VIT_BACKBONE), policy=FAST)
+    randomize(wrapped)
+    calibrated(wrapped, images(8, seed=1))
+    quantize_weights(wrapped, [images(8, seed=1)], wrapped, RoundToNearest())
+    deployed = convert(wrapped)
+    assert not deployed.training
+    agreement = compare(wrapped, deployed, lambda model: model(images(4, seed=7)))
+    assert agreement.unequal == []
+    assert agreement.relative_error < 1e-4

@@ -11,6 +11,7 @@ from torch import nn
 from gplq_mm.layers import (
     QuantAttention,
     calibrate,
+    freeze_activations,
     quantize_model,
     quantizers_disabled,
     register_attention_adapter,
@@ -286,12 +287,13 @@ def test_unknown_attention_can_be_excluded():
     assert report.linear == ['attn.qkv']
 
 
-def test_a_registered_adapter_is_used(monkeypatch):
+@pytest.mark.parametrize('named', [StrangeAttention, f'{__name__}.StrangeAttention'])
+def test_a_registered_adapter_is_used(monkeypatch, named):
     monkeypatch.setattr(
         'gplq_mm.layers.attention_adapters.ATTENTION_ADAPTERS', dict(ATTENTION_ADAPTERS)
     )
 
-    @register_attention_adapter(f'{__name__}.StrangeAttention')
+    @register_attention_adapter(named)
     def adapt(module, specs, name):
         module.product = QuantAttention(specs, 1, None, name)
         module.forward = lambda x: module.product(
@@ -307,6 +309,29 @@ def test_a_registered_adapter_is_used(monkeypatch):
     with quantizers_disabled(model):
         torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(model(x), expected)
+
+
+@pytest.mark.parametrize(('queries', 'keys', 'width'), [(1, 9, 4), (6, 9, 4), (9, 9, 6)])
+def test_queries_may_look_at_other_tokens(queries, keys, width):
+    specs = dict.fromkeys(('q', 'k', 'v'), ActSpec(granularity='head'))
+    specs['probs'] = ActSpec(granularity='head', zero_point='none', signed=False, row_relative=True)
+    attention = QuantAttention(specs, HEADS, None, 'attn')
+    shapes = ((queries, 4), (keys, 4), (keys, width))
+    query, key, value = (torch.randn(2, HEADS, *shape) for shape in shapes)
+    with torch.no_grad():
+        calibrate(attention, lambda _index, _passes: attention(query, key, value))
+    learning = attention(query.requires_grad_(), key, value)
+    assert learning.shape == (2, HEADS, queries, width)
+    learning.sum().backward()
+    assert all(parameter.grad is not None for parameter in attention.parameters())
+    with quantizers_disabled(attention):
+        exact = nn.functional.scaled_dot_product_attention(query, key, value)
+        torch.testing.assert_close(attention(query, key, value), exact, rtol=1e-5, atol=1e-5)
+    freeze_activations(attention)
+    with torch.no_grad():
+        frozen = attention(query, key, value)
+    torch.testing.assert_close(frozen, learning.detach(), rtol=1e-5, atol=1e-5)
+    assert 0 < (frozen - exact).norm() < 0.3 * exact.norm()
 
 
 def test_dropout_acts_on_the_probabilities():

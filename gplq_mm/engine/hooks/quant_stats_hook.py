@@ -22,17 +22,11 @@ def quantizer_statistics(quantizer: ActQuantizer, x: Tensor, x_hat: Tensor) -> d
         x_hat: Its output for ``x``.
     """
     x, x_hat = x.float(), x_hat.float()
-    scale, offset = quantizer.grid()
-    offset = 0.0 if offset is None else offset
-    if quantizer.spec.quantizer == 'uniform':
-        low, high = scale * quantizer.qmin + offset, scale * quantizer.qmax + offset
-        clipped = (x < low - scale / 2) | (x > high + scale / 2)
-    else:
-        clipped = x > scale
+    scale, _ = quantizer.grid()
     noise = (x - x_hat).square().mean().clamp(min=1e-30)
     signal = x.square().mean().clamp(min=1e-30)
     return {
-        'clip_rate': float(clipped.float().mean()),
+        'clip_rate': float(quantizer.clips(x).float().mean()),
         'scale': float(scale.mean()),
         'sqnr_db': float(10 * torch.log10(signal / noise)),
     }

@@ -1,0 +1,126 @@
+"""The worked examples of the documentation run as they stand."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from doc_pages import DOCS, ROOT, blocks, name_of
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+
+from gplq_mm.layers import attention_adapters
+from gplq_mm.models import GPLQ
+from gplq_mm.registry import QUANTIZERS, WEIGHT_PTQ
+
+
+@pytest.fixture
+def own_registries(monkeypatch):
+    """What the examples register is forgotten."""
+    for registry in (QUANTIZERS, WEIGHT_PTQ):
+        registry.import_from_location()
+        monkeypatch.setattr(registry, '_module_dict', dict(registry.module_dict))
+    known = dict(attention_adapters.ATTENTION_ADAPTERS)
+    monkeypatch.setattr(attention_adapters, 'ATTENTION_ADAPTERS', known)
+
+
+def run_page(page: Path) -> dict:
+    """Runs the Python blocks of a page in order, in one namespace, which it returns."""
+    space = {'__name__': page.stem}
+    for block in blocks(page):
+        if block.language == 'python':
+            # Line numbers in a traceback are those of the page.
+            code = '\n' * (block.line - 1) + block.text
+            exec(compile(code, name_of(page), 'exec'), space)
+    return space
+
+
+def test_extending(own_registries):
+    space = run_page(DOCS / 'extending.md')
+    assert {'power_of_two'} <= set(QUANTIZERS.module_dict)
+    assert WEIGHT_PTQ.get('AdaRound') is space['AdaRound']
+    assert 'extending.SelfAttention' in attention_adapters.ATTENTION_ADAPTERS
+
+
+def test_a_config_imports_a_quantizer_of_ones_own(own_registries, tmp_path, monkeypatch):
+    quantizer = next(
+        code.text for code in blocks(DOCS / 'extending.md') if 'PowerOfTwoQuantizer' in code.text
+    )
+    (tmp_path / 'my_power_of_two.py').write_text(f'import torch\n{quantizer}')
+    config = tmp_path / 'my_gplq.py'
+    config.write_text(
+        f"_base_ = ['{ROOT}/configs/quickstart/gplq_vit_mnist.py']\n"
+        "custom_imports = dict(imports=['my_power_of_two'])\n"
+        "model = dict(teacher=False, policy=dict(activation=dict(quantizer='power_of_two')))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    cfg = Config.fromfile(config)
+    cfg.model.mimic = None
+    model = MODELS.build(cfg.model)
+    layer = model.architecture.backbone.layers[0].attn.qkv
+    assert type(layer.act_quantizer).__name__ == 'PowerOfTwoQuantizer'
+    sys.modules.pop('my_power_of_two')
+
+
+def test_an_example_that_does_not_hold_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr('doc_pages.ROOT', tmp_path)
+    page = tmp_path / 'page.md'
+    page.write_text('# A page\n\n```python\nassert 1 + 1 == 3\n```\n')
+    with pytest.raises(AssertionError):
+        run_page(page)
+
+
+# Page -> the name that its example gives the config it stands on, and the bases of that config.
+BASE = ROOT / 'configs' / '_base_'
+OWN_MODELS = {
+    'your-classifier.md': (
+        'my_model.py',
+        [
+            f'{BASE}/models/vit_mnist.py',
+            f'{BASE}/datasets/mnist5k.py',
+            'mmpretrain::_base_/default_runtime.py',
+        ],
+    ),
+    'your-detector.md': (
+        'my_detector.py',
+        [
+            f'{BASE}/models/mask-rcnn_swin_mnist.py',
+            f'{BASE}/datasets/mnist_scenes.py',
+            'mmdet::_base_/default_runtime.py',
+        ],
+    ),
+}
+# What an ordinary float config has, so that the example has to replace it.
+FLOAT_SCHEDULE = """
+optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1), clip_grad=dict(max_norm=1.0))
+param_scheduler = dict(type='MultiStepLR', milestones=[30])
+train_cfg = dict(by_epoch=True, max_epochs=100, val_interval=1)
+val_cfg = dict()
+test_cfg = dict()
+"""
+
+
+@pytest.mark.parametrize('page', OWN_MODELS)
+def test_the_config_of_a_page_builds_a_model(page, tmp_path):
+    name, bases = OWN_MODELS[page]
+    example = next(code.text for code in blocks(DOCS / page) if code.text.startswith('_base_'))
+    mine = tmp_path / 'mine'
+    mine.mkdir()
+    (mine / name).write_text(f'_base_ = {bases}\n{FLOAT_SCHEDULE}')
+    config = mine / 'my_gplq.py'
+    config.write_text(example.replace('../_base_', str(BASE)))
+    base, cfg = Config.fromfile(mine / name), Config.fromfile(config)
+    assert cfg.runner_type == 'gplq_mm.GPLQRunner'
+    assert (cfg.train_cfg.type, cfg.train_cfg.max_epochs) == ('gplq_mm.GPLQTrainLoop', 1)
+    assert cfg.train_dataloader.dataset.type == 'gplq_mm.SeededDataset'
+    assert cfg.train_dataloader.dataset.dataset == base.train_dataloader.dataset
+    assert cfg.train_dataloader.get('batch_sampler') is None
+    assert cfg.train_dataloader.sampler.type == 'gplq_mm.ResumableSampler'
+    assert 'clip_grad' not in cfg.optim_wrapper
+    assert cfg.param_scheduler is None
+    assert {'gplq_mm.CalibrationHook'} <= {hook.type for hook in cfg.custom_hooks}
+    assert cfg.default_hooks.checkpoint.type == 'gplq_mm.GPLQCheckpointHook'
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        model = MODELS.build(cfg.model)
+    assert type(model) is GPLQ
+    assert model.policy.label == 'w4a4'
+    assert len(model.quant_report.linear) > 10
