@@ -43,8 +43,10 @@ NO_COMPILER = (
 ONNX_REQUIREMENTS = ['onnx>=1.18', 'onnxscript>=0.5']
 # What tools/benchmark.py measures beside our own kernels.
 BENCH_REQUIREMENTS = [*ONNX_REQUIREMENTS, 'nncf>=3.0', 'onnxruntime>=1.20', 'openvino>=2026.0']
+TENSORBOARD_REQUIREMENTS = ['tensorboard>=2.15']
 DEV_REQUIREMENTS = [
     *ONNX_REQUIREMENTS,
+    *TENSORBOARD_REQUIREMENTS,
     'hypothesis',
     'onnxruntime>=1.20',
     'pytest',
@@ -168,6 +170,7 @@ setup(
         'bench': BENCH_REQUIREMENTS,
         'dev': DEV_REQUIREMENTS,
         'onnx': ONNX_REQUIREMENTS,
+        'tensorboard': TENSORBOARD_REQUIREMENTS,
     },
     ext_modules=KERNELS.get('ext_modules', []),
     options=KERNELS.get('options', {}),

@@ -18,6 +18,7 @@ from .functional import (
     fake_quantize_log_sqrt2,
     quantize,
     quantize_log_sqrt2,
+    to_steps,
 )
 from .observers import build_observer
 from .quantized_weight import QuantizedWeight
@@ -236,6 +237,11 @@ class ActQuantizer(LearnedQuantizer):
         self._require_scale()
         scale, offset = self.grid()
         return quantize(x.float(), scale, offset, self.qmin, self.qmax)
+
+    def steps(self, x: Tensor) -> Tensor:
+        """What :meth:`codes` rounds and clamps, float32."""
+        self._require_scale()
+        return to_steps(x.float(), *self.grid())
 
     def check_shape(self, x: Tensor) -> None:
         """Checks that the scale broadcasts to ``x``.
