@@ -32,12 +32,13 @@ def draw_weight_drift(analysis: Mapping) -> Figure | None:
     for key, color in (('mae', '#0072B2'), ('mse', '#D55E00')):
         values = [history[iteration][key] for iteration in iterations]
         top.plot(steps, values, 'o-', color=color, markersize=3, label=key.upper())
-    top.set_yscale('log')
+    # A weight that has not moved has no place on a logarithmic scale.
+    if any(history[iteration][key] > 0 for iteration in iterations for key in ('mae', 'mse')):
+        top.set_yscale('log')
     top.set_xlabel('iteration')
     top.set_ylabel('units of the weight')
     top.set_title('Deviation of the weights from the original, mean over layers')
     top.legend()
-    # A weight that has not moved has no place on a logarithmic scale.
     values = [[history[i]['layers'][name]['mae'] for i in iterations] for name in layers]
     positive = [value for row in values for value in row if value > 0]
     if positive:
@@ -92,7 +93,7 @@ def draw_watched(analysis: Mapping) -> Figure | None:
     names = [name for name in WATCHED if curves.get(name)]
     if not names:
         return None
-    figure, panels = new_figure(3.0 * len(names), height=2.6, columns=len(names))
+    figure, panels = new_figure(max(4.5, 3.0 * len(names)), height=2.6, columns=len(names))
     for axes, name in zip([panels] if len(names) == 1 else panels, names, strict=True):
         steps, values = zip(*curves[name], strict=True)
         axes.plot(steps, values, '.-', color='#0072B2', linewidth=1.2, markersize=4)
