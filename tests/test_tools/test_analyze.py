@@ -181,7 +181,9 @@ def test_a_second_analysis_leaves_nothing_of_the_first(tmp_path, undisturbed):
     assert not names & {'suggested_policy.py', 'suggested_policy.json', 'sensitivity.png'}
 
 
-def test_default_folder_and_worst_layers(tmp_path, undisturbed, capsys):
+def test_default_folder_and_worst_layers(tmp_path, undisturbed, capsys, monkeypatch):
+    # A narrow terminal folds the names.
+    monkeypatch.setenv('COLUMNS', '200')
     for name in ('w4a4.pth', 'summary.json'):
         shutil.copy(undisturbed['vit'] / name, tmp_path)
     path = config_file(tmp_path, gplq_config(tmp_path / 'w', tmp_path / 'gone.pth'))
