@@ -44,9 +44,11 @@ ONNX_REQUIREMENTS = ['onnx>=1.18', 'onnxscript>=0.5']
 # What tools/benchmark.py measures beside our own kernels.
 BENCH_REQUIREMENTS = [*ONNX_REQUIREMENTS, 'nncf>=3.0', 'onnxruntime>=1.20', 'openvino>=2026.0']
 DOCS_REQUIREMENTS = ['mkdocs>=1.6,<2.0', 'mkdocs-material>=9.7', 'mkdocstrings[python]>=1.0']
+TENSORBOARD_REQUIREMENTS = ['tensorboard>=2.15']
 DEV_REQUIREMENTS = [
     *DOCS_REQUIREMENTS,
     *ONNX_REQUIREMENTS,
+    *TENSORBOARD_REQUIREMENTS,
     'hypothesis',
     'model-index>=0.1.11',
     'onnxruntime>=1.20',
@@ -172,6 +174,7 @@ setup(
         'dev': DEV_REQUIREMENTS,
         'docs': DOCS_REQUIREMENTS,
         'onnx': ONNX_REQUIREMENTS,
+        'tensorboard': TENSORBOARD_REQUIREMENTS,
     },
     ext_modules=KERNELS.get('ext_modules', []),
     options=KERNELS.get('options', {}),

@@ -21,6 +21,7 @@ ALLOWED = {
     'datasets': {'registry'},
     'models': LOW | {'checkpoint', 'ops'},
     'deploy': LOW | BASE | {'ops', 'ptq', 'models'},
+    'report': set(),
     'engine': LOW | BASE | {'ops', 'ptq', 'evaluation', 'models', 'datasets'},
     'benchmark': {'checkpoint', 'deploy'},
     'zoo': BASE | {'evaluation', 'engine'},

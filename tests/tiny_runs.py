@@ -205,6 +205,12 @@ def read_summary(work_dir: Path) -> dict:
     return json.loads((Path(work_dir) / 'summary.json').read_text())
 
 
+def scalars_of(work_dir: Path) -> list[dict]:
+    """What the runs in a folder have sent to mmengine's ``LocalVisBackend``, line by line."""
+    files = sorted(Path(work_dir).glob('*/vis_data/scalars.json'))
+    return [json.loads(line) for path in files for line in path.read_text().splitlines()]
+
+
 def load(path: Path) -> dict:
     """A checkpoint, without running code from it."""
     return torch.load(path, map_location='cpu', weights_only=True)
@@ -233,8 +239,8 @@ def _rounded(value):
 
 def comparable(summary: dict) -> dict:
     """What of a summary must not depend on interruptions."""
-    keys = ('top1', 'weight_drift', 'ptq_error', 'feature_distance', 'calibration')
-    keys += ('weight_ptq', 'act_qat_iterations', 'policy')
+    keys = ('top1', 'weight_drift', 'weight_drift_history', 'ptq_error', 'feature_distance')
+    keys += ('calibration', 'weight_ptq', 'act_qat_iterations', 'policy')
     return {key: _rounded(summary[key]) for key in keys}
 
 

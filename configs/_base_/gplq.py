@@ -32,4 +32,5 @@ gplq_hooks = [
     dict(type='gplq_mm.CalibrationHook', num_images=128, batch_size=32),
     dict(type='gplq_mm.PCABasisHook', num_images=1024, batch_size=32),
     dict(type='gplq_mm.QuantStatsHook', interval=100),
+    dict(type='gplq_mm.WeightDriftHook', interval=200),
 ]

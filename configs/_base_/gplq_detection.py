@@ -37,6 +37,7 @@ gplq_train_cfg = dict(weight_ptq=dict(num_images=32, batch_size=1))
 gplq_hooks = [
     dict(type='gplq_mm.CalibrationHook', num_images=32, batch_size=1),
     dict(type='gplq_mm.QuantStatsHook', interval=100),
+    dict(type='gplq_mm.WeightDriftHook', interval=200),
     # Does nothing without model.mimic.
     dict(type='gplq_mm.PCABasisHook', num_images=64, batch_size=1),
 ]

@@ -44,4 +44,5 @@ custom_hooks = [
     dict(type='gplq_mm.CalibrationHook', num_images=64, batch_size=32),
     dict(type='gplq_mm.PCABasisHook', num_images=512, batch_size=32),
     dict(type='gplq_mm.QuantStatsHook', interval=50),
+    dict(type='gplq_mm.WeightDriftHook', interval=25),
 ]

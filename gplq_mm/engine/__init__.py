@@ -1,5 +1,6 @@
 """Runner, loops, hooks and optimizer settings of GPLQ and of direct QAT."""
 
+from .analysis import AnalysisSettings, analyze
 from .calibration_set import CalibrationError, CalibrationSet
 from .class_count import ClassCountError, ClassCountHook, check_class_count
 from .errors import one_line_errors
@@ -9,18 +10,20 @@ from .hooks import (
     GPLQCheckpointHook,
     PCABasisHook,
     QuantStatsHook,
-    quantizer_statistics,
+    WeightDriftHook,
 )
 from .loops import DirectQATLoop, GPLQTrainLoop, QuantTrainLoop
 from .mask_check import MaskCheckHook, MaskError
 from .optim import Bf16OptimWrapper, GPLQOptimWrapperConstructor
 from .progress import track
 from .ranks import one_of_the_ranks
-from .run_record import RunRecord, headline_metrics, print_summary
+from .run_files import read_run
+from .run_record import RunRecord, headline_metrics, print_summary, result_rows
 from .runner import GPLQRunner
 from .weights import load_run_weights, unwrap
 
 __all__ = [
+    'AnalysisSettings',
     'Bf16OptimWrapper',
     'CalibrationError',
     'CalibrationHook',
@@ -39,13 +42,16 @@ __all__ = [
     'QuantStatsHook',
     'QuantTrainLoop',
     'RunRecord',
+    'WeightDriftHook',
+    'analyze',
     'check_class_count',
     'headline_metrics',
     'load_run_weights',
     'one_line_errors',
     'one_of_the_ranks',
     'print_summary',
-    'quantizer_statistics',
+    'read_run',
+    'result_rows',
     'track',
     'unwrap',
 ]

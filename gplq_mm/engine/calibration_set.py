@@ -126,15 +126,23 @@ class CalibrationSet:
             num_images: Only the first ones, counted over all ranks. Defaults to all.
             description: Shown with the progress; silent if empty.
         """
-        rank, world_size = rank_and_world_size()
-        own = self.indices[: num_images or len(self.indices)][rank::world_size]
         loader = DataLoader(
-            Subset(self.dataset, own),
+            Subset(self.dataset, self._own(num_images)),
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             collate_fn=pseudo_collate,
         )
         return track(loader, len(loader), description) if description else iter(loader)
+
+    def _own(self, num_images: int | None = None) -> list[int]:
+        """This rank's share of the first images."""
+        rank, world_size = rank_and_world_size()
+        return self.indices[: num_images or len(self.indices)][rank::world_size]
+
+    @property
+    def num_batches(self) -> int:
+        """How many batches of all images this rank has."""
+        return -(-len(self._own()) // self.batch_size)
 
     def describe(self) -> dict:
         """Plain data for checkpoints and summaries."""

@@ -20,7 +20,7 @@ from rich.progress import (
 
 from ..ptq import Progress as PTQProgress
 
-__all__ = ['show_weight_ptq', 'track']
+__all__ = ['show_steps', 'show_weight_ptq', 'track']
 
 Item = TypeVar('Item')
 SECONDS_BETWEEN_LINES = 10.0
@@ -61,6 +61,17 @@ def track(items: Iterable[Item], total: int, description: str) -> Iterator[Item]
                 f'{description}: {done}/{total}, {now - start:.0f} s elapsed, '
                 f'{remaining:.0f} s remaining'
             )
+
+
+@contextmanager
+def show_steps(total: int, description: str) -> Iterator[Callable[[], None]]:
+    """:func:`track` for what is no loop: gives a function to call after each of ``total`` steps."""
+    ticks = track(range(total), total, description)
+    next(ticks, None)
+    try:
+        yield lambda: next(ticks, None)
+    finally:
+        ticks.close()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from ..checkpoint import atomic_write_text
 from ..version import __version__
 from .stage_clock import StageClock
 
-__all__ = ['RunRecord', 'print_summary', 'write_summary']
+__all__ = ['RunRecord', 'print_summary', 'result_rows', 'write_summary']
 
 
 @dataclass
@@ -27,6 +27,7 @@ class RunRecord:
         weight_ptq: Seed and ids of the images of Stage 2, and R^2 of the compensations.
         pca: Number of components, explained variance and spectrum.
         weight_drift: Result of :func:`gplq_mm.evaluation.weight_drift`.
+        weight_drift_history: The same by iteration, of :class:`WeightDriftHook`.
         ptq_error: ``without_stage1`` and ``with_stage1`` (before and after training), of
             ``layer_output_error``.
         feature_distance: Stage to the result of :func:`gplq_mm.evaluation.feature_distance`.
@@ -39,6 +40,7 @@ class RunRecord:
     weight_ptq: dict = field(default_factory=dict)
     pca: dict = field(default_factory=dict)
     weight_drift: dict = field(default_factory=dict)
+    weight_drift_history: dict = field(default_factory=dict)
     ptq_error: dict = field(default_factory=dict)
     feature_distance: dict = field(default_factory=dict)
     act_qat_from: str | None = None
@@ -114,6 +116,7 @@ def write_summary(path: Path, record: RunRecord, extra: dict) -> dict:
         'seconds': record.clock.seconds,
         'peak_memory_mb': record.clock.peak_memory_mb,
         'weight_drift': record.weight_drift,
+        'weight_drift_history': record.weight_drift_history,
         'ptq_error': record.ptq_error,
         'feature_distance': record.feature_distance,
         'pca': record.pca,
@@ -137,6 +140,32 @@ TITLES = {
 DIRECT_TITLES = {'latent_fp32': 'latent FP32 after direct QAT', 'final': 'direct QAT'}
 
 
+def result_rows(summary: dict) -> list[dict]:
+    """The main table: one row for each stage that was evaluated.
+
+    Args:
+        summary: Content of ``summary.json``.
+
+    Returns:
+        ``title``, ``bits``, ``metrics`` (name -> value), and ``feature_distance`` or None.
+    """
+    titles = {**TITLES, **(DIRECT_TITLES if summary.get('direct') else {})}
+    headlines = headline_metrics(summary['metrics'])
+    rows = []
+    for row, stage in summary['stages'].items():
+        if stage not in summary['metrics']:
+            continue
+        rows.append(
+            {
+                'title': titles[row],
+                'bits': stage_bits(stage),
+                'metrics': {name: values[stage] for name, values in headlines.items()},
+                'feature_distance': summary['feature_distance'].get(stage, {}).get('relative_l2'),
+            }
+        )
+    return rows
+
+
 def print_summary(summary: dict, console: Console | None = None) -> None:
     """Prints the result tables.
 
@@ -145,21 +174,18 @@ def print_summary(summary: dict, console: Console | None = None) -> None:
         console: Where to. Defaults to standard output.
     """
     console = console or Console()
-    titles = {**TITLES, **(DIRECT_TITLES if summary.get('direct') else {})}
-    headlines = headline_metrics(summary['metrics'])
+    rows = result_rows(summary)
     table = Table(title='accuracy')
     table.add_column('model')
     table.add_column('bits')
-    for metric in headlines:
+    for metric in rows[0]['metrics'] if rows else ():
         table.add_column(metric, justify='right')
     table.add_column('feature distance', justify='right')
-    for row, stage in summary['stages'].items():
-        if stage not in summary['metrics']:
-            continue
-        distance = summary['feature_distance'].get(stage, {}).get('relative_l2')
-        cells = [f'{values[stage]:.2f}' for values in headlines.values()]
+    for row in rows:
+        distance = row['feature_distance']
+        cells = [f'{value:.2f}' for value in row['metrics'].values()]
         table.add_row(
-            titles[row], stage_bits(stage), *cells, '' if distance is None else f'{distance:.3f}'
+            row['title'], row['bits'], *cells, '' if distance is None else f'{distance:.3f}'
         )
     console.print(table)
 

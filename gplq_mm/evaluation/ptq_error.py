@@ -13,7 +13,7 @@ from ..layers import (
     quantizers_disabled,
     weights_disabled,
 )
-from ..quant.reduce import all_reduce_sum
+from .error_sums import ErrorSums
 
 __all__ = ['layer_output_error']
 
@@ -45,7 +45,7 @@ def layer_output_error(
         RuntimeError: If a weight is not quantized.
     """
     layers = quant_layers(model)
-    sums = {name: torch.zeros(3, dtype=torch.float64) for name in layers}
+    sums = {name: ErrorSums() for name in layers}
     for name, layer in layers.items():
         if not layer.weight_quantizer.is_quantized:
             raise RuntimeError(f'{name} has no quantized weight; run Stage 2 first.')
@@ -54,15 +54,8 @@ def layer_output_error(
         layer.weight_quantizer.enabled, before = True, layer.act_quantizer.enabled
         layer.act_quantizer.enabled = True
         # Not through __call__: that would come back here.
-        difference = (layer.forward(args[0]) - output).double()
+        sums[name].add(layer.forward(args[0]), output)
         layer.weight_quantizer.enabled, layer.act_quantizer.enabled = False, before
-        sums[name] += torch.stack(
-            (
-                difference.abs().sum(),
-                difference.square().sum(),
-                torch.tensor(float(difference.numel()), device=difference.device),
-            )
-        ).cpu()
 
     context = weights_disabled(model) if activations_quantized else quantizers_disabled(model)
     with ExitStack() as stack:
@@ -74,10 +67,8 @@ def layer_output_error(
             stack.callback(handle.remove)
         for batch in batches:
             forward(batch)
-    result = {}
-    for name, value in sums.items():
-        absolute, square, count = all_reduce_sum(value).tolist()
-        result[name] = {'mae': absolute / max(count, 1), 'mse': square / max(count, 1)}
+    errors = {name: value.reduce() for name, value in sums.items()}
+    result = {name: {'mae': e['mae'], 'mse': e['mse']} for name, e in errors.items()}
     count = max(len(result), 1)
     return {
         'mae': sum(value['mae'] for value in result.values()) / count,

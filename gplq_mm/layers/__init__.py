@@ -15,6 +15,7 @@ from .int4_weight import DeployError, Int4WeightLayer
 from .linear import QuantLinear
 from .over_ranks import train_over_ranks
 from .replace import QuantReport, find_blocks, quant_layers, quantize_model
+from .replaced import replaced_forward
 from .states import (
     act_quantizers,
     calibrate,
@@ -63,6 +64,7 @@ __all__ = [
     'quantize_model',
     'quantizers_disabled',
     'register_attention_adapter',
+    'replaced_forward',
     'require_frozen',
     'set_saved_bytes',
     'train_over_ranks',

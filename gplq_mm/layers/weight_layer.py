@@ -74,10 +74,14 @@ class QuantWeightLayer(nn.Module):
         raise NotImplementedError
 
     def operand(self, x: Tensor) -> Tensor:
-        """What Stage 2 multiplies with the weight: codes (folded) or x_hat (raw), shape of x."""
+        """What Stage 2 multiplies with the weight: codes (folded) or x_hat (raw), shape of x.
+
+        With the activation quantizer switched off nothing is rounded: codes are real numbers.
+        """
         if not self.is_folded:
             return self.act_quantizer(x).float()
-        codes = self.act_quantizer.codes(x)
+        quantizer = self.act_quantizer
+        codes = quantizer.codes(x) if quantizer.enabled else quantizer.steps(x)
         if self.act_quantizer.spec.zero_point == 'integer':
             codes = codes - self.act_quantizer.zero_point
         return codes
@@ -214,7 +218,7 @@ class QuantWeightLayer(nn.Module):
         if not self.weight_is_quantized:
             return self._multiply(self.act_quantizer(x), self.training_weight(), self.bias)
         with torch.autocast(x.device.type, enabled=False):
-            if not self.is_folded or not self.act_quantizer.enabled:
+            if not self.is_folded:
                 out = self._multiply(
                     self.act_quantizer(x).float(), self.dequantized_weight(), self.bias
                 )

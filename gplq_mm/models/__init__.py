@@ -4,6 +4,7 @@ from .feature_cache import FeatureCache
 from .feature_store import FeatureStore, FeatureStoreError, FeatureStoreUnavailableError
 from .feature_tap import FeatureTap
 from .gplq import GPLQ, NonFiniteLossError
+from .network_outputs import NetworkOutputs
 from .pca_mimic_loss import PCAMimicLoss, feature_rows
 from .quant_backbone import QuantBackbone
 from .simple_feature_pyramid import SimpleFeaturePyramid
@@ -17,6 +18,7 @@ __all__ = [
     'FeatureStoreError',
     'FeatureStoreUnavailableError',
     'FeatureTap',
+    'NetworkOutputs',
     'NonFiniteLossError',
     'PCAMimicLoss',
     'QuantBackbone',

@@ -8,8 +8,8 @@ head, once a level).
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import compiled_products, find_blocks, quant_layers
+from ..layers import compiled_products, find_blocks, quant_layers, replaced_forward
 from .tensor_store import Memory, TensorStore
 
 __all__ = ['Stream', 'Trace', 'find_units', 'last_readers', 'trace_units']
@@ -25,19 +25,6 @@ __all__ = ['Stream', 'Trace', 'find_units', 'last_readers', 'trace_units']
 
 class _StopForward(Exception):
     """Ends a forward once the wanted input has been seen."""
-
-
-@contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
-    # An instance attribute hides the class's forward; hooks of the module still run, so the
-    # compensation must be replayed below them.
-    hooks, module._forward_hooks = module._forward_hooks, type(module._forward_hooks)()
-    module.__dict__['forward'] = forward
-    try:
-        yield
-    finally:
-        del module.__dict__['forward']
-        module._forward_hooks = hooks
 
 
 @dataclass
@@ -223,8 +210,8 @@ class Stream:
             for name in self.units[:position]:
                 source = self.outputs if name in self.outputs else self.shapes
                 replay = _Replay(name, source[name][index], copies=not self._ends(name, position))
-                stack.enter_context(_replaced_forward(self.model.get_submodule(name), replay))
-            stack.enter_context(_replaced_forward(module, stop))
+                stack.enter_context(replaced_forward(self.model.get_submodule(name), replay))
+            stack.enter_context(replaced_forward(module, stop))
             with suppress(_StopForward):
                 self.forward(self.batches[index])
         if len(captured) != wanted:
@@ -306,7 +293,7 @@ def last_readers(model: nn.Module, trace: Trace, run_one: Callable[[], Any]) -> 
                     # Such that neither a value nor, for scores and boxes, the order stays.
                     values = [1 - value for value in values]
                 replay = _Replay(name, values, partial(see, name=name))
-                stack.enter_context(_replaced_forward(model.get_submodule(name), replay))
+                stack.enter_context(replaced_forward(model.get_submodule(name), replay))
             # Other boxes may lead the model another way, or nowhere; what it does not reach then
             # counts as reading this output, and an error of its own comes back in `capture`.
             with suppress(Exception):

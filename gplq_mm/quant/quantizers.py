@@ -18,6 +18,7 @@ from .functional import (
     fake_quantize_log_sqrt2,
     quantize,
     quantize_log_sqrt2,
+    to_steps,
 )
 from .observers import build_observer
 from .reduce import rank_and_world_size
@@ -301,6 +302,11 @@ class ActQuantizer(LearnedQuantizer):
         scale, offset = self.grid()
         steps = x if offset is None else x - offset
         return (steps < (self.qmin - 0.5) * scale) | (steps > (self.qmax + 0.5) * scale)
+
+    def steps(self, x: Tensor) -> Tensor:
+        """What :meth:`codes` rounds and clamps, float32."""
+        self._require_scale()
+        return to_steps(x.float(), *self.grid())
 
     def check_shape(self, x: Tensor) -> None:
         """Checks that the scale broadcasts to ``x``.

@@ -1,13 +1,12 @@
 """What is logged about the activation quantizers while they learn."""
 
-import json
 import math
 
 import pytest
 import torch
-from tiny_runs import gplq_config, run
+from tiny_runs import gplq_config, run, scalars_of
 
-from gplq_mm.engine import quantizer_statistics
+from gplq_mm.evaluation import quantizer_statistics
 from gplq_mm.layers import act_quantizers
 from gplq_mm.quant import QuantState
 
@@ -21,13 +20,8 @@ def run_dir(tmp_path_factory, float_checkpoints):
     return work_dir, runner
 
 
-def scalars(work_dir) -> list[dict]:
-    file = next(work_dir.glob('*/vis_data/scalars.json'))
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 def test_log_has_clip_rate_scale_and_sqnr(run_dir):
-    lines = [line for line in scalars(run_dir[0]) if 'quant_clip_rate' in line]
+    lines = [line for line in scalars_of(run_dir[0]) if 'quant_clip_rate' in line]
     assert lines
     for line in lines:
         assert 0 <= line['quant_clip_rate'] < 0.5
@@ -37,7 +31,7 @@ def test_log_has_clip_rate_scale_and_sqnr(run_dir):
 
 def test_log_has_every_layer_at_the_interval(run_dir):
     key = 'quant/backbone.layers.0.attn.qkv.act_quantizer/sqnr_db'
-    steps = [line['step'] for line in scalars(run_dir[0]) if key in line]
+    steps = [line['step'] for line in scalars_of(run_dir[0]) if key in line]
     assert steps == [1, 3, 5]
 
 

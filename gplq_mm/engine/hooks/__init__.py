@@ -4,7 +4,8 @@ from .calibration_hook import CalibrationHook
 from .checkpoint_hook import GPLQCheckpointHook
 from .feature_cache_hook import FeatureCacheHook
 from .pca_basis_hook import PCABasisHook
-from .quant_stats_hook import QuantStatsHook, quantizer_statistics
+from .quant_stats_hook import QuantStatsHook
+from .weight_drift_hook import WeightDriftHook
 
 __all__ = [
     'CalibrationHook',
@@ -12,5 +13,5 @@ __all__ = [
     'GPLQCheckpointHook',
     'PCABasisHook',
     'QuantStatsHook',
-    'quantizer_statistics',
+    'WeightDriftHook',
 ]

@@ -45,23 +45,28 @@ class CalibrationHook(Hook):
             raise TypeError('CalibrationHook calibrates a GPLQ model; remove it from this config.')
         if model.stage >= Stage.CALIBRATED:
             return
-        images = CalibrationSet.from_runner(
+        images = self.images(runner)
+        record = getattr(runner.train_loop, 'record', None)
+        with record.clock.stage('calibration') if record is not None else torch.no_grad():
+            self.calibrate(model, images)
+        if record is not None:
+            record.calibration = images.describe()
+        runner.logger.info(f'calibrated on {len(images.indices)} images: {model.quant_report}')
+
+    def images(self, runner) -> CalibrationSet:
+        """The images of the config, in the pipeline of evaluation."""
+        return CalibrationSet.from_runner(
             runner,
             self.num_images,
             batch_size=self.batch_size,
             seed=self.seed,
             dataset=self.dataset,
         )
-        record = getattr(runner.train_loop, 'record', None)
-        with record.clock.stage('calibration') if record is not None else torch.no_grad():
-            self._run(model, images)
-        if record is not None:
-            record.calibration = images.describe()
-        runner.logger.info(f'calibrated on {len(images.indices)} images: {model.quant_report}')
 
     @staticmethod
     @torch.no_grad()
-    def _run(model: GPLQ, images: CalibrationSet) -> None:
+    def calibrate(model: GPLQ, images: CalibrationSet) -> None:
+        """Fills scales and zero-points of a model from images, and enters the stage."""
         model.eval()
 
         def run_pass(index: int, passes: int) -> None:

@@ -1,35 +1,14 @@
 """Watches the activation quantizers while they learn."""
 
-import torch
 from mmengine.hooks import Hook
-from torch import Tensor
 
+from ...evaluation import quantizer_statistics
 from ...layers import act_quantizers
-from ...quant import ActQuantizer, QuantState
+from ...quant import QuantState
 from ...registry import HOOKS
 from ..weights import unwrap
 
-__all__ = ['QuantStatsHook', 'quantizer_statistics']
-
-
-@torch.no_grad()
-def quantizer_statistics(quantizer: ActQuantizer, x: Tensor, x_hat: Tensor) -> dict[str, float]:
-    """Clip rate, mean scale and SQNR (dB) of one quantizer on one input.
-
-    Args:
-        quantizer: A calibrated quantizer.
-        x: Its input.
-        x_hat: Its output for ``x``.
-    """
-    x, x_hat = x.float(), x_hat.float()
-    scale, _ = quantizer.grid()
-    noise = (x - x_hat).square().mean().clamp(min=1e-30)
-    signal = x.square().mean().clamp(min=1e-30)
-    return {
-        'clip_rate': float(quantizer.clips(x).float().mean()),
-        'scale': float(scale.mean()),
-        'sqnr_db': float(10 * torch.log10(signal / noise)),
-    }
+__all__ = ['QuantStatsHook']
 
 
 @HOOKS.register_module()

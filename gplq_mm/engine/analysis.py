@@ -1,0 +1,207 @@
+"""The diagnostics of one checkpoint, one after the other, as plain data."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..evaluation import (
+    activation_statistics,
+    layer_sqnr,
+    mean_bits,
+    network_sensitivity,
+    number_of_steps,
+    quant_sites,
+    scale_histogram,
+    weight_counts,
+    weights_are_quantized,
+)
+from ..models import GPLQ, NetworkOutputs, Stage
+from ..ptq import RoundToNearest, round_weights
+from .calibration_set import CalibrationSet
+from .hooks import CalibrationHook
+from .progress import show_steps
+from .suggestion import Budget, activation_budget, suggest_policy, weight_budget
+from .weights import unwrap
+
+__all__ = ['AnalysisSettings', 'analyze']
+
+# Other images than those that calibration (seed 0) has seen first.
+SEED = 1
+IMAGES = {'classifier': 64, 'detector': 8}
+
+
+@dataclass(frozen=True)
+class AnalysisSettings:
+    """What to analyse.
+
+    Attributes:
+        num_images: Training images; None takes 64 for a classifier and 8 for a detector.
+        sensitivity: Whether to quantize layer by layer, the long part.
+        round_weights: Whether weights that the checkpoint has not quantized are rounded to
+            nearest for the analysis. A budget for weights implies it.
+        budget_mb: Budget of the packed file without header and compensation, 10^6 bytes.
+        weight_bits: Instead, budget of the mean width of weights.
+        activation_bits: Budget of the mean width of activations, by number of values.
+        widths: Widths to choose from.
+    """
+
+    num_images: int | None = None
+    sensitivity: bool = True
+    round_weights: bool = False
+    budget_mb: float | None = None
+    weight_bits: float | None = None
+    activation_bits: float | None = None
+    widths: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether any budget is given."""
+        return any(
+            value is not None for value in (self.budget_mb, self.weight_bits, self.activation_bits)
+        )
+
+
+@torch.no_grad()
+def analyze(runner, path: str, settings: AnalysisSettings) -> dict:
+    """Analyses a checkpoint of any state.
+
+    Args:
+        runner: Runner of the config, with its training and validation data.
+        path: The checkpoint: of a GPLQ run, or the FP32 one, which is then calibrated as the
+            config says.
+        settings: What to do.
+
+    Returns:
+        Plain data: ``state``, ``notes`` (sentences), ``images``, ``bits``, ``layers`` (widths,
+        numbers of weights, errors), ``activations``, ``scale_histogram``; ``sensitivity`` and
+        ``suggestion`` or None; ``record``, what the run has kept in the checkpoint.
+
+    Raises:
+        CheckpointError: If it cannot be read or is of another model.
+        TypeError: If the config is not that of a GPLQ model.
+        BudgetError: If a budget is out of reach.
+    """
+    model = unwrap(runner.model)
+    if not isinstance(model, GPLQ):
+        raise TypeError(
+            'the analysis needs the config of a GPLQ run (model.type=gplq_mm.GPLQ), which says '
+            'what is quantized; this one builds a float model.'
+        )
+    checkpoint = runner.load_checkpoint(path)
+    model.eval()
+    architecture, observe = model.architecture, NetworkOutputs(model)
+    notes: list[str] = []
+    state = _prepare(runner, model, settings, notes)
+    kind = 'detector' if observe.is_detector else 'classifier'
+    images = CalibrationSet.from_runner(
+        runner,
+        settings.num_images or IMAGES[kind],
+        batch_size=_calibration_hook(runner).batch_size,
+        seed=SEED,
+    )
+
+    def batches(description: str = '') -> Iterator[dict]:
+        for batch in images.batches(description=description):
+            yield model.data_preprocessor(batch, False)
+
+    # Before all that takes time, so that a wrong budget is told at once.
+    weights = _weight_budget(architecture, settings)
+    statistics = activation_statistics(architecture, batches('activation quantizers'), observe)
+    activations = _activation_budget(architecture, settings, statistics)
+    errors = layer_sqnr(architecture, batches('errors of layers'), observe)
+    sensitivity = suggestion = None
+    if settings.sensitivity:
+        steps = number_of_steps(architecture) * images.num_batches
+        with show_steps(steps, 'sensitivity of layers') as step:
+            sensitivity = network_sensitivity(architecture, batches(), observe, step)
+        policy = runner.cfg.model.get('policy')
+        suggestion = suggest_policy(
+            architecture,
+            {} if policy is None else policy.to_dict(),
+            next(batches()),
+            observe,
+            sensitivity,
+            weights,
+            activations,
+        )
+    return {
+        'state': state,
+        'kind': kind,
+        'notes': notes,
+        'images': images.describe(),
+        'bits': mean_bits(architecture, {n: v['values'] for n, v in statistics.items()}),
+        'layers': _layers(architecture, errors),
+        'activations': statistics,
+        'scale_histogram': scale_histogram(architecture),
+        'sensitivity': sensitivity,
+        'suggestion': suggestion,
+        'record': checkpoint.get('gplq', {}).get('record', {}),
+    }
+
+
+def _calibration_hook(runner) -> CalibrationHook:
+    """The calibration of the config, or one with default settings."""
+    return next((h for h in runner.hooks if isinstance(h, CalibrationHook)), CalibrationHook())
+
+
+def _prepare(runner, model: GPLQ, settings: AnalysisSettings, notes: list[str]) -> str:
+    """Gives the model what the checkpoint lacks, and says so."""
+    state = model.state_name
+    if model.stage == Stage.FLOAT:
+        hook = _calibration_hook(runner)
+        hook.calibrate(model, hook.images(runner))
+        notes.append(
+            'The checkpoint is a float one. Its activation quantizers were calibrated for this '
+            f'analysis on {hook.num_images} images, as the config says.'
+        )
+    elif model.stage == Stage.CALIBRATED:
+        state = 'calibrated'
+    wants = settings.round_weights
+    wants |= settings.budget_mb is not None or settings.weight_bits is not None
+    if not weights_are_quantized(model.architecture):
+        if wants:
+            round_weights(model.architecture, RoundToNearest())
+            notes.append(
+                'The checkpoint has no quantized weights. They were rounded to nearest for this '
+                'analysis; Stage 2 makes smaller errors.'
+            )
+        else:
+            notes.append(
+                'The checkpoint has no quantized weights, so this is about activations alone. '
+                '--round-weights rounds them for the analysis.'
+            )
+    return state
+
+
+def _weight_budget(architecture: nn.Module, settings: AnalysisSettings) -> Budget | None:
+    given = settings.budget_mb is not None or settings.weight_bits is not None
+    if not settings.sensitivity or not (given or not settings.has_budget):
+        return None
+    if not weights_are_quantized(architecture):
+        return None
+    return weight_budget(architecture, settings.widths, settings.budget_mb, settings.weight_bits)
+
+
+def _activation_budget(
+    architecture: nn.Module, settings: AnalysisSettings, statistics: Mapping[str, Mapping]
+) -> Budget | None:
+    if not settings.sensitivity or (settings.has_budget and settings.activation_bits is None):
+        return None
+    return activation_budget(architecture, statistics, settings.widths, settings.activation_bits)
+
+
+def _layers(architecture: nn.Module, errors: Mapping[str, Mapping]) -> dict[str, dict]:
+    counts = weight_counts(architecture)
+    layers = {}
+    for name, site in quant_sites(architecture).items():
+        bits = {operand: quantizer.spec.bits for operand, quantizer in site.activations.items()}
+        layers[name] = {
+            'kind': site.kind,
+            'activation_bits': bits,
+            'weight_bits': None if site.weight is None else site.weight.spec.bits,
+            'num_weights': counts.get(name, 0),
+            'errors': dict(errors.get(name, {})),
+        }
+    return layers

@@ -1,0 +1,92 @@
+"""The places of a model that are quantized, and how to switch one of them on alone."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..layers import QuantAttention, QuantWeightLayer
+from ..layers.attention import OPERANDS
+from ..layers.replace import kind_of
+from ..quant import ActQuantizer, QuantState, WeightQuantizer
+
+__all__ = ['Site', 'quant_sites', 'weights_are_quantized']
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer with a weight, or the products of an attention.
+
+    Attributes:
+        name: Full name of the layer, as policies know it.
+        path: Name of the module; of an attention that of the child that multiplies.
+        kind: ``'linear'``, ``'conv'`` or ``'attention'``.
+        module: The module.
+        activations: Its activation quantizers by operand: ``'input'``, or ``'q'`` to ``'probs'``.
+        weight: Its weight quantizer; None of an attention.
+    """
+
+    name: str
+    path: str
+    kind: str
+    module: QuantWeightLayer | QuantAttention
+    activations: dict[str, ActQuantizer]
+    weight: WeightQuantizer | None
+
+    @property
+    def has_quantized_weight(self) -> bool:
+        """Whether there are integers, or a learned quantizer that simulates them."""
+        if self.weight is None:
+            return False
+        learned = self.weight.learned
+        return self.weight.is_quantized or (
+            learned is not None and learned.state >= QuantState.LEARNING
+        )
+
+    @contextmanager
+    def quantized(self, weights: bool, activations: bool) -> Iterator[None]:
+        """Context in which this site alone is quantized; around it all quantizers must be off.
+
+        Args:
+            weights: Whether its weight is.
+            activations: Whether its activations are.
+        """
+        switched = [*self.activations.values()] if activations else []
+        if weights and self.weight is not None:
+            switched.append(self.weight)
+        for module in switched:
+            module.enabled = True
+        try:
+            yield
+        finally:
+            for module in switched:
+                module.enabled = False
+
+
+def quant_sites(model: nn.Module) -> dict[str, Site]:
+    """All sites by name, in definition order."""
+    sites = {}
+    for path, module in model.named_modules():
+        if isinstance(module, QuantWeightLayer):
+            quantizers = {'input': module.act_quantizer}
+            weight, kind = module.weight_quantizer, kind_of(module)
+            sites[path] = Site(path, path, kind, module, quantizers, weight)
+        elif isinstance(module, QuantAttention):
+            quantizers = {
+                operand: getattr(module, operand)
+                for operand in OPERANDS
+                if isinstance(getattr(module, operand), ActQuantizer)
+            }
+            name = next(iter(quantizers.values())).site.rpartition('.')[0]
+            sites[name] = Site(name, path, 'attention', module, quantizers, None)
+    return sites
+
+
+def weights_are_quantized(model: nn.Module) -> bool:
+    """Whether every layer has a quantized weight."""
+    return all(
+        site.has_quantized_weight
+        for site in quant_sites(model).values()
+        if site.kind != 'attention'
+    )

@@ -1,0 +1,259 @@
+"""The pictures of an analysis."""
+
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from .curves import draw_losses, draw_pca, draw_watched, draw_weight_drift
+from .style import COLORS, label_rows, new_figure, styled, to_png
+
+__all__ = ['FIGURES', 'draw_figures', 'metric_label']
+
+CASES = ('weights', 'activations', 'both')
+CASE_LABELS = {
+    'weights': 'weights quantized',
+    'activations': 'activations quantized',
+    'both': 'both',
+}
+OPERANDS = {
+    'input': 'input of a layer',
+    'q': 'q',
+    'k': 'k',
+    'v': 'v',
+    'probs': 'attention probabilities',
+}
+
+
+def draw_figures(analysis: Mapping[str, Any]) -> dict[str, bytes]:
+    """Draws what the data of an analysis allow.
+
+    Args:
+        analysis: Content of ``analysis.json``.
+
+    Returns:
+        Name -> PNG file, in the order in which they are to be read.
+    """
+    pictures = {}
+    with styled():
+        for name, draw in DRAWERS.items():
+            figure = draw(analysis)
+            if figure is not None:
+                pictures[name] = to_png(figure)
+    return pictures
+
+
+def draw_sqnr(analysis: Mapping) -> Figure | None:
+    """SQNR at every layer's output."""
+    layers = {name: layer['errors'] for name, layer in analysis['layers'].items()}
+    layers = {name: errors for name, errors in layers.items() if errors}
+    if not layers:
+        return None
+    names = list(layers)
+    figure, axes = new_figure(8, rows=len(names))
+    for case in CASES:
+        points = [
+            (layers[name][case]['sqnr_db'], row)
+            for row, name in enumerate(names)
+            if layers[name].get(case, {}).get('sqnr_db') is not None
+        ]
+        if points:
+            axes.scatter(
+                *zip(*points, strict=True),
+                s=26 if case == 'both' else 20,
+                marker='|' if case == 'both' else 'o',
+                linewidths=1.6 if case == 'both' else 0,
+                color=COLORS[case],
+                label=CASE_LABELS[case],
+                zorder=3,
+            )
+    label_rows(axes, names)
+    axes.set_xlabel("SQNR at the layer's output (dB; larger is better)")
+    axes.set_title('Signal-to-quantization-noise ratio, input of the float model')
+    axes.legend(loc='upper center', bbox_to_anchor=(0.4, -0.45 / figure.get_figheight()), ncol=3)
+    return figure
+
+
+def draw_sensitivity(analysis: Mapping) -> Figure | None:
+    """Effect of every layer alone, the largest on top."""
+    sensitivity = analysis.get('sensitivity')
+    if not sensitivity:
+        return None
+    cost = sensitivity['cost']
+    names = sorted(cost, key=lambda name: -sum(cost[name].values()))
+    figure, axes = new_figure(8, rows=len(names))
+    for part in ('weights', 'activations'):
+        points = [
+            (cost[name][part], row)
+            for row, name in enumerate(names)
+            if cost[name].get(part, 0.0) > 0
+        ]
+        if points:
+            axes.scatter(
+                *zip(*points, strict=True),
+                s=20,
+                linewidths=0,
+                color=COLORS[part],
+                label=CASE_LABELS[part],
+                zorder=3,
+            )
+    axes.axvline(sensitivity['all_cost'], color=COLORS['both'], linewidth=1, linestyle='--')
+    axes.text(
+        sensitivity['all_cost'], -0.5, 'everything ', ha='right', va='top', fontsize=8,
+        color=COLORS['both'],
+    )  # fmt: skip
+    axes.set_xscale('log')
+    label_rows(axes, names)
+    axes.set_xlabel(f'{metric_label(sensitivity["metric"])} (smaller is better)')
+    axes.set_title('Effect of quantizing one layer alone on the output of the network')
+    axes.legend(loc='lower right')
+    return figure
+
+
+def metric_label(metric: str) -> str:
+    """A metric of ``network_sensitivity`` in words."""
+    if metric == 'kl':
+        return 'KL divergence from the float model (nats an image)'
+    return 'relative squared error of the outputs'
+
+
+def draw_bits(analysis: Mapping) -> Figure | None:
+    """Suggested widths beside the present ones."""
+    suggestion = analysis.get('suggestion') or {}
+    parts = [part for part in ('weights', 'activations') if suggestion.get(part)]
+    if not parts:
+        return None
+    names = [
+        name for name in analysis['layers'] if any(name in suggestion[p]['bits'] for p in parts)
+    ]
+    figure, panels = new_figure(8, rows=len(names), columns=len(parts))
+    panels = [panels] if len(parts) == 1 else panels
+    for axes, part in zip(panels, parts, strict=True):
+        chosen, now = suggestion[part]['bits'], suggestion[part]['now']
+        rows = [row for row, name in enumerate(names) if name in chosen]
+        widths = [chosen[names[row]] for row in rows]
+        axes.barh(rows, widths, height=0.6, color=COLORS[part], label='suggested', zorder=2)
+        before = [_largest(now[names[row]]) for row in rows]
+        axes.scatter(before, rows, marker='|', s=40, color=COLORS['both'], label='now', zorder=3)
+        label_rows(axes, names)
+        if axes is not panels[0]:
+            axes.set_yticklabels([])
+        axes.set_xlim(0, 8.4)
+        axes.set_xticks(range(0, 9, 2))
+        axes.set_xlabel('bits')
+        axes.set_title(f'{part.capitalize()}: {suggestion[part]["size"]}')
+    panels[0].legend(
+        loc='upper center', bbox_to_anchor=(0.4, -0.45 / figure.get_figheight()), ncol=2
+    )
+    return figure
+
+
+def _largest(bits: int | Mapping[str, int]) -> int:
+    return max(bits.values()) if isinstance(bits, Mapping) else bits
+
+
+def draw_clip_rate(analysis: Mapping) -> Figure | None:
+    """Share of clipped values of every quantizer, layers left and attention operands right."""
+    statistics = analysis['activations']
+    panels = _by_row(statistics)
+    figure, axes = new_figure(
+        4.2 * len(panels) + 1, rows=max(map(len, panels)), columns=len(panels)
+    )
+    for panel, rows in zip([axes] if len(panels) == 1 else axes, panels, strict=True):
+        for row, name in enumerate(rows):
+            for operand, key in rows[name].items():
+                panel.scatter(
+                    100 * statistics[key]['clip_rate'], row, s=18, color=COLORS[operand], zorder=3
+                )
+        label_rows(panel, list(rows))
+        panel.set_xlim(left=-0.1)
+        panel.set_xlabel('clipped values (%)')
+        _legend(panel, figure, {operand for row in rows.values() for operand in row})
+    first = axes if len(panels) == 1 else axes[0]
+    first.set_title('Values outside the grid of their quantizer')
+    return figure
+
+
+def draw_scales(analysis: Mapping) -> Figure | None:
+    """Range of the scales of every quantizer."""
+    statistics = analysis['activations']
+    panels = _by_row(statistics)
+    figure, axes = new_figure(
+        4.2 * len(panels) + 1, rows=max(map(len, panels)), columns=len(panels)
+    )
+    for panel, rows in zip([axes] if len(panels) == 1 else axes, panels, strict=True):
+        for row, name in enumerate(rows):
+            operands = list(rows[name].items())
+            for index, (operand, key) in enumerate(operands):
+                scale = statistics[key]['scale']
+                place = row + 0.18 * (index - (len(operands) - 1) / 2)
+                ends, middle = (scale['smallest'], scale['largest']), scale['median']
+                panel.plot(ends, (place, place), color=COLORS[operand], linewidth=0.8, zorder=2)
+                box = (scale['first_quartile'], scale['third_quartile'])
+                panel.plot(box, (place, place), color=COLORS[operand], linewidth=3, zorder=3)
+                panel.plot(middle, place, '|', color='white', markersize=4, zorder=4)
+        label_rows(panel, list(rows))
+        panel.set_xscale('log')
+        panel.set_xlabel('scale (units of the activation)')
+        _legend(panel, figure, {operand for row in rows.values() for operand in row})
+    first = axes if len(panels) == 1 else axes[0]
+    first.set_title('Scales by channel or head: range, quartiles, median')
+    return figure
+
+
+def _by_row(statistics: Mapping) -> list[dict[str, dict[str, str]]]:
+    """Inputs of layers, and operands of attentions: row -> operand -> name of the quantizer."""
+    inputs: dict[str, dict[str, str]] = {}
+    attentions: dict[str, dict[str, str]] = {}
+    for key in statistics:
+        name, _, operand = key.rpartition('.')
+        rows = inputs if operand == 'input' else attentions
+        rows.setdefault(name, {})[operand] = key
+    return [rows for rows in (inputs, attentions) if rows]
+
+
+def _legend(axes, figure: Figure, operands: set[str]) -> None:
+    for operand, label in OPERANDS.items():
+        if operand in operands:
+            axes.scatter([], [], s=18, color=COLORS[operand], label=label)
+    if operands != {'input'}:
+        axes.legend(
+            loc='upper center', bbox_to_anchor=(0.4, -0.45 / figure.get_figheight()), ncol=4
+        )
+
+
+def draw_scale_histogram(analysis: Mapping) -> Figure | None:
+    """All scales of the model, by what they belong to."""
+    histogram = analysis['scale_histogram']
+    edges = histogram['edges']
+    figure, axes = new_figure(8)
+    bottom = [0] * (len(edges) - 1)
+    widths = [high - low for low, high in pairwise(edges)]
+    for operand, counts in histogram['counts'].items():
+        axes.bar(
+            edges[:-1], counts, widths, bottom, align='edge', color=COLORS[operand],
+            label=OPERANDS[operand], zorder=2,
+        )  # fmt: skip
+        bottom = [a + b for a, b in zip(bottom, counts, strict=True)]
+    axes.set_xscale('log')
+    axes.set_xlabel('scale (units of the activation)')
+    axes.set_ylabel('number of scales')
+    axes.set_title('Scales of all activation quantizers')
+    axes.legend()
+    return figure
+
+
+DRAWERS: dict[str, Callable[[Mapping], Figure | None]] = {
+    'sqnr': draw_sqnr,
+    'sensitivity': draw_sensitivity,
+    'bits': draw_bits,
+    'clip_rate': draw_clip_rate,
+    'scales': draw_scales,
+    'scale_histogram': draw_scale_histogram,
+    'weight_drift': draw_weight_drift,
+    'losses': draw_losses,
+    'quantizers': draw_watched,
+    'pca': draw_pca,
+}
+FIGURES = tuple(DRAWERS)
