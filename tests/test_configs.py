@@ -48,7 +48,15 @@ def named(path: Path) -> str:
 def load(path: Path) -> Config:
     # What is set on this machine is not part of the config.
     with pytest.MonkeyPatch.context() as patch:
-        for name in ('IMAGENETTE', 'VIT_TINY', 'DSB2018', 'BCCD', 'COCO200', 'FEATURE_CACHE'):
+        for name in (
+            'IMAGENETTE',
+            'VIT_TINY',
+            'DSB2018',
+            'BCCD',
+            'COCO200',
+            'FEATURE_CACHE',
+            'TRANSFER',
+        ):
             patch.delenv(f'GPLQ_{name}', raising=False)
         return Config.fromfile(path)
 
@@ -200,8 +208,8 @@ def test_loop_and_hooks(gplq):
     assert loop is (DirectQATLoop if is_direct else GPLQTrainLoop)
     assert (cfg.model.get('direct') is not None) == is_direct
     assert not {'by_epoch', 'val_interval'} & set(cfg.train_cfg)
-    for key in ('baseline',) if is_direct else ('weight_ptq', 'baseline'):
-        method = dict(cfg.train_cfg[key])
+    methods = (cfg.train_cfg[key] for key in ('weight_ptq', 'baseline') if key in cfg.train_cfg)
+    for method in [dict(method) for method in methods if method is not None]:
         for not_of_the_method in ('num_images', 'batch_size', 'seed'):
             method.pop(not_of_the_method, None)
         assert callable(build_weight_ptq(method))

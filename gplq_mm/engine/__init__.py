@@ -18,6 +18,7 @@ from .progress import track
 from .ranks import one_of_the_ranks
 from .run_record import RunRecord, headline_metrics, print_summary
 from .runner import GPLQRunner
+from .transfer import TransferError
 from .weights import load_run_weights, unwrap
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     'QuantStatsHook',
     'QuantTrainLoop',
     'RunRecord',
+    'TransferError',
     'check_class_count',
     'headline_metrics',
     'load_run_weights',

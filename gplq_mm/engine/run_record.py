@@ -24,11 +24,12 @@ class RunRecord:
             metrics of that evaluation.
         calibration: Seed and ids of the images that calibrated the activations.
         weight_ptq: Seed and ids of the images of Stage 2, and R^2 of the compensations.
-        pca: Number of components, explained variance and spectrum.
+        pca: Number of images and of components, explained variance and spectrum.
         weight_drift: Result of :func:`gplq_mm.evaluation.weight_drift`.
         ptq_error: ``without_stage1`` and ``with_stage1`` (before and after training), of
             ``layer_output_error``.
         feature_distance: Stage to the result of :func:`gplq_mm.evaluation.feature_distance`.
+        transfer: Stage to the result of :meth:`gplq_mm.engine.transfer.TransferProbe.measure`.
         clock: Seconds and peak memory.
     """
 
@@ -39,7 +40,25 @@ class RunRecord:
     weight_drift: dict = field(default_factory=dict)
     ptq_error: dict = field(default_factory=dict)
     feature_distance: dict = field(default_factory=dict)
+    transfer: dict = field(default_factory=dict)
     clock: StageClock = field(default_factory=StageClock)
+
+    def images(self, training: int) -> dict[str, int]:
+        """Images that each step has read, and all of them, ``seen``.
+
+        An image counts once in a calibration, however many passes that makes, and once for every
+        epoch in training.
+
+        Args:
+            training: Images of the iterations of training.
+        """
+        steps = {
+            'calibration': self.calibration.get('num_images', 0),
+            'pca': self.pca.get('num_images', 0),
+            'training': training,
+            'weight_ptq': self.weight_ptq.get('num_images', 0),
+        }
+        return {**steps, 'seen': sum(steps.values())}
 
     def state_dict(self) -> dict:
         """Plain data."""
@@ -91,6 +110,7 @@ def write_summary(path: Path, record: RunRecord, extra: dict) -> dict:
         'weight_drift': record.weight_drift,
         'ptq_error': record.ptq_error,
         'feature_distance': record.feature_distance,
+        'transfer': record.transfer,
         'pca': record.pca,
         'calibration': record.calibration,
         'weight_ptq': record.weight_ptq,
@@ -128,13 +148,19 @@ def print_summary(summary: dict, console: Console | None = None) -> None:
     for metric in headlines:
         table.add_column(metric, justify='right')
     table.add_column('feature distance', justify='right')
+    transfer = summary.get('transfer')
+    if transfer:
+        table.add_column('transfer top1', justify='right')
     for row, stage in summary['stages'].items():
         if stage not in summary['metrics']:
             continue
         distance = summary['feature_distance'].get(stage, {}).get('relative_l2')
         bits = 'W32A32' if row in ('fp32', 'latent_fp32') else stage.removeprefix('ptq_').upper()
         cells = [f'{values[stage]:.2f}' for values in headlines.values()]
-        table.add_row(titles[row], bits, *cells, '' if distance is None else f'{distance:.3f}')
+        cells.append('' if distance is None else f'{distance:.3f}')
+        if transfer:
+            cells.append(f'{transfer[stage]["top1"]:.2f}' if stage in transfer else '')
+        table.add_row(titles[row], bits, *cells)
     console.print(table)
 
     costs = Table(title='cost')

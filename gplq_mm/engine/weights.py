@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from mmengine.model import is_model_wrapper
 from torch import nn
 
-from ..checkpoint import CheckpointError, load_float_weights, state_dict_of
+from ..checkpoint import CheckpointError, adopt_biases, load_float_weights, state_dict_of
 from ..models import GPLQ
 
 __all__ = ['load_run_weights', 'unwrap']
@@ -34,9 +34,8 @@ def load_run_weights(model: nn.Module, checkpoint: Mapping, source: str) -> None
     if not isinstance(model, GPLQ) or 'gplq' not in checkpoint:
         load_float_weights(model.architecture if isinstance(model, GPLQ) else model, source)
         return
-    saved, own = checkpoint['gplq']['policy'], model.policy.to_dict()
-    if saved != own:
-        different = [key for key in own if saved.get(key) != own[key]]
+    different = model.policy.differences(checkpoint['gplq']['policy'])
+    if different:
         raise CheckpointError(
             f'checkpoint {source} was made under another policy (it differs in '
             f'{", ".join(different)}); use the config that made it, or start a new run.'
@@ -48,6 +47,7 @@ def load_run_weights(model: nn.Module, checkpoint: Mapping, source: str) -> None
             f'{model.direct}; use the config that made it, or start a new run.'
         )
     state = state_dict_of(checkpoint)
+    adopt_biases(model, state)
     try:
         result = model.load_state_dict(state, strict=False)
     except RuntimeError as error:

@@ -62,6 +62,10 @@ class ActSpec:
             not know it (a Swin window does, a ViT does not).
         row_relative: Attention probabilities only: quantize them relative to the largest of
             their row, that is ``exp(score - row maximum)``. The learned scale stays static.
+        reparametrize: With ``granularity='tensor'``: where a Linear reads the output of a
+            LayerNorm, every channel is calibrated on its own, and the LayerNorm then brings all
+            of them to the one scale and zero-point of the tensor (RepQ-ViT,
+            :mod:`gplq_mm.ptq.norms`). No other input is touched by it.
     """
 
     bits: int = 4
@@ -73,6 +77,7 @@ class ActSpec:
     quantizer: str = 'uniform'
     tokens: int | None = None
     row_relative: bool = False
+    reparametrize: bool = False
 
     def __post_init__(self):
         _check_bits('activation', self.bits)
@@ -87,6 +92,13 @@ class ActSpec:
         if not 0 <= low < high <= 1:
             raise PolicyError(
                 f'activation.percentile={self.percentile} must be two increasing fractions of 1.'
+            )
+        if self.reparametrize and (self.granularity != 'tensor' or self.zero_point == 'integer'):
+            raise PolicyError(
+                'activation.reparametrize=True leads to one scale and one real zero-point a '
+                f'tensor, not to granularity={self.granularity!r} and zero_point='
+                f'{self.zero_point!r}; '
+                "set granularity='tensor' and zero_point='float' or 'none', or reparametrize=False."
             )
 
     @property
@@ -177,6 +189,20 @@ PRESETS: dict[str, dict] = {
         probs=dict(zero_point='none', signed=False, granularity='head', observer='percentile'),
         rules=_EIGHT_BIT_ENDS,
     ),
+    # RepQ-ViT (Li et al., ICCV 2023). The features that the head reads are compared with the
+    # teacher's, so their LayerNorm stays as it is; RepQ-ViT leaves that one alone, too.
+    'repq': dict(
+        activation=dict(granularity='tensor', reparametrize=True),
+        weight=dict(layout='raw', observer='percentile'),
+        q=dict(granularity='tensor'),
+        k=dict(granularity='tensor'),
+        v=dict(granularity='tensor'),
+        probs=dict(granularity='tensor', zero_point='none', signed=False, quantizer='log_sqrt2'),
+        rules=(
+            *_EIGHT_BIT_ENDS,
+            dict(pattern=r'(^|\.)head\.', activation=dict(reparametrize=False), optional=True),
+        ),
+    ),
 }
 _RULE_KEYS = {'pattern', 'activation', 'weight', 'exclude', 'optional'}
 
@@ -202,8 +228,9 @@ class QuantPolicy:
     mention ``exclude`` leaves an exclusion as it is.
 
     Args:
-        preset: ``'gplq'`` (asymmetric, MSE, folded groups) or ``'paper'`` (symmetric, min-max,
-            raw).
+        preset: ``'gplq'`` (asymmetric, MSE, folded groups), ``'paper'`` (symmetric, min-max,
+            raw) or ``'repq'`` (RepQ-ViT: asymmetric, one scale a tensor after LayerNorms have
+            been reparametrized, powers of sqrt(2) for attention probabilities, raw).
         activation: Overrides of :class:`ActSpec` for layer inputs. Bits, observer and
             percentile also go to the attention operands, ``zero_point`` to q, k and v.
         weight: Overrides of :class:`WeightSpec`.
@@ -308,6 +335,8 @@ class QuantPolicy:
             raise PolicyError(f'{name}: row_relative is for "probs" only.')
         if act.quantizer == 'log_sqrt2' and kind != 'probs':
             raise PolicyError(f'{name}: the log_sqrt2 quantizer is for "probs" only.')
+        if kind != 'linear':
+            act = replace(act, reparametrize=False)
         return SiteSpec(act, weight)
 
     def check_matched(self, names: list[str]) -> None:
@@ -319,6 +348,20 @@ class QuantPolicy:
                 f'policy rule {rule["pattern"]!r} matches no layer of this model. Sites are '
                 f'named like {", ".join(names[:4])}; correct the pattern, or set optional=True.'
             )
+
+    def differences(self, saved: dict) -> list[str]:
+        """Keys of :meth:`to_dict` in which a saved policy says something else.
+
+        Args:
+            saved: Of :meth:`to_dict`, maybe of an earlier version: what it did not know yet is
+                at its default there.
+        """
+        own, saved = self.to_dict(), dict(saved)
+        saved['weight'] = {**asdict(WeightSpec()), **saved.get('weight', {})}
+        saved['activations'] = {
+            key: {**asdict(ActSpec()), **spec} for key, spec in saved.get('activations', {}).items()
+        }
+        return [key for key in own if saved.get(key) != own[key]]
 
     @property
     def label(self) -> str:
