@@ -16,6 +16,7 @@ from torch import nn
 
 __all__ = [
     'CheckpointError',
+    'adopt_biases',
     'atomic_write',
     'atomic_write_text',
     'load_float_weights',
@@ -122,6 +123,25 @@ def state_dict_of(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return {key.removeprefix('module.'): value for key, value in state.items()}
 
 
+def adopt_biases(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Gives layers without a bias one, where the weights to be loaded have one.
+
+    Reparametrized LayerNorms (RepQ-ViT) move a constant into the bias of the layers behind them.
+    Left out, it would make another model of the same weights.
+
+    Args:
+        model: Model that ``state`` is about to be loaded into; changed in place.
+        state: Weights by the names of the model.
+    """
+    for name, module in model.named_modules():
+        bias = state.get(f'{name}.bias')
+        if bias is None or not isinstance(module, (nn.Linear, nn.LayerNorm)):
+            continue
+        if module.bias is None:
+            value = torch.zeros_like(bias, device=module.weight.device)
+            module.bias = nn.Parameter(value, requires_grad=False)
+
+
 def load_float_weights(model: nn.Module, path: str | os.PathLike, quantizers: bool = True) -> None:
     """Loads FP32 weights into ``model``, which may already be quantized.
 
@@ -139,6 +159,7 @@ def load_float_weights(model: nn.Module, path: str | os.PathLike, quantizers: bo
         for key, value in state.items()
         if quantizers or not _is_quantizer_key(key)
     }
+    adopt_biases(model, state)
     own = dict(model.named_parameters())
     # Statistics of BatchNorm are weights too: with the initial ones the model would be another.
     own |= {

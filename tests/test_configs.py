@@ -194,8 +194,8 @@ def test_loop_and_hooks(gplq):
     assert loop is (DirectQATLoop if is_direct else GPLQTrainLoop)
     assert (cfg.model.get('direct') is not None) == is_direct
     assert not {'by_epoch', 'val_interval'} & set(cfg.train_cfg)
-    for key in ('baseline',) if is_direct else ('weight_ptq', 'baseline'):
-        method = dict(cfg.train_cfg[key])
+    methods = (cfg.train_cfg[key] for key in ('weight_ptq', 'baseline') if key in cfg.train_cfg)
+    for method in [dict(method) for method in methods if method is not None]:
         for not_of_the_method in ('num_images', 'batch_size', 'seed'):
             method.pop(not_of_the_method, None)
         assert callable(build_weight_ptq(method))

@@ -240,7 +240,7 @@ def _rounded(value):
 def comparable(summary: dict) -> dict:
     """What of a summary must not depend on interruptions."""
     keys = ('top1', 'weight_drift', 'weight_drift_history', 'ptq_error', 'feature_distance')
-    keys += ('calibration', 'weight_ptq', 'act_qat_iterations', 'policy')
+    keys += ('calibration', 'weight_ptq', 'act_qat_iterations', 'policy', 'transfer', 'images')
     return {key: _rounded(summary[key]) for key in keys}
 
 

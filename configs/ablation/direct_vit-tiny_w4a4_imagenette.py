@@ -10,4 +10,5 @@ train_cfg = dict(
     max_iters=_base_.train_cfg.max_iters,
     baseline=_base_.train_cfg.baseline,
     num_diagnostic_images=_base_.train_cfg.num_diagnostic_images,
+    transfer=_base_.train_cfg.transfer,
 )

@@ -20,6 +20,7 @@ from .ranks import one_of_the_ranks
 from .run_files import read_run
 from .run_record import RunRecord, headline_metrics, print_summary, result_rows
 from .runner import GPLQRunner
+from .transfer import TransferError
 from .weights import load_run_weights, unwrap
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     'QuantStatsHook',
     'QuantTrainLoop',
     'RunRecord',
+    'TransferError',
     'WeightDriftHook',
     'analyze',
     'check_class_count',

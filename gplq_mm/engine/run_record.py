@@ -25,13 +25,14 @@ class RunRecord:
             metrics of that evaluation.
         calibration: Seed and ids of the images that calibrated the activations.
         weight_ptq: Seed and ids of the images of Stage 2, and R^2 of the compensations.
-        pca: Number of components, explained variance and spectrum.
+        pca: Number of images and of components, explained variance and spectrum.
         weight_drift: Result of :func:`gplq_mm.evaluation.weight_drift`.
         weight_drift_history: The same by iteration, of :class:`WeightDriftHook`.
         ptq_error: ``without_stage1`` and ``with_stage1`` (before and after training), of
             ``layer_output_error``.
         feature_distance: Stage to the result of :func:`gplq_mm.evaluation.feature_distance`.
         act_qat_from: Checkpoint of another run whose Stage 1 this one goes on with, or None.
+        transfer: Stage to the result of :meth:`gplq_mm.engine.transfer.TransferProbe.measure`.
         clock: Seconds and peak memory.
     """
 
@@ -43,8 +44,26 @@ class RunRecord:
     weight_drift_history: dict = field(default_factory=dict)
     ptq_error: dict = field(default_factory=dict)
     feature_distance: dict = field(default_factory=dict)
+    transfer: dict = field(default_factory=dict)
     act_qat_from: str | None = None
     clock: StageClock = field(default_factory=StageClock)
+
+    def images(self, training: int) -> dict[str, int]:
+        """Images that each step has read, and all of them, ``seen``.
+
+        An image counts once in a calibration, however many passes that makes, and once for every
+        epoch in training.
+
+        Args:
+            training: Images of the iterations of training.
+        """
+        steps = {
+            'calibration': self.calibration.get('num_images', 0),
+            'pca': self.pca.get('num_images', 0),
+            'training': training,
+            'weight_ptq': self.weight_ptq.get('num_images', 0),
+        }
+        return {**steps, 'seen': sum(steps.values())}
 
     def state_dict(self) -> dict:
         """Plain data."""
@@ -119,6 +138,7 @@ def write_summary(path: Path, record: RunRecord, extra: dict) -> dict:
         'weight_drift_history': record.weight_drift_history,
         'ptq_error': record.ptq_error,
         'feature_distance': record.feature_distance,
+        'transfer': record.transfer,
         'pca': record.pca,
         'calibration': record.calibration,
         'weight_ptq': record.weight_ptq,
@@ -147,7 +167,8 @@ def result_rows(summary: dict) -> list[dict]:
         summary: Content of ``summary.json``.
 
     Returns:
-        ``title``, ``bits``, ``metrics`` (name -> value), and ``feature_distance`` or None.
+        ``title``, ``bits``, ``metrics`` (name -> value), and ``feature_distance`` and ``transfer``
+        (top-1 of the linear probe), each a number or None.
     """
     titles = {**TITLES, **(DIRECT_TITLES if summary.get('direct') else {})}
     headlines = headline_metrics(summary['metrics'])
@@ -161,6 +182,7 @@ def result_rows(summary: dict) -> list[dict]:
                 'bits': stage_bits(stage),
                 'metrics': {name: values[stage] for name, values in headlines.items()},
                 'feature_distance': summary['feature_distance'].get(stage, {}).get('relative_l2'),
+                'transfer': summary.get('transfer', {}).get(stage, {}).get('top1'),
             }
         )
     return rows
@@ -181,12 +203,16 @@ def print_summary(summary: dict, console: Console | None = None) -> None:
     for metric in rows[0]['metrics'] if rows else ():
         table.add_column(metric, justify='right')
     table.add_column('feature distance', justify='right')
+    transfer = summary.get('transfer')
+    if transfer:
+        table.add_column('transfer top1', justify='right')
     for row in rows:
         distance = row['feature_distance']
         cells = [f'{value:.2f}' for value in row['metrics'].values()]
-        table.add_row(
-            row['title'], row['bits'], *cells, '' if distance is None else f'{distance:.3f}'
-        )
+        cells.append('' if distance is None else f'{distance:.3f}')
+        if transfer:
+            cells.append('' if row['transfer'] is None else f'{row["transfer"]:.2f}')
+        table.add_row(row['title'], row['bits'], *cells)
     console.print(table)
 
     costs = Table(title='cost')

@@ -11,7 +11,7 @@ from mmengine.dist import is_distributed
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
 
 from ..checkpoint import atomic_write, read_checkpoint, to_plain
 from ..registry import RUNNERS
@@ -130,6 +130,12 @@ class GPLQRunner(Runner):
                 find_unused_parameters=self.cfg.get('find_unused_parameters', False),
             )
         return super().wrap_model(model_wrapper_cfg, model)
+
+    def build_param_scheduler(self, scheduler) -> list | dict:
+        """As in mmengine, which refuses a schedule of no iterations: nothing is trained then."""
+        if isinstance(self._train_loop, BaseLoop) and self.max_iters == 0:
+            return []
+        return super().build_param_scheduler(scheduler)
 
     def save_checkpoint(self, *args, **kwargs) -> None:
         """As in mmengine, but a file appears complete or not at all.

@@ -31,6 +31,13 @@ class TrainingData:
         batch = dataloader.batch_size * world_size
         return cls(len(dataloader.dataset), batch, len(dataloader))
 
+    def images_in(self, iterations: int) -> int:
+        """Images that so many iterations read; one counts again in every epoch."""
+        epochs, rest = divmod(iterations, max(self.iterations, 1))
+        # The last batch of an epoch may be smaller, or left out.
+        of_epoch = min(self.images, self.iterations * self.batch)
+        return epochs * of_epoch + min(rest * self.batch, of_epoch)
+
     def state_dict(self) -> dict[str, int]:
         """Plain data."""
         return asdict(self)

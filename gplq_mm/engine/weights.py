@@ -5,7 +5,13 @@ from collections.abc import Mapping
 from mmengine.model import is_model_wrapper
 from torch import nn
 
-from ..checkpoint import CheckpointError, load_float_weights, read_checkpoint, state_dict_of
+from ..checkpoint import (
+    CheckpointError,
+    adopt_biases,
+    load_float_weights,
+    read_checkpoint,
+    state_dict_of,
+)
 from ..models import GPLQ, Stage
 
 __all__ = ['load_act_qat', 'load_run_weights', 'unwrap']
@@ -14,16 +20,6 @@ __all__ = ['load_act_qat', 'load_run_weights', 'unwrap']
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside a distributed wrapper, or the model itself."""
     return model.module if is_model_wrapper(model) else model
-
-
-def _activation_part(policy: Mapping) -> dict:
-    """What of a policy, of ``QuantPolicy.to_dict``, acts before Stage 2."""
-    rules = [
-        {key: rule[key] for key in ('pattern', 'activation', 'exclude')}
-        for rule in policy['rules']
-        if rule['activation'] or rule['exclude'] is not None
-    ]
-    return {'activations': policy['activations'], 'rules': rules}
 
 
 def load_run_weights(
@@ -47,11 +43,8 @@ def load_run_weights(
     if not isinstance(model, GPLQ) or 'gplq' not in checkpoint:
         load_float_weights(model.architecture if isinstance(model, GPLQ) else model, source)
         return
-    saved, own = checkpoint['gplq']['policy'], model.policy.to_dict()
-    if activations_only:
-        saved, own = _activation_part(saved), _activation_part(own)
-    if saved != own:
-        different = [key for key in own if saved.get(key) != own[key]]
+    different = model.policy.differences(checkpoint['gplq']['policy'], activations_only)
+    if different:
         raise CheckpointError(
             f'checkpoint {source} was made under another policy (it differs in '
             f'{", ".join(different)}); use the config that made it, or start a new run.'
@@ -63,6 +56,7 @@ def load_run_weights(
             f'{model.direct}; use the config that made it, or start a new run.'
         )
     state = state_dict_of(checkpoint)
+    adopt_biases(model, state)
     try:
         result = model.load_state_dict(state, strict=False)
     except RuntimeError as error:

@@ -3,6 +3,7 @@
 from .activations import activation_statistics, quantizer_statistics, scale_histogram
 from .allocation import BudgetError, allocate
 from .features import feature_distance
+from .linear_probe import linear_probe
 from .mixed_precision import costs_at, policy_rules, require_reachable, suggest_widths
 from .ptq_error import layer_output_error
 from .sensitivity import network_sensitivity, number_of_steps
@@ -22,6 +23,7 @@ __all__ = [
     'feature_distance',
     'layer_output_error',
     'layer_sqnr',
+    'linear_probe',
     'mean_bits',
     'network_sensitivity',
     'number_of_steps',

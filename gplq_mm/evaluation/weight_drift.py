@@ -24,7 +24,7 @@ def weight_drift(model: nn.Module, reference: Mapping[str, Tensor]) -> dict:
     """
     layers = {}
     for name, layer in quant_layers(model).items():
-        difference = layer.weight.detach().double() - reference[f'{name}.weight'].to(
+        difference = layer.original_weight() - reference[f'{name}.weight'].to(
             layer.weight.device, torch.float64
         )
         layers[name] = {

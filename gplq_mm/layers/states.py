@@ -1,6 +1,6 @@
 """States of all quantizers of a model at once: calibrate, freeze, switch off."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
@@ -9,6 +9,7 @@ from ..quant import (
     ActQuantizer,
     LearnedQuantizer,
     LearnedWeightQuantizer,
+    MinMaxObserver,
     NotCalibratedError,
     QuantState,
     WeightQuantizer,
@@ -75,7 +76,11 @@ def set_saved_bytes(model: nn.Module, saved_bytes: int | None) -> None:
             module.saved_bytes = saved_bytes
 
 
-def calibrate(model: nn.Module, run_pass: Callable[[int, int], None]) -> None:
+def calibrate(
+    model: nn.Module,
+    run_pass: Callable[[int, int], None],
+    observers: Mapping[str, MinMaxObserver] | None = None,
+) -> None:
     """Initialises every activation quantizer from data, in place.
 
     While it observes, a quantizer passes its input through, and weights are not quantized, so all
@@ -84,14 +89,18 @@ def calibrate(model: nn.Module, run_pass: Callable[[int, int], None]) -> None:
     Args:
         model: Quantized model.
         run_pass: ``run_pass(i, n)`` sends the calibration images through the model, pass i of n.
+        observers: Name of a quantizer -> what observes in its place. These quantizers are left
+            observing: the caller makes a grid of what their observers have seen.
 
     Raises:
         ValueError: If a quantizer saw nothing, or something that is not finite.
         RuntimeError: If a quantizer is frozen.
     """
-    quantizers = list(act_quantizers(model).values())
-    for quantizer in quantizers:
-        quantizer.observe()
+    observers = observers or {}
+    by_name = act_quantizers(model)
+    for name, quantizer in by_name.items():
+        quantizer.observe(observers.get(name))
+    quantizers = list(by_name.values())
     passes = max(quantizer.observer.num_passes for quantizer in quantizers)
     for index in range(passes):
         with weights_disabled(model):
@@ -102,8 +111,9 @@ def calibrate(model: nn.Module, run_pass: Callable[[int, int], None]) -> None:
                     quantizer.observer.end_pass()
                 except ValueError as error:
                     raise ValueError(f'{quantizer.site}: {error}') from None
-    for quantizer in quantizers:
-        quantizer.finish_observing()
+    for name, quantizer in by_name.items():
+        if name not in observers:
+            quantizer.finish_observing()
 
 
 def freeze_activations(model: nn.Module) -> None:

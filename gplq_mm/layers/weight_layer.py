@@ -112,6 +112,15 @@ class QuantWeightLayer(nn.Module):
         """Inverse of :meth:`as_matrix`."""
         return matrix.reshape(self.weight.shape)
 
+    @torch.no_grad()
+    def original_weight(self) -> Tensor:
+        """Latent weight in the float model's terms, float64, shape of the parameter.
+
+        Without the factors that its columns got when the LayerNorm in front was reparametrized.
+        """
+        weight, scale = self.weight.double(), self.act_quantizer.channel_scale
+        return weight if scale is None else weight * (scale.double().mean() / scale.double())
+
     def row_bias(self) -> Tensor:
         """FP32 bias of every row of the matrix, zeros for a layer without, ``(rows,)``."""
         if self.bias is None:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-from ..checkpoint import load_float_weights
+from ..checkpoint import adopt_biases, load_float_weights
 from ..layers import (
     checkpoint_blocks,
     freeze_activations,
@@ -313,6 +313,7 @@ class GPLQ(BaseModel):
             load_float_weights(part, self.backbone_from, quantizers=False)
             if self.teacher is not None:
                 own = self.architecture.state_dict()
+                adopt_biases(self.teacher, own)
                 self.teacher.load_state_dict({key: own[key] for key in self.teacher.state_dict()})
             self._is_init = True
             return

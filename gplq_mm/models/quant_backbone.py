@@ -4,7 +4,13 @@ import torch
 from mmengine.model import BaseModule
 from torch import nn
 
-from ..checkpoint import CheckpointError, load_float_weights, read_checkpoint, state_dict_of
+from ..checkpoint import (
+    CheckpointError,
+    adopt_biases,
+    load_float_weights,
+    read_checkpoint,
+    state_dict_of,
+)
 from ..layers import is_calibrated, quant_layers, quantize_model, require_frozen
 from ..quant import QuantPolicy
 from ..registry import MODELS
@@ -90,7 +96,7 @@ class QuantBackbone(BaseModule):
             self.requires_grad_(False)
 
     def _load_quantized(self, state: dict, saved: dict) -> None:
-        if saved['policy'] != self.policy.to_dict():
+        if self.policy.differences(saved['policy']):
             raise CheckpointError(
                 f'checkpoint {self.checkpoint} was made under another policy; give QuantBackbone '
                 'the policy of that run.'
@@ -100,6 +106,7 @@ class QuantBackbone(BaseModule):
             for key, value in state.items()
             if key.startswith(PREFIX)
         }
+        adopt_biases(self.backbone, own)
         try:
             missing = self.backbone.load_state_dict(own, strict=False).missing_keys
         except RuntimeError as error:

@@ -5,6 +5,7 @@ from .build import build_weight_ptq
 from .forecast import Progress
 from .gptq import GPTQ, damped_hessian, gptq_round
 from .learned import init_learned_weights
+from .norms import NormReport, calibrate_with_norms
 from .refinement import coordinate_descent, refit_group_scale, refit_row_scale
 from .reparam import Reparametrization, reparametrize, reparametrize_
 from .rounding import RoundToNearest, expand_multiplier, to_stored_order
@@ -14,11 +15,13 @@ from .stream import find_units
 
 __all__ = [
     'GPTQ',
+    'NormReport',
     'Progress',
     'Reparametrization',
     'RoundToNearest',
     'SecondMoment',
     'build_weight_ptq',
+    'calibrate_with_norms',
     'coordinate_descent',
     'damped_hessian',
     'expand_multiplier',

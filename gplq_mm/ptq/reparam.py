@@ -102,7 +102,8 @@ def _set_bias(module: nn.Module, value: Tensor) -> None:
     if module.bias is not None:
         module.bias.data.copy_(value)
     elif value.any():
-        module.bias = nn.Parameter(value)
+        # Nobody trains it: the optimizer may have been built before.
+        module.bias = nn.Parameter(value, requires_grad=False)
 
 
 @torch.no_grad()
@@ -114,7 +115,8 @@ def reparametrize_(
 ) -> tuple[Tensor, Tensor]:
     """Applies :func:`reparametrize` to modules in place.
 
-    A module without a bias gets one if it needs one (only with an offset).
+    A module without a bias gets one if it needs one (only with an offset). A checkpoint then has
+    an entry that the float model lacks: :func:`gplq_mm.checkpoint.adopt_biases`.
 
     Args:
         norm: LayerNorm over the last dimension, with an affine weight.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..layers import compiled_products, find_blocks, quant_layers, replaced_forward
 from .tensor_store import Memory, TensorStore
 
-__all__ = ['Stream', 'Trace', 'find_units', 'last_readers', 'trace_units']
+__all__ = ['Stream', 'Trace', 'find_units', 'last_readers', 'same_values', 'trace_units']
 
 
 class _StopForward(Exception):
@@ -246,15 +246,18 @@ class Stream:
         self.batches.close()
 
 
-def _same(first: Any, second: Any) -> bool:
+def same_values(first: Any, second: Any) -> bool:
+    """Whether nested lists, tuples and dicts of tensors are equal, bit by bit."""
     if torch.is_tensor(first):
         return torch.is_tensor(second) and torch.equal(first, second)
     if isinstance(first, (list, tuple)):
         return len(first) == len(second) and all(
-            _same(a, b) for a, b in zip(first, second, strict=True)
+            same_values(a, b) for a, b in zip(first, second, strict=True)
         )
     if isinstance(first, dict):
-        return first.keys() == second.keys() and all(_same(first[k], second[k]) for k in first)
+        return first.keys() == second.keys() and all(
+            same_values(first[k], second[k]) for k in first
+        )
     return first == second
 
 
@@ -284,7 +287,7 @@ def last_readers(model: nn.Module, trace: Trace, run_one: Callable[[], Any]) -> 
         same = dict.fromkeys(order, 0)
 
         def see(call: int, args: tuple, kwargs: dict, name: str, same: dict = same) -> None:
-            same[name] += _same((args, kwargs), trace.inputs[name][call])
+            same[name] += same_values((args, kwargs), trace.inputs[name][call])
 
         with ExitStack() as stack:
             for name in order:

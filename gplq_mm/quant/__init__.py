@@ -10,6 +10,7 @@ from .functional import (
 )
 from .learned_weight import LearnedWeightQuantizer
 from .observers import MinMaxObserver, MSEObserver, PercentileObserver, build_observer
+from .policy import QuantPolicy
 from .quantized_weight import QuantizedWeight
 from .quantizers import (
     ActQuantizer,
@@ -19,7 +20,7 @@ from .quantizers import (
     QuantState,
     build_act_quantizer,
 )
-from .spec import ActSpec, PolicyError, QuantPolicy, SiteSpec, WeightSpec
+from .spec import ActSpec, PolicyError, SiteSpec, WeightSpec
 from .weight_quantizer import WeightQuantizer
 
 __all__ = [

@@ -20,7 +20,7 @@ from .functional import (
     quantize_log_sqrt2,
     to_steps,
 )
-from .observers import build_observer
+from .observers import MinMaxObserver, build_observer
 from .reduce import rank_and_world_size
 from .spec import SITE_GRANULARITIES, ActSpec
 
@@ -127,6 +127,10 @@ class ActQuantizer(LearnedQuantizer):
             self.register_parameter('offset', None)
         if spec.zero_point == 'integer':
             self.register_buffer('zero_point', torch.zeros(shape))
+        # Scale and offset of every channel, both (K,), that a LayerNorm has brought to the one
+        # scale of the tensor: by them weights here and there differ from the float model's.
+        self.register_buffer('channel_scale', None)
+        self.register_buffer('channel_offset', None)
 
     @classmethod
     def is_uniform(cls) -> bool:
@@ -199,21 +203,32 @@ class ActQuantizer(LearnedQuantizer):
         """Whether a hook waits for what the quantizer is given and what it makes of it."""
         return bool(self._forward_hooks)
 
-    def observe(self) -> None:
+    def observe(self, observer: MinMaxObserver | None = None) -> None:
         """Starts calibration: forward passes data through and only looks at it.
+
+        Args:
+            observer: Another one than that of the spec; :meth:`set_grid` then ends calibration.
 
         Raises:
             RuntimeError: If the quantizer is frozen.
         """
         if self._state == QuantState.FROZEN:
             raise RuntimeError(f'{self.site}: a frozen activation quantizer cannot be calibrated.')
-        self.observer = build_observer(self.spec, tuple(self.scale.shape))
+        self.observer = observer or build_observer(self.spec, tuple(self.scale.shape))
         self._set_state(QuantState.OBSERVING)
 
-    @torch.no_grad()
     def finish_observing(self) -> None:
         """Writes scale and offset from what was observed; the quantizer may learn from now on."""
-        scale, offset = self.observer.compute()
+        self.set_grid(*self.observer.compute())
+
+    @torch.no_grad()
+    def set_grid(self, scale: Tensor, offset: Tensor) -> None:
+        """Ends calibration; the quantizer may learn from now on.
+
+        Args:
+            scale: Real value per integer step, of the quantizer's shape.
+            offset: Real value of code 0, of the same shape; zero for a symmetric grid.
+        """
         self.scale.copy_(scale)
         if self.offset is not None:
             self.offset.copy_(offset)
@@ -321,6 +336,14 @@ class ActQuantizer(LearnedQuantizer):
                     f'input of shape {tuple(x.shape)} has {x.shape[-axis]}. A per-token '
                     'quantizer works for one input size only; use granularity "head".'
                 )
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        for name in ('channel_scale', 'channel_offset'):
+            saved = state_dict.get(prefix + name)
+            if saved is not None:
+                saved = torch.empty_like(saved, device=self.scale.device)
+            setattr(self, name, saved)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return f'{self.spec.bits} bit, {self.spec.granularity}, {self._state.name}'

@@ -63,6 +63,21 @@ def gather_objects(value):
     return values
 
 
+def gather_rows(rows: Tensor) -> Tensor:
+    """Rows of all ranks in order, on the CPU, where rank r has rows r, r + ranks, and so on.
+
+    Args:
+        rows: This rank's rows ``(n, ...)``, any dtype.
+    """
+    parts = gather_objects(rows.cpu())
+    if len(parts) == 1:
+        return parts[0]
+    whole = rows.new_empty((sum(map(len, parts)), *rows.shape[1:]), device='cpu')
+    for rank, part in enumerate(parts):
+        whole[rank :: len(parts)] = part
+    return whole
+
+
 def is_finite_everywhere(tensor: Tensor) -> bool:
     """Whether ``tensor`` is finite on all ranks (so that all of them stop together)."""
     finite = torch.isfinite(tensor).all().to(torch.float32).reshape(1)

@@ -1,18 +1,17 @@
-"""What is quantized and how: specs for one tensor, and the policy that deals them out.
+"""How one tensor is quantized.
 
 Nothing here touches a tensor. A spec is frozen, so that one object can travel from the config
 to the quantizer, the PTQ method and the deployed header without anyone changing it on the way.
 """
 
-import re
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mmengine.registry import Registry
 
 from ..registry import OBSERVERS, QUANTIZERS, registered
 
-__all__ = ['ActSpec', 'PolicyError', 'QuantPolicy', 'SiteSpec', 'WeightSpec']
+__all__ = ['ActSpec', 'PolicyError', 'SiteSpec', 'WeightSpec']
 
 ZERO_POINTS = ('none', 'float', 'integer')
 GRANULARITIES = ('tensor', 'channel', 'head', 'token')
@@ -20,7 +19,7 @@ WEIGHT_OBSERVERS = ('minmax', 'percentile', 'mse')
 LAYOUTS = ('folded', 'raw')
 GROUP_SCALES = ('integer', 'float')
 # Settings that are younger than the first files, and what a file means that does not name them.
-LATER_FIELDS = {'group_scale': 'integer'}
+LATER_FIELDS = {'group_scale': 'integer', 'reparametrize': False}
 
 # Granularities whose scale does not lie on the reduction axis of the product that follows, or
 # can be folded into a weight before that is quantized. Anything else is not an integer product.
@@ -39,7 +38,8 @@ class PolicyError(ValueError):
     """A quantization policy that cannot be applied; the message says what to change."""
 
 
-def _check_choice(owner: str, field: str, value: Any, choices: tuple) -> None:
+def check_choice(owner: str, field: str, value: Any, choices: tuple) -> None:
+    """Raises PolicyError if a setting is none of its choices."""
     if value not in choices:
         raise PolicyError(f'{owner}.{field}={value!r} is not one of {", ".join(choices)}.')
 
@@ -56,6 +56,15 @@ def _check_registered(field: str, value: Any, registry: Registry) -> None:
 def _check_bits(owner: str, bits: Any) -> None:
     if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
         raise PolicyError(f'{owner}.bits={bits!r} must be an integer from 2 to 8.')
+
+
+def _without_later_defaults(settings: dict) -> dict:
+    """Leaves out what the first files mean without naming it, so that theirs are still the same."""
+    return {
+        key: value
+        for key, value in settings.items()
+        if key not in LATER_FIELDS or value != LATER_FIELDS[key]
+    }
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,10 @@ class ActSpec:
             not know it (a Swin window does, a ViT does not).
         row_relative: Attention probabilities only: quantize them relative to the largest of
             their row, that is ``exp(score - row maximum)``. The learned scale stays static.
+        reparametrize: With ``granularity='tensor'``: where a Linear reads the output of a
+            LayerNorm, every channel is calibrated on its own, and the LayerNorm then brings all
+            of them to the one scale and zero-point of the tensor (RepQ-ViT,
+            :mod:`gplq_mm.ptq.norms`). No other input is touched by it.
     """
 
     bits: int = 4
@@ -89,11 +102,12 @@ class ActSpec:
     quantizer: str = 'uniform'
     tokens: int | None = None
     row_relative: bool = False
+    reparametrize: bool = False
 
     def __post_init__(self):
         _check_bits('activation', self.bits)
-        _check_choice('activation', 'zero_point', self.zero_point, ZERO_POINTS)
-        _check_choice('activation', 'granularity', self.granularity, GRANULARITIES)
+        check_choice('activation', 'zero_point', self.zero_point, ZERO_POINTS)
+        check_choice('activation', 'granularity', self.granularity, GRANULARITIES)
         _check_registered('observer', self.observer, OBSERVERS)
         _check_registered('quantizer', self.quantizer, QUANTIZERS)
         if not isinstance(self.percentile, (list, tuple)) or len(self.percentile) != 2:
@@ -103,6 +117,13 @@ class ActSpec:
         if not 0 <= low < high <= 1:
             raise PolicyError(
                 f'activation.percentile={self.percentile} must be two increasing fractions of 1.'
+            )
+        if self.reparametrize and (self.granularity != 'tensor' or self.zero_point == 'integer'):
+            raise PolicyError(
+                'activation.reparametrize=True leads to one scale and one real zero-point a '
+                f'tensor, not to granularity={self.granularity!r} and zero_point='
+                f'{self.zero_point!r}; '
+                "set granularity='tensor' and zero_point='float' or 'none', or reparametrize=False."
             )
 
     @property
@@ -114,8 +135,8 @@ class ActSpec:
         return 0, 2**self.bits - 1
 
     def to_dict(self) -> dict:
-        """Plain data for files."""
-        return {**asdict(self), 'percentile': list(self.percentile)}
+        """Plain data for files, without :data:`LATER_FIELDS` that are at their default."""
+        return {**_without_later_defaults(asdict(self)), 'percentile': list(self.percentile)}
 
 
 @dataclass(frozen=True)
@@ -145,9 +166,9 @@ class WeightSpec:
 
     def __post_init__(self):
         _check_bits('weight', self.bits)
-        _check_choice('weight', 'layout', self.layout, LAYOUTS)
-        _check_choice('weight', 'group_scale', self.group_scale, GROUP_SCALES)
-        _check_choice('weight', 'observer', self.observer, WEIGHT_OBSERVERS)
+        check_choice('weight', 'layout', self.layout, LAYOUTS)
+        check_choice('weight', 'group_scale', self.group_scale, GROUP_SCALES)
+        check_choice('weight', 'observer', self.observer, WEIGHT_OBSERVERS)
         if not isinstance(self.group_size, int) or self.group_size < 1:
             raise PolicyError(f'weight.group_size={self.group_size!r} must be a positive integer.')
         if not 0.5 < self.percentile <= 1:
@@ -176,16 +197,8 @@ class WeightSpec:
         return self.max_multiplier == 1 and not self.has_float_groups
 
     def to_dict(self) -> dict:
-        """Plain data for files.
-
-        :data:`LATER_FIELDS` are left out where they say what the first files mean without them, so
-        that theirs are still the same.
-        """
-        return {
-            key: value
-            for key, value in asdict(self).items()
-            if key not in LATER_FIELDS or value != LATER_FIELDS[key]
-        }
+        """Plain data for files, without :data:`LATER_FIELDS` that are at their default."""
+        return _without_later_defaults(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -194,196 +207,3 @@ class SiteSpec:
 
     activation: ActSpec | None
     weight: WeightSpec | None
-
-
-# Defaults. The first and last layer stay at 8 bit, as the field does (the paper is silent).
-_EIGHT_BIT_ENDS = (
-    dict(
-        pattern=r'(^|\.)(patch_embed\.|backbone\.conv1$|backbone\.stem\.|^conv1$)',
-        activation=dict(bits=8),
-        weight=dict(bits=8),
-        optional=True,
-    ),
-    dict(pattern=r'(^|\.)head\.', activation=dict(bits=8), weight=dict(bits=8), optional=True),
-)
-PRESETS: dict[str, dict] = {
-    'gplq': dict(
-        activation={},
-        weight={},
-        q=dict(granularity='head'),
-        k=dict(granularity='head'),
-        v=dict(granularity='head'),
-        probs=dict(granularity='head', zero_point='none', signed=False, row_relative=True),
-        rules=_EIGHT_BIT_ENDS,
-    ),
-    'paper': dict(
-        activation=dict(zero_point='none', observer='minmax'),
-        weight=dict(layout='raw', observer='percentile'),
-        q=dict(zero_point='none', granularity='head', observer='percentile'),
-        k=dict(zero_point='none', granularity='head', observer='percentile'),
-        v=dict(zero_point='none', granularity='head', observer='percentile'),
-        probs=dict(zero_point='none', signed=False, granularity='head', observer='percentile'),
-        rules=_EIGHT_BIT_ENDS,
-    ),
-}
-_RULE_KEYS = {'pattern', 'activation', 'weight', 'exclude', 'optional'}
-
-
-def _override(spec, changes: dict, where: str):
-    known = {f.name for f in fields(spec)}
-    unknown = set(changes) - known
-    if unknown:
-        raise PolicyError(
-            f'{where} has unknown key(s) {sorted(unknown)}; known are {sorted(known)}.'
-        )
-    return replace(spec, **changes)
-
-
-class QuantPolicy:
-    """Ordered rules that give every site of a model its spec.
-
-    Every rule is ``dict(pattern=REGEX, activation={...}, weight={...}, exclude=None,
-    optional=False)``. The regular expression is searched in the site's full name
-    (``backbone.layers.0.attn.qkv``; the operands of an attention product are called
-    ``<attention>.q``, ``.k``, ``.v`` and ``.probs``). All matching rules apply in order, so a
-    later rule refines an earlier one; user rules come after the preset's. A rule that does not
-    mention ``exclude`` leaves an exclusion as it is.
-
-    Args:
-        preset: ``'gplq'`` (asymmetric, MSE, folded groups) or ``'paper'`` (symmetric, min-max,
-            raw).
-        activation: Overrides of :class:`ActSpec` for layer inputs. Bits, observer and
-            percentile also go to the attention operands, ``zero_point`` to q, k and v.
-        weight: Overrides of :class:`WeightSpec`.
-        q, k, v, probs: Overrides of :class:`ActSpec` for the operands of both attention
-            products.
-        rules: The ordered rules. A rule that matches no site of the model is an error unless
-            it says ``optional=True``.
-        exclude: Patterns of sites that stay in float; short for rules with ``exclude=True``,
-            and easy to give on a command line.
-
-    Raises:
-        PolicyError: For an unknown preset, key or value, or a pattern that is no regular
-            expression.
-    """
-
-    def __init__(
-        self,
-        preset: str = 'gplq',
-        activation: dict | None = None,
-        weight: dict | None = None,
-        q: dict | None = None,
-        k: dict | None = None,
-        v: dict | None = None,
-        probs: dict | None = None,
-        rules: list | tuple = (),
-        exclude: list | tuple = (),
-    ):
-        _check_choice('policy', 'preset', preset, tuple(PRESETS))
-        base = PRESETS[preset]
-        self.preset = preset
-        activation = dict(activation or {})
-        act = _override(ActSpec(**base['activation']), activation, 'policy.activation')
-        self.weight = _override(WeightSpec(**base['weight']), dict(weight or {}), 'policy.weight')
-        self.activations = {'linear': act, 'conv': act}
-        # An operand follows the general setting except in what its nature fixes: its granularity,
-        # and that probabilities are never negative.
-        shared = {k: v for k, v in activation.items() if k in ('bits', 'observer', 'percentile')}
-        if 'zero_point' in activation:
-            signed = {'zero_point': activation['zero_point']}
-        else:
-            signed = {}
-        for name, user in zip(OPERANDS, (q, k, v, probs), strict=True):
-            general = shared if name == 'probs' else {**shared, **signed}
-            spec = _override(ActSpec(**base[name]), general, 'policy.activation')
-            self.activations[name] = _override(spec, dict(user or {}), f'policy.{name}')
-        excluded = [{'pattern': pattern, 'exclude': True} for pattern in exclude]
-        self.rules = [self._check_rule(rule) for rule in (*base['rules'], *rules, *excluded)]
-
-    @staticmethod
-    def _check_rule(rule: dict) -> dict:
-        rule = {
-            'activation': {}, 'weight': {}, 'exclude': None, 'optional': False, **dict(rule)
-        }  # fmt: skip
-        unknown = set(rule) - _RULE_KEYS
-        if unknown or 'pattern' not in rule:
-            raise PolicyError(
-                f'policy rule {rule} must have a "pattern" and may have '
-                f'{sorted(_RULE_KEYS - {"pattern"})}; it has {sorted(rule)}.'
-            )
-        try:
-            re.compile(rule['pattern'])
-        except re.error as error:
-            raise PolicyError(
-                f'policy rule pattern {rule["pattern"]!r} is no regular expression: {error}.'
-            ) from error
-        _override(ActSpec(), rule['activation'], f'rule {rule["pattern"]!r}.activation')
-        _override(WeightSpec(), rule['weight'], f'rule {rule["pattern"]!r}.weight')
-        return rule
-
-    def resolve(self, name: str, kind: str) -> SiteSpec:
-        """Spec of the site ``name``.
-
-        Args:
-            name: Full name of the layer or operand.
-            kind: ``'linear'``, ``'conv'``, ``'q'``, ``'k'``, ``'v'`` or ``'probs'``.
-
-        Returns:
-            Both parts are None for an excluded site; ``weight`` is None for an operand.
-
-        Raises:
-            PolicyError: If the granularity does not suit the kind.
-        """
-        act = self.activations[kind]
-        weight = self.weight if kind in ('linear', 'conv') else None
-        excluded = False
-        for rule in self.rules:
-            if not re.search(rule['pattern'], name):
-                continue
-            if rule['exclude'] is not None:
-                excluded = rule['exclude']
-            act = _override(act, rule['activation'], name)
-            if weight is not None:
-                weight = _override(weight, rule['weight'], name)
-        if excluded:
-            return SiteSpec(None, None)
-        if act.granularity not in SITE_GRANULARITIES[kind]:
-            raise PolicyError(
-                f'{name}: granularity {act.granularity!r} puts a scale on the reduction axis of '
-                f'the product; use one of {", ".join(SITE_GRANULARITIES[kind])}.'
-            )
-        if act.row_relative and kind != 'probs':
-            raise PolicyError(f'{name}: row_relative is for "probs" only.')
-        sites = registered(QUANTIZERS)[act.quantizer].sites
-        if kind not in sites:
-            raise PolicyError(
-                f'{name}: the {act.quantizer} quantizer is for {", ".join(sites)} only.'
-            )
-        return SiteSpec(act, weight)
-
-    def check_matched(self, names: list[str]) -> None:
-        """Raises PolicyError if a rule matches none of the site ``names``."""
-        for rule in self.rules:
-            if rule['optional'] or any(re.search(rule['pattern'], name) for name in names):
-                continue
-            raise PolicyError(
-                f'policy rule {rule["pattern"]!r} matches no layer of this model. Sites are '
-                f'named like {", ".join(names[:4])}; correct the pattern, or set optional=True.'
-            )
-
-    @property
-    def label(self) -> str:
-        """Short name of the widths, for example ``'w4a4'``."""
-        return f'w{self.weight.bits}a{self.activations["linear"].bits}'
-
-    def to_dict(self) -> dict:
-        """Plain data that says everything the policy does; stored in checkpoints."""
-        return {
-            'preset': self.preset,
-            'weight': self.weight.to_dict(),
-            'activations': {key: spec.to_dict() for key, spec in self.activations.items()},
-            'rules': [
-                {**rule, 'activation': dict(rule['activation']), 'weight': dict(rule['weight'])}
-                for rule in self.rules
-            ],
-        }

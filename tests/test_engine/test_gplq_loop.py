@@ -5,6 +5,7 @@ import torch
 from tiny_runs import (
     ARCHITECTURES,
     ITERATIONS,
+    KillAt,
     Killed,
     KillHook,
     assert_same_weights,
@@ -182,6 +183,15 @@ def test_scheduler_by_epoch_counts_epochs(tmp_path, float_checkpoints):
         run(cfg, KillHook(9))
     groups = load(tmp_path / 'iter_8.pth')['optimizer']['param_groups']
     assert {group['lr'] for group in groups} == {0.5e-4, 0.5e-3}
+
+
+def test_a_schedule_does_not_disturb_a_run_without_training(tmp_path, float_checkpoints):
+    cfg = gplq_config(tmp_path, float_checkpoints['vit'], train_cfg__max_epochs=0)
+    cfg.param_scheduler = [dict(type='CosineAnnealingLR', T_max=150, by_epoch=False)]
+    with pytest.raises(Killed):
+        run(cfg, KillAt('before_save_checkpoint', 3))
+    run(cfg, resume=True)
+    assert read_summary(tmp_path)['act_qat_iterations'] == 0
 
 
 def test_other_models_are_refused(tmp_path, float_checkpoints):

@@ -1,10 +1,14 @@
 """Calibrates the activation quantizers before training."""
 
+from collections.abc import Iterator
+from contextlib import nullcontext
+
 import torch
 from mmengine.hooks import Hook
 
-from ...layers import act_quantizers, calibrate
+from ...layers import act_quantizers
 from ...models import GPLQ, Stage
+from ...ptq import NormReport, calibrate_with_norms
 from ...quant.reduce import broadcast_
 from ...registry import HOOKS
 from ..calibration_set import CalibrationSet
@@ -48,10 +52,12 @@ class CalibrationHook(Hook):
         images = self.images(runner)
         record = getattr(runner.train_loop, 'record', None)
         with record.clock.stage('calibration') if record is not None else torch.no_grad():
-            self.calibrate(model, images)
+            report = self.calibrate(model, images)
         if record is not None:
             record.calibration = images.describe()
         runner.logger.info(f'calibrated on {len(images.indices)} images: {model.quant_report}')
+        if report.done or report.left:
+            runner.logger.info(f'{report}')
 
     def images(self, runner) -> CalibrationSet:
         """The images of the config, in the pipeline of evaluation."""
@@ -65,8 +71,12 @@ class CalibrationHook(Hook):
 
     @staticmethod
     @torch.no_grad()
-    def calibrate(model: GPLQ, images: CalibrationSet) -> None:
-        """Fills scales and zero-points of a model from images, and enters the stage."""
+    def calibrate(model: GPLQ, images: CalibrationSet) -> NormReport:
+        """Fills scales and zero-points of a model from images, and enters the stage.
+
+        Returns:
+            What became of its LayerNorms, where the policy reparametrizes them.
+        """
         model.eval()
 
         def run_pass(index: int, passes: int) -> None:
@@ -74,8 +84,23 @@ class CalibrationHook(Hook):
                 data = model.data_preprocessor(batch, False)
                 model(**data, mode='tensor')
 
-        calibrate(model.architecture, run_pass)
+        def one_of_each_size() -> Iterator[dict]:
+            seen = set()
+            for batch in images.batches(description='what reads the LayerNorms'):
+                data = model.data_preprocessor(batch, False)
+                if data['inputs'].shape[-2:] not in seen:
+                    seen.add(data['inputs'].shape[-2:])
+                    yield {key: None if value is None else value[:1] for key, value in data.items()}
+
+        def run_tapped(data: dict) -> tuple:
+            # The feature is compared with the teacher's, so it must not change either.
+            with model.tap or nullcontext() as tap:
+                output = model(**data, mode='tensor')
+                return output, None if tap is None else tap.feature
+
+        report = calibrate_with_norms(model.architecture, run_pass, one_of_each_size(), run_tapped)
         # All ranks have computed the same, but for the last digit on machines of several kinds.
         for quantizer in act_quantizers(model.architecture).values():
             broadcast_([*quantizer.parameters(), *quantizer.buffers()])
         model.advance(Stage.CALIBRATED)
+        return report

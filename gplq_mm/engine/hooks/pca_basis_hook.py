@@ -56,7 +56,7 @@ class PCABasisHook(Hook):
             # All ranks have computed the same, but for the last digit on machines of several kinds.
             broadcast_(list(mimic.buffers()))
         if record is not None:
-            record.pca = result
+            record.pca = {**result, 'num_images': len(images.indices)}
         runner.logger.info(
             f'PCA basis: {result["num_components"]} of {mimic.dim} components explain '
             f'{result["explained_variance"]:.1%} of the variance'

@@ -93,8 +93,7 @@ class GPLQTrainLoop(QuantTrainLoop):
         if names['act'] in self.record.metrics:
             return
         model.freeze_activations()
-        with self._evaluation(names['act']), weights_disabled(model):
-            self._evaluate(names['act'])
+        self.evaluation.run(names['act'], weights_disabled(model))
         self._measure_latent()
         self.runner.call_hook('after_stage', name=names['act'], optimizer=False)
 

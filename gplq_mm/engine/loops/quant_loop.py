@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +11,14 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import EpochBasedTrainLoop
 
-from ...evaluation import feature_distance, layer_output_error, weight_drift
+from ...evaluation import layer_output_error, weight_drift
 from ...layers import quant_layers, quantizers_disabled, train_over_ranks
 from ...models import GPLQ, Stage
 from ...ptq import build_weight_ptq, round_weights
 from ...quant import NotCalibratedError
-from ...quant.reduce import rank_and_world_size
 from ..calibration_set import CalibrationSet
 from ..run_record import RunRecord, print_summary, write_summary
+from ..stage_evaluation import StageEvaluation
 from ..training_data import TrainingData
 from ..weights import unwrap
 
@@ -70,6 +70,9 @@ class QuantTrainLoop(EpochBasedTrainLoop):
         num_diagnostic_images: Validation images for the feature distance.
         error_images: Which training images the PTQ error is measured on: ``num_images``,
             ``batch_size``, ``seed``.
+        transfer: ``dict(train_dataloader=..., val_dataloader=...)`` of another labelled data set,
+            on which every stage is probed (:class:`gplq_mm.engine.transfer.TransferProbe`), or
+            None.
 
     Raises:
         ValueError: If the sampler cannot resume within an epoch, a batch sampler is set, or a
@@ -86,13 +89,12 @@ class QuantTrainLoop(EpochBasedTrainLoop):
         baseline: dict | str | None = 'RoundToNearest',
         num_diagnostic_images: int = 512,
         error_images: dict | None = None,
+        transfer: dict | None = None,
     ):
         super().__init__(runner, dataloader, max_epochs=max(max_epochs, 1))
         name = type(self).__name__
         if not isinstance(unwrap(runner.model), GPLQ):
             raise TypeError(f'{name} trains a model of type gplq_mm.GPLQ.')
-        if num_diagnostic_images < 1:
-            raise ValueError(f'num_diagnostic_images={num_diagnostic_images} must be at least 1.')
         if self.dataloader.batch_size is None:
             raise ValueError(
                 f'{name} counts batches of one size; set train_dataloader.batch_sampler=None.'
@@ -112,13 +114,12 @@ class QuantTrainLoop(EpochBasedTrainLoop):
         if isinstance(baseline, str):
             baseline = {'type': baseline}
         self.baseline = None if baseline is None else build_weight_ptq(baseline)
-        self.num_diagnostic_images = num_diagnostic_images
         self.error_images = {'num_images': 64, 'batch_size': 32, 'seed': 0, **(error_images or {})}
         self.data = TrainingData.of(self.dataloader)
         self.seed = runner.seed or 0
         train_over_ranks(self.model.architecture)
         self.record = RunRecord()
-        self._teacher_outputs: list[tuple] = []
+        self.evaluation = StageEvaluation(runner, self.record, num_diagnostic_images, transfer)
         runner.register_hook(_RunStateHook(self))
 
     @property
@@ -172,14 +173,12 @@ class QuantTrainLoop(EpochBasedTrainLoop):
             # The heads of the new task are untrained: neither row would say anything.
             self.runner.call_hook('after_stage', name='calibrated', optimizer=False)
             return
-        with self._evaluation(names['fp32']), quantizers_disabled(self.model):
-            self._evaluate(names['fp32'])
+        self.evaluation.run(names['fp32'], quantizers_disabled(self.model))
         if self.baseline is not None:
             # The latent weights are untouched, so the baseline needs no copy of the model.
             with record.clock.stage('baseline'):
                 round_weights(self.model.architecture, self.baseline)
-            with self._evaluation(names['ptq']):
-                self._evaluate(names['ptq'])
+            self.evaluation.run(names['ptq'], nullcontext())
             with record.clock.stage('diagnostics'):
                 record.ptq_error['without_stage1'] = self._ptq_error(False)
             for layer in quant_layers(self.model).values():
@@ -196,8 +195,7 @@ class QuantTrainLoop(EpochBasedTrainLoop):
     def _measure_latent(self) -> None:
         """Accuracy of the trained FP32 weights, and how far they have moved."""
         name, record, model = self.names['latent_fp32'], self.record, self.model
-        with self._evaluation(name), quantizers_disabled(model):
-            self._evaluate(name)
+        self.evaluation.run(name, quantizers_disabled(model))
         if model.teacher is not None:
             with record.clock.stage('diagnostics'):
                 reference = model.teacher.state_dict()
@@ -206,8 +204,7 @@ class QuantTrainLoop(EpochBasedTrainLoop):
     def _measure_end(self) -> None:
         names, record = self.names, self.record
         if names['final'] not in record.metrics:
-            with self._evaluation(names['final']):
-                self._evaluate(names['final'])
+            self.evaluation.run(names['final'], nullcontext())
             with record.clock.stage('diagnostics'):
                 record.ptq_error['with_stage1'] = self._ptq_error(True)
             self.runner.call_hook('after_stage', name=names['final'], optimizer=False)
@@ -220,6 +217,7 @@ class QuantTrainLoop(EpochBasedTrainLoop):
                 'checkpoint': str(Path(self.runner.work_dir) / f'{names["final"]}.pth'),
                 'seed': self.seed,
                 'act_qat_iterations': self._iter,
+                'images': record.images(self.data.images_in(self._iter)),
             }
             print_summary(write_summary(path, record, extra))
             self.runner.logger.info(f'summary: {path}')
@@ -251,47 +249,7 @@ class QuantTrainLoop(EpochBasedTrainLoop):
         random.seed(seed)
         np.random.seed(seed)
 
-    # -- evaluation -----------------------------------------------------------------------
-
-    @contextmanager
-    def _evaluation(self, name: str) -> Iterator[None]:
-        self.runner.logger.info(f'evaluation of {name}')
-        with self.record.clock.stage(f'evaluation_{name}'):
-            yield
-        self.runner.model.eval()
-
-    def _evaluate(self, name: str) -> None:
-        """Metrics of the model as it is, and its distance to the teacher."""
-        if self.runner.val_loop is not None:
-            self.record.metrics[name] = dict(self.runner.val_loop.run())
-        else:
-            self.record.metrics[name] = {}
-        # At the start student and teacher are the same.
-        # Maps of a detector are too large to keep, and lead to no single decision to compare.
-        measurable = self.model.has_teacher_features and not self.model.taps_maps
-        measurable &= self.runner.val_loop is not None
-        if measurable and name != self.names['fp32']:
-            self.model.eval()
-            self.record.feature_distance[name] = feature_distance(self._feature_pairs())
-
-    def _feature_pairs(self) -> Iterator[tuple]:
-        """Outputs of student and teacher on the first validation images.
-
-        The teacher never changes, so its outputs (a few MB) are computed once a run.
-        """
-        known = self._teacher_outputs
-        loader = self.runner.val_loop.dataloader
-        rank, world_size = rank_and_world_size()
-        # Samplers deal the images out in turns.
-        left = len(range(rank, min(self.num_diagnostic_images, len(loader.dataset)), world_size))
-        for index, batch in enumerate(loader):
-            if left <= 0:
-                return
-            inputs = self.model.data_preprocessor(batch, False)['inputs'][:left]
-            left -= len(inputs)
-            if index == len(known):
-                known.append(self.model.teacher_outputs(inputs))
-            yield self.model.student_outputs(inputs), known[index]
+    # -- diagnostics ----------------------------------------------------------------------
 
     def _prepared(self, batches) -> Iterator[dict]:
         for batch in batches:
