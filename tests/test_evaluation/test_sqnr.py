@@ -139,8 +139,9 @@ def test_without_quantized_weights():
 
 @torch.no_grad()
 def test_more_bits_are_about_six_decibels():
-    # Per tensor and min-max: the grid is the range, and every bit halves the step.
-    medians = []
+    # Per tensor and min-max: the grid is the range, and two bits more make the step 63 / 15 times
+    # as small. The noise of one layer on few images is not quite uniform.
+    means = []
     for bits in (4, 6):
         policy = dict(activation=dict(bits=bits, granularity='tensor', observer='minmax'))
         model = build_quantized('vit', policy=policy)
@@ -149,5 +150,5 @@ def test_more_bits_are_about_six_decibels():
             for name, cases in layer_sqnr(model, BATCHES, model).items()
             if name in quant_layers(model) and 'head' not in name and 'patch' not in name
         ]
-        medians.append(sorted(values)[len(values) // 2])
-    assert medians[1] - medians[0] == pytest.approx(12, abs=1.5)
+        means.append(sum(values) / len(values))
+    assert means[1] - means[0] == pytest.approx(20 * math.log10(63 / 15), abs=1.5)

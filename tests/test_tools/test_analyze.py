@@ -25,6 +25,7 @@ from gplq_mm.deploy import save
 from gplq_mm.engine import CalibrationHook
 from gplq_mm.evaluation import mean_bits
 from gplq_mm.layers import quant_layers
+from gplq_mm.models import Stage
 from gplq_mm.ptq import RoundToNearest, round_weights
 from gplq_mm.quant import QuantPolicy
 
@@ -201,7 +202,7 @@ def test_a_budget_in_megabytes_is_that_of_the_packed_file(
     tmp_path, undisturbed, float_checkpoints, arch
 ):
     cfg = gplq_config(tmp_path / 'w', float_checkpoints[arch], arch)
-    megabytes = {'vit': 0.028, 'swin': 0.019}[arch]
+    megabytes = {'vit': 0.028, 'swin': 0.031}[arch]
     budget = ('--budget-mb', str(megabytes))
     analysis = analyze(tmp_path, cfg, undisturbed[arch] / 'w4a4.pth', *budget)
     chosen = analysis['suggestion']['weights']
@@ -215,6 +216,7 @@ def test_a_budget_in_megabytes_is_that_of_the_packed_file(
     hook.calibrate(model, hook.images(runner))
     model.freeze_activations()
     round_weights(model.architecture, RoundToNearest())
+    model.advance(Stage.WEIGHT_PTQ)
     sizes = save(model, new, tmp_path / 'packed.safetensors')
     total = sum(sizes.parts.values()) / 1e6
     assert 0.9 * megabytes < total <= megabytes
