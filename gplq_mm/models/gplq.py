@@ -363,10 +363,12 @@ class GPLQ(BaseModel):
         return losses
 
     def _weigh_task(self, losses: dict) -> dict:
-        if self.task_weight == 1.0:
-            return dict(losses)
+        """Losses of the architecture, weighted. One called ``loss`` is renamed: in a log that is
+        the sum of all."""
         return {
-            key: value * self.task_weight if 'loss' in key else value
+            'loss_task' if key == 'loss' else key: (
+                value * self.task_weight if 'loss' in key else value
+            )
             for key, value in losses.items()
         }
 

@@ -64,7 +64,7 @@ def finish(model):
 def test_losses_are_those_of_task_mimicking_and_distillation(checkpoint):
     model = build(checkpoint, distill=dict(loss_weight=0.5, temperature=2.0))
     losses = model(images(), samples(), mode='loss')
-    assert set(losses) == {'loss', 'loss_pca_mimic', 'loss_distill'}
+    assert set(losses) == {'loss_task', 'loss_pca_mimic', 'loss_distill'}
     with torch.no_grad():
         model.eval()
         feature, logits = model.student_outputs(images())
@@ -77,15 +77,23 @@ def test_losses_are_those_of_task_mimicking_and_distillation(checkpoint):
     torch.testing.assert_close(losses['loss_distill'].detach(), 0.5 * 4 * divergence)
     labels = torch.arange(4) % NUM_CLASSES
     task = torch.nn.functional.cross_entropy(logits, labels)
-    torch.testing.assert_close(losses['loss'].detach(), task)
+    torch.testing.assert_close(losses['loss_task'].detach(), task)
+
+
+def test_the_log_has_the_sum_of_the_losses(checkpoint):
+    model = build(checkpoint, task_weight=0.0)
+    losses = model(images(), samples(), mode='loss')
+    total, log = model.parse_losses(losses)
+    assert log['loss'] == total and total > 0
+    assert log['loss_task'] == 0
 
 
 def test_task_weight_and_no_mimicking(checkpoint):
     model = build(checkpoint, mimic=None)
     plain = model(images(), samples(), mode='loss')
-    assert set(plain) == {'loss'}
+    assert set(plain) == {'loss_task'}
     weighted = build(checkpoint, mimic=None, task_weight=0.25)(images(), samples(), mode='loss')
-    torch.testing.assert_close(weighted['loss'], 0.25 * plain['loss'])
+    torch.testing.assert_close(weighted['loss_task'], 0.25 * plain['loss_task'])
 
 
 def test_gradient_reaches_every_weight_and_every_scale(checkpoint):
@@ -108,7 +116,7 @@ def test_quantizers_alone_can_be_trained(checkpoint):
         for name, q in act_quantizers(model).items()
         for key, _ in q.named_parameters()
     }
-    model(images(), samples(), mode='loss')['loss'].backward()
+    model(images(), samples(), mode='loss')['loss_task'].backward()
     assert all(p.grad is None for n, p in model.named_parameters() if n not in learned)
 
 
@@ -158,7 +166,7 @@ def test_deep_copy_computes_the_same(checkpoint):
     clone = copy.deepcopy(model)
     assert torch.equal(clone(images()), model(images()))
     losses = clone.train()(images(), samples(), mode='loss')
-    assert set(losses) == {'loss', 'loss_pca_mimic'}
+    assert set(losses) == {'loss_task', 'loss_pca_mimic'}
 
 
 @pytest.mark.parametrize(
@@ -231,7 +239,7 @@ def test_stages_of_direct_qat_come_in_order(checkpoint):
 def test_direct_qat_trains_weights_and_all_scales(checkpoint):
     model = build(checkpoint, direct={}, policy=dict(weight=dict(layout='raw')))
     init_learned_weights(model.architecture)
-    model(images(), samples(), mode='loss')['loss'].backward()
+    model(images(), samples(), mode='loss')['loss_task'].backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
     for name, layer in quant_layers(model).items():
