@@ -5,8 +5,6 @@ Notation: ``x_hat = scale * q + offset`` with an integer code ``q`` in ``[qmin, 
 CVPR-W 2020); an integer zero-point z is ``offset = -scale * z``.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -135,45 +133,49 @@ def fake_quantize(
 
 
 def quantize_log_sqrt2(x: Tensor, scale: Tensor, qmax: int) -> Tensor:
-    """Codes of non-negative values on the grid ``scale * 2**(-q/2)`` (RepQ-ViT, eq. 9).
+    """Codes of non-negative values on the grid ``scale * 2**(-q/2)`` (RepQ-ViT, eq. 9) and zero.
+
+    Zero has a code of its own. Most of a softmax's outputs are close to zero and there are
+    hundreds in a row, so if the smallest power stood for them their sum could exceed the rest of
+    the row. RepQ-ViT's code counts zero beside 2**bits powers; here it is one of the 2**bits
+    codes, so that a code has ``bits`` bits.
 
     Args:
         x: Values >= 0.
         scale: Largest representable value, positive, broadcastable to ``x``.
-        qmax: Largest code; it stands for the smallest value, zero included.
+        qmax: Largest code; it stands for zero and for all that is nearer to it, in the exponent,
+            than to the power of code qmax - 1.
 
     Returns:
         Codes 0..qmax in the dtype of ``x``.
     """
-    tiny = torch.finfo(x.dtype).tiny
-    return (x / scale).clamp_(min=tiny).log2_().mul_(-2).round_().clamp_(0, qmax)
+    # log2(0) is -inf, which is clamped to the last code whatever the number of bits.
+    return (x / scale).clamp_(min=0).log2_().mul_(-2).round_().clamp_(0, qmax)
 
 
-def dequantize_log_sqrt2(codes: Tensor, scale: Tensor) -> Tensor:
-    """Values ``scale * 2**(-q/2)``."""
-    return torch.exp2(codes * -0.5) * scale
+def dequantize_log_sqrt2(codes: Tensor, scale: Tensor, qmax: int) -> Tensor:
+    """Values ``scale * 2**(-q/2)``; zero for code ``qmax``."""
+    return torch.where(codes == qmax, 0, torch.exp2(codes * -0.5)) * scale
 
 
 class _FakeQuantizeLogSqrt2(torch.autograd.Function):
-    """Inside the range the estimate is x_hat ~ x: gradient 1 for x and 0 for scale. Where the
-    code is clamped x_hat is a multiple of scale alone."""
+    """Up to scale the estimate is x_hat ~ x: gradient 1 for x and 0 for scale. Above it x_hat is
+    scale."""
 
     @staticmethod
     def forward(ctx, x, scale, qmax, grad_scale):
         ctx.save_for_backward(x, scale)
-        ctx.limits = (qmax, grad_scale)
-        return dequantize_log_sqrt2(quantize_log_sqrt2(x, scale, qmax), scale)
+        ctx.grad_scale = grad_scale
+        return dequantize_log_sqrt2(quantize_log_sqrt2(x, scale, qmax), scale, qmax)
 
     @staticmethod
     def backward(ctx, grad):
         x, scale = ctx.saved_tensors
-        qmax, grad_scale = ctx.limits
-        lowest = math.pow(2, -qmax / 2)
-        above, below = x > scale, x < scale * lowest
-        grad_x = grad * ~(above | below) if ctx.needs_input_grad[0] else None
+        above = x > scale
+        grad_x = grad * ~above if ctx.needs_input_grad[0] else None
         grad_s = None
         if ctx.needs_input_grad[1]:
-            grad_s = (grad * (above + below * lowest)).sum_to_size(scale.shape) * grad_scale
+            grad_s = (grad * above).sum_to_size(scale.shape) * ctx.grad_scale
         return grad_x, grad_s, None, None
 
 

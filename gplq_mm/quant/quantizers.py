@@ -351,7 +351,7 @@ class ActQuantizer(LearnedQuantizer):
 
 @QUANTIZERS.register_module(name='log_sqrt2')
 class ProbQuantizer(ActQuantizer):
-    """Quantizer of attention probabilities on powers of sqrt(2) (RepQ-ViT, eq. 9)."""
+    """Quantizer of attention probabilities on zero and powers of sqrt(2) (RepQ-ViT, eq. 9)."""
 
     sites = ('probs',)
     has_signed_codes = False
@@ -368,7 +368,8 @@ class ProbQuantizer(ActQuantizer):
 
     @classmethod
     def nearest(cls, spec: ActSpec, x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-        return dequantize_log_sqrt2(quantize_log_sqrt2(x, scale, spec.code_range[1]), scale)
+        qmax = spec.code_range[1]
+        return dequantize_log_sqrt2(quantize_log_sqrt2(x, scale, qmax), scale, qmax)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         scale, _ = self.grid()

@@ -81,8 +81,8 @@ class ActSpec:
         observer: Calibration: ``'minmax'``, ``'percentile'``, ``'mse'``, or another entry of
             ``gplq_mm.registry.OBSERVERS``.
         percentile: The two quantiles of the percentile observer, fractions of 1.
-        quantizer: ``'uniform'``, ``'log_sqrt2'`` (powers of sqrt(2); attention probabilities
-            only, RepQ-ViT), or another entry of ``gplq_mm.registry.QUANTIZERS``.
+        quantizer: ``'uniform'``, ``'log_sqrt2'`` (zero and powers of sqrt(2); attention
+            probabilities only, RepQ-ViT), or another entry of ``gplq_mm.registry.QUANTIZERS``.
         tokens: Number of tokens, needed by ``granularity='token'`` where the layer itself does
             not know it (a Swin window does, a ViT does not).
         row_relative: Attention probabilities only: quantize them relative to the largest of

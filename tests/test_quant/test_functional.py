@@ -156,13 +156,10 @@ def test_gradients_flow_to_the_leaves_that_want_them():
 
 
 def reference_log(x, scale, qmax):
-    """x_hat ~ x inside; the smallest and the largest value move with the scale."""
+    """x_hat ~ x up to the scale, and the scale above it; the last code is zero."""
     codes = (-2 * (x / scale).log2()).round().clamp(0, qmax)
-    value = scale.detach() * 2 ** (-codes / 2)
-    lowest = 2 ** (-qmax / 2)
-    inside = (x <= scale) & (x >= scale * lowest)
-    ends = torch.where(x > scale, scale, scale * lowest)
-    return torch.where(inside, x + (value - x).detach(), ends)
+    value = torch.where(codes < qmax, scale.detach() * 2 ** (-codes / 2), 0)
+    return torch.where(x <= scale, x + (value - x).detach(), scale)
 
 
 @pytest.mark.parametrize('shape', SHAPES)
@@ -189,16 +186,36 @@ def test_log_sqrt2_codes(values, qmax):
     assert torch.equal(codes, codes.round())
     assert codes.min() >= 0
     assert codes.max() <= qmax
-    again = quantize_log_sqrt2(dequantize_log_sqrt2(codes, scale), scale, qmax)
-    assert torch.equal(again, codes)
-    ratio = dequantize_log_sqrt2(codes, scale) / x
-    inside = (x <= 1) & (x >= 2 ** (-qmax / 2))
-    # Half a step of sqrt(2) is a factor of 2**(1/4).
-    assert (ratio[inside].log2().abs() <= 0.25 + 1e-5).all()
+    out = dequantize_log_sqrt2(codes, scale, qmax)
+    assert torch.equal(quantize_log_sqrt2(out, scale, qmax), codes)
+    assert torch.equal(fake_quantize_log_sqrt2(x, scale, qmax), out)
+    # Half a step of sqrt(2) is a factor of 2**(1/4); the last step before zero is no exception.
+    zero = out == 0
+    assert torch.equal(zero, codes == qmax)
+    assert (x[zero] <= 2 ** (-(qmax - 0.5) / 2) * (1 + 1e-5)).all()
+    inside = (x <= 1) & ~zero
+    assert ((out / x)[inside].log2().abs() <= 0.25 + 1e-5).all()
+    assert (out[x > 1] == 1).all()
 
 
-def test_zero_probability_has_the_last_code():
-    assert quantize_log_sqrt2(torch.zeros(1), torch.tensor(1.0), 15).item() == 15
+@settings(deadline=None, max_examples=40)
+@given(st.integers(2, 8), st.floats(0.01, 1), st.integers(16, 1024), st.integers(0, 2**16))
+def test_log_sqrt2_keeps_rows_of_small_probabilities_small(bits, scale, tokens, seed):
+    """What is closest to zero becomes zero, so many such values add nothing to their row."""
+    qmax, scale = 2**bits - 1, torch.tensor(scale)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(tokens, generator=generator) * scale * 2 ** (-(qmax - 0.4) / 2)
+    assert fake_quantize_log_sqrt2(x, scale, qmax).sum() == 0
+    row = torch.cat([scale.reshape(1), x])
+    assert fake_quantize_log_sqrt2(row, scale, qmax).sum() == scale
+
+
+@pytest.mark.parametrize('qmax', [3, 15, 255])
+def test_zero_probability_is_zero(qmax):
+    scale = torch.tensor(0.3)
+    codes = quantize_log_sqrt2(torch.zeros(1), scale, qmax)
+    assert codes.item() == qmax
+    assert dequantize_log_sqrt2(codes, scale, qmax).item() == 0
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])

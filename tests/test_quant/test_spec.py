@@ -6,7 +6,7 @@ import pytest
 import torch
 from mmengine.config import ConfigDict
 
-from gplq_mm.quant import ActSpec, PolicyError, QuantPolicy, WeightSpec
+from gplq_mm.quant import ActSpec, PolicyError, QuantPolicy, WeightSpec, build_observer
 
 
 def test_rules_apply_in_order_and_refine_each_other():
@@ -91,6 +91,23 @@ def test_scales_on_the_reduction_axis_are_refused(kind):
     policy = QuantPolicy(rules=[dict(pattern='x', activation=dict(granularity=wrong))])
     with pytest.raises(PolicyError, match='reduction axis'):
         policy.resolve('x', kind)
+
+
+def test_repq_preset_clips_what_few_values_reach():
+    """A handful of huge activations must not take the grid of all others."""
+    policy = QuantPolicy('repq')
+    x = torch.randn(20000, generator=torch.Generator().manual_seed(0))
+    x[:4] = 200.0
+    for site, kind in (('fc', 'linear'), ('a.q', 'q'), ('a.k', 'k'), ('a.v', 'v')):
+        observer = build_observer(policy.resolve(site, kind).activation, (1,))
+        for _ in range(observer.num_passes):
+            observer.update(x)
+            observer.end_pass()
+        scale, _ = observer.compute()
+        assert scale.item() * 15 < 10
+    assert policy.resolve('a.probs', 'probs').activation.observer == 'mse'
+    chosen = QuantPolicy('repq', activation=dict(observer='mse'))
+    assert chosen.resolve('fc', 'linear').activation.observer == 'mse'
 
 
 def test_log_sqrt2_is_for_probabilities():
