@@ -17,7 +17,7 @@ from rich.table import Table
 
 from gplq_mm.checkpoint import atomic_write
 from gplq_mm.engine import AnalysisSettings, analyze, one_line_errors, one_of_the_ranks, read_run
-from gplq_mm.report import FIGURES, draw_figures, policy_source, render_page
+from gplq_mm.report import FIGURES, draw_figures, policy_source, render_page, shorten
 
 WORST = 10
 POLICY_FILES = ('suggested_policy.py', 'suggested_policy.json')
@@ -153,9 +153,9 @@ def print_analysis(analysis: dict, console: Console) -> None:
         order = sorted(layers, key=lambda name: _worst(layers[name]))
         title = 'the layers of the smallest SQNR'
     table = Table(title=title)
-    table.add_column('layer', overflow='fold')
-    for column in ('SQNR weights', 'SQNR activations', 'SQNR both'):
-        table.add_column(f'{column} (dB)', justify='right')
+    table.add_column('layer', no_wrap=True)
+    for column in ('weights', 'activations', 'both'):
+        table.add_column(f'SQNR (dB) {column}', justify='right')
     parts = ('weights', 'activations') if sensitivity else ()
     for part in parts:
         table.add_column(f'{sensitivity["metric"]} {part}', justify='right')
@@ -166,7 +166,7 @@ def print_analysis(analysis: dict, console: Console) -> None:
             for case in ('weights', 'activations', 'both')
         ]
         cells += [_cell(sensitivity['cost'][name].get(part), '.3g') for part in parts]
-        table.add_row(name, *cells)
+        table.add_row(shorten(name), *cells)
     console.print(table)
     for part in parts:
         chosen = (analysis['suggestion'] or {}).get(part)

@@ -1,7 +1,7 @@
 # RepQ-ViT (Li et al., ICCV 2023), W4A4, with the images and the evaluation of the GPLQ run beside
-# it: one scale a tensor, LayerNorms reparametrized, zero and powers of sqrt(2) for attention probabilities,
-# and weights rounded with a scale each row. As in our other policies the patch embedding and the
-# head have 8 bits.
+# it: one scale a tensor, LayerNorms reparametrized, zero and powers of sqrt(2) for attention
+# probabilities, and weights rounded with a scale each row. As in our other policies the patch
+# embedding and the head have 8 bits.
 _base_ = ['../gplq/gplq_vit-tiny_w4a4_imagenette.py']
 
 model = dict(

@@ -3,5 +3,6 @@
 from .figures import FIGURES, draw_figures
 from .page import render_page
 from .policy_file import policy_source
+from .style import shorten
 
-__all__ = ['FIGURES', 'draw_figures', 'policy_source', 'render_page']
+__all__ = ['FIGURES', 'draw_figures', 'policy_source', 'render_page', 'shorten']

@@ -62,7 +62,12 @@ def draw_weight_drift(analysis: Mapping) -> Figure | None:
 
 def draw_losses(analysis: Mapping) -> Figure | None:
     """Losses and learning rate over the iterations."""
-    curves = {key: value for key, value in analysis['curves'].items() if 'loss' in key}
+    # A loss of weight 0 is recorded and says nothing.
+    curves = {
+        key: value
+        for key, value in analysis['curves'].items()
+        if 'loss' in key and any(loss for _, loss in value)
+    }
     if not curves:
         return None
     figure, axes = new_figure(8)

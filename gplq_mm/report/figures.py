@@ -1,7 +1,6 @@
 """The pictures of an analysis."""
 
 from collections.abc import Callable, Mapping
-from itertools import pairwise
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -11,6 +10,8 @@ from .style import COLORS, label_rows, new_figure, styled, to_png
 
 __all__ = ['FIGURES', 'draw_figures', 'metric_label']
 
+# Effects below this share of the largest one are drawn at the edge.
+EFFECT_RANGE = 1e-5
 CASES = ('weights', 'activations', 'both')
 CASE_LABELS = {
     'weights': 'weights quantized',
@@ -83,31 +84,40 @@ def draw_sensitivity(analysis: Mapping) -> Figure | None:
     cost = sensitivity['cost']
     names = sorted(cost, key=lambda name: -sum(cost[name].values()))
     figure, axes = new_figure(8, rows=len(names))
+    # A layer without effect (8 bits, or a constant input) must not take the room of all others.
+    least = EFFECT_RANGE * max(value for parts in cost.values() for value in parts.values())
     for part in ('weights', 'activations'):
         points = [
             (cost[name][part], row)
             for row, name in enumerate(names)
             if cost[name].get(part, 0.0) > 0
         ]
-        if points:
-            axes.scatter(
-                *zip(*points, strict=True),
-                s=20,
-                linewidths=0,
-                color=COLORS[part],
-                label=CASE_LABELS[part],
-                zorder=3,
-            )
-    axes.axvline(sensitivity['all_cost'], color=COLORS['both'], linewidth=1, linestyle='--')
-    axes.text(
-        sensitivity['all_cost'], -0.5, 'everything ', ha='right', va='top', fontsize=8,
+        for marker, shown in (
+            ('o', [point for point in points if point[0] >= least]),
+            ('<', [(least, row) for value, row in points if value < least]),
+        ):
+            if shown:
+                axes.scatter(
+                    *zip(*shown, strict=True),
+                    s=20,
+                    marker=marker,
+                    linewidths=0,
+                    color=COLORS[part],
+                    label=CASE_LABELS[part] if marker == 'o' else None,
+                    zorder=3,
+                )
+    axes.axvline(
+        sensitivity['all_cost'],
         color=COLORS['both'],
-    )  # fmt: skip
+        linewidth=1,
+        linestyle='--',
+        label='everything quantized',
+    )
     axes.set_xscale('log')
     label_rows(axes, names)
     axes.set_xlabel(f'{metric_label(sensitivity["metric"])} (smaller is better)')
     axes.set_title('Effect of quantizing one layer alone on the output of the network')
-    axes.legend(loc='lower right')
+    axes.legend(loc='upper center', bbox_to_anchor=(0.4, -0.45 / figure.get_figheight()), ncol=3)
     return figure
 
 
@@ -228,14 +238,11 @@ def draw_scale_histogram(analysis: Mapping) -> Figure | None:
     histogram = analysis['scale_histogram']
     edges = histogram['edges']
     figure, axes = new_figure(8)
-    bottom = [0] * (len(edges) - 1)
-    widths = [high - low for low, high in pairwise(edges)]
     for operand, counts in histogram['counts'].items():
-        axes.bar(
-            edges[:-1], counts, widths, bottom, align='edge', color=COLORS[operand],
-            label=OPERANDS[operand], zorder=2,
-        )  # fmt: skip
-        bottom = [a + b for a, b in zip(bottom, counts, strict=True)]
+        axes.stairs(counts, edges, color=COLORS[operand], label=OPERANDS[operand], linewidth=1.4)
+    # Layers have a scale a channel, attentions a few: thousands beside dozens.
+    axes.set_yscale('log')
+    axes.set_ylim(bottom=0.7)
     axes.set_xscale('log')
     axes.set_xlabel('scale (units of the activation)')
     axes.set_ylabel('number of scales')
