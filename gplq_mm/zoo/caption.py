@@ -3,8 +3,12 @@
 import re
 from collections.abc import Mapping
 
-__all__ = ['FIELDS', 'measured_caption', 'published_caption']
+__all__ = ['FIELDS', 'LOAD', 'measured_caption', 'published_caption']
 
+# Longer lists of runs are in the metafile.
+MOST_NAMES = 4
+# Ends the text of a machine whose load is known.
+LOAD = ', mean load '
 FIELDS = ('commit', 'date', 'machine', 'data', 'seconds', 'command')
 
 
@@ -43,14 +47,33 @@ def _shared(runs: list[Mapping], field: str) -> str:
     for run in runs:
         if run['Measured'].get(field):
             names.setdefault(_text(field, run['Measured'][field]), []).append(run['Name'])
+    if field == 'machine' and len(names) > 1:
+        names = _loads_as_a_range(names)
     prefix = 'commit ' if field == 'commit' else ''
     if len(names) == 1:
         return prefix + next(iter(names))
     if field == 'date' and names:
         return f'{min(names)} to {max(names)}'
+    if sum(map(len, names.values())) > MOST_NAMES:
+        return prefix + ' or '.join(names)
     return prefix + ', '.join(
         f'{text} ({", ".join(f"`{name}`" for name in owners)})' for text, owners in names.items()
     )
+
+
+def _loads_as_a_range(names: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Machines that differ in their load alone as one, with its range."""
+    merged: dict[str, tuple[list[float], list[str]]] = {}
+    for text, owners in names.items():
+        machine, _, load = text.partition(LOAD)
+        loads, all_owners = merged.setdefault(machine, ([], []))
+        loads += [float(load)] if load else []
+        all_owners += owners
+    return {
+        machine
+        + (f'{LOAD}{min(loads)}' + f' to {max(loads)}' * (len(set(loads)) > 1) if loads else ''): o
+        for machine, (loads, o) in merged.items()
+    }
 
 
 def _text(field: str, value) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
+from .caption import LOAD
 from .checkout import (
     clean_commit,
     code_hash,
@@ -183,7 +184,7 @@ class _Run:
             'command': state.command,
             'commit': state.commit,
             'date': f'{end:%Y-%m-%d}',
-            'machine': state.machine + ('' if load is None else f', mean load {load:.1f}'),
+            'machine': state.machine + ('' if load is None else f'{LOAD}{load:.1f}'),
             'data': state.data,
             **({'options': state.options} if state.options else {}),
             'seconds': round(state.seconds),

@@ -19,7 +19,10 @@ ROLES = {
 }
 # Made here of what an entry holds.
 MADE = {'name', 'link', 'label', 'bits', 'stage'}
-KNOWN = MEASURED | STAGE | MADE
+# Sum of the steps that make the model, without those that only measure it.
+QUANTIZING = 'quantizing_seconds'
+MEASURING = re.compile(r'(evaluation|transfer)_|(baseline|diagnostics)$')
+KNOWN = MEASURED | STAGE | MADE | {QUANTIZING}
 
 
 def stage_of(entry: Mapping, role: str | None) -> str | None:
@@ -54,8 +57,11 @@ def model_values(entry: Mapping, role: str | None, page: str) -> dict[str, Any]:
     measured = entry['Measured']
     config = posixpath.relpath(entry['Config'], posixpath.dirname(page) or '.')
     link = f'[{entry["Name"]}]({config})'
+    steps = measured.get('seconds_by_step', {})
+    made = [seconds for step, seconds in steps.items() if not MEASURING.match(step)]
     return {
         **measured,
+        **({QUANTIZING: sum(made)} if made else {}),
         **measured['stages'][stage],
         'name': entry['Name'],
         'link': link,
@@ -92,7 +98,8 @@ def fill(template: str, labels: Mapping[str, Any], values: Mapping[str, Any]) ->
 
     Args:
         template: Text with fields such as ``{seconds:,.0f}`` or ``{data.training.images}``.
-        labels: What the row itself says; goes before ``values``.
+        labels: What the row itself says; goes before ``values``. A label of None says that there is
+            no such number, whatever the values hold.
         values: Of :func:`model_values`, or a row of published figures.
 
     Raises:
@@ -103,6 +110,8 @@ def fill(template: str, labels: Mapping[str, Any], values: Mapping[str, Any]) ->
         text.append(literal)
         if path is None:
             continue
+        if labels.get(path.split('.')[0], path) is None:
+            return ''
         value = _look_up(labels, path)
         if value is None:
             value = _look_up(values, path)

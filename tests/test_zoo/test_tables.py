@@ -140,6 +140,40 @@ def test_the_caption_tells_runs_apart_where_they_differ(tmp_path):
     )
 
 
+def test_the_caption_of_many_runs_is_short(tmp_path):
+    """Loads differ from run to run, and six names would be longer than the table."""
+    runs = {
+        f'run{i}': measured(commit=f'abc{i % 2}123', machine=f'Xeon, 2 cores, mean load {1 + i}.5')
+        for i in range(6)
+    }
+    rows = [{'label': name, 'model': name, 'stage': 'final'} for name in runs]
+    spec = spec_of(rows, caption=('commit', 'machine'))
+    caption = build_table(spec, zoo_of(tmp_path, **runs), 'README.md').caption
+    assert 'commit abc0123 or abc1123' in caption
+    assert 'Xeon, 2 cores, mean load 1.5 to 6.5' in caption
+    assert 'run3' not in caption
+
+
+def test_a_row_may_say_that_it_has_no_such_number(tmp_path):
+    zoo = zoo_of(tmp_path, tiny=measured())
+    rows = [{'label': 'PTQ', 'stage': 'ptq', 'relative_l2': None}, {'label': 'Stage 2'}]
+    assert cells(spec_of(rows), zoo) == (
+        ('PTQ', 'W4A4', '51.6', ''),
+        ('Stage 2', 'W4A4', '66.0', '0.518'),
+    )
+
+
+def test_seconds_of_quantizing_are_those_of_the_steps_that_make_the_model(tmp_path):
+    steps = {
+        'calibration': 2.0, 'pca': 3.0, 'act_qat': 50.0, 'weight_ptq': 5.0, 'baseline': 7.0,
+        'diagnostics': 9.0, 'evaluation_w4a4': 100.0, 'transfer_w4a4': 200.0,
+    }  # fmt: skip
+    zoo = zoo_of(tmp_path, tiny=measured(seconds_by_step=steps), old=measured())
+    rows = [{'label': name, 'model': name} for name in ('tiny', 'old')]
+    columns = [*COLUMNS[:1], {'title': 'seconds', 'cell': '{quantizing_seconds:.0f}'}]
+    assert cells(spec_of(rows, columns), zoo) == (('tiny', '60'),)
+
+
 def test_a_note_holds_numbers_too(tmp_path):
     spec = spec_of(note='PTQ has {stages.ptq_w4a4.top1:.1f}.', model='tiny')
     table = build_table(spec, zoo_of(tmp_path, tiny=measured()), 'README.md')
