@@ -365,10 +365,15 @@ class GPLQ(BaseModel):
     def _weigh_task(self, losses: dict) -> dict:
         """Losses of the architecture, weighted. One called ``loss`` is renamed: in a log that is
         the sum of all."""
+
+        def weigh(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+            # Detectors have a loss for each level of the pyramid.
+            if isinstance(value, list):
+                return [weigh(part) for part in value]
+            return value * self.task_weight
+
         return {
-            'loss_task' if key == 'loss' else key: (
-                value * self.task_weight if 'loss' in key else value
-            )
+            'loss_task' if key == 'loss' else key: weigh(value) if 'loss' in key else value
             for key, value in losses.items()
         }
 

@@ -27,7 +27,7 @@ from tiny_runs import (
 
 from gplq_mm.checkpoint import CheckpointError
 from gplq_mm.engine import ClassCountError, MaskError
-from gplq_mm.layers import QuantConvTranspose2d, quant_layers
+from gplq_mm.layers import QuantConvTranspose2d, quant_layers, quantizers_disabled
 from gplq_mm.quant import PolicyError
 
 STAGES = {'fp32', 'ptq_w4a4', 'w32a4', 'latent_fp32', 'w4a4'}
@@ -131,6 +131,27 @@ def test_mimicking_is_off_by_default(data, pretrained, tmp_path):
     model = build_runner(detection_config(tmp_path, data, pretrained)).model
     assert model.mimic_loss is None
     assert model.tap is None
+
+
+def test_losses_of_every_level_are_weighed(data, pretrained, tmp_path):
+    runner = build_runner(detection_config(tmp_path, data, pretrained))
+    model = runner.model
+    model.init_weights()
+    batch = model.data_preprocessor(next(iter(runner.train_dataloader)), True)
+    found = []
+    for weight in (1.0, 0.25):
+        model.task_weight = weight
+        # Proposals are drawn at random.
+        torch.manual_seed(0)
+        np.random.seed(0)
+        with quantizers_disabled(model):
+            losses = model(**copy.deepcopy(batch), mode='loss')
+        found.append({key: value for key, value in losses.items() if 'loss' in key})
+    assert isinstance(found[0]['loss_rpn_cls'], list)
+    for key, value in found[0].items():
+        values = value if isinstance(value, list) else [value]
+        weighed = found[1][key] if isinstance(value, list) else [found[1][key]]
+        torch.testing.assert_close(weighed, [0.25 * part for part in values])
 
 
 def test_maps_are_not_cached(data, pretrained, tmp_path):
