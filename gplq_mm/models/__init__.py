@@ -3,13 +3,14 @@
 from .feature_cache import FeatureCache
 from .feature_store import FeatureStore, FeatureStoreError, FeatureStoreUnavailableError
 from .feature_tap import FeatureTap
-from .gplq import GPLQ, NonFiniteLossError
+from .gplq import GPLQ
 from .network_outputs import NetworkOutputs
 from .pca_mimic_loss import PCAMimicLoss, feature_rows
 from .quant_backbone import QuantBackbone
 from .simple_feature_pyramid import SimpleFeaturePyramid
 from .stage import Stage
 from .timm_conversion import convert_timm_vit_state_dict
+from .training_losses import NonFiniteLossError
 
 __all__ = [
     'GPLQ',

@@ -3,7 +3,6 @@
 import copy
 
 import torch
-import torch.nn.functional as F
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
@@ -22,18 +21,19 @@ from ..layers import (
     weights_are_learned,
 )
 from ..quant import QuantPolicy
-from ..quant.reduce import is_finite_everywhere
 from ..registry import MODELS
 from .feature_cache import FeatureCache
 from .feature_tap import FeatureTap, feature_layer_of, feature_width, tapped_outputs
 from .stage import Stage, check_order
 from .teacher import Teacher
+from .training_losses import (
+    distill_settings,
+    distillation_loss,
+    require_finite,
+    weigh_task,
+)
 
-__all__ = ['GPLQ', 'NonFiniteLossError']
-
-
-class NonFiniteLossError(FloatingPointError):
-    """The loss became NaN or infinite; the update was not made."""
+__all__ = ['GPLQ']
 
 
 @MODELS.register_module()
@@ -112,7 +112,7 @@ class GPLQ(BaseModel):
         self.pretrained, self.backbone_from = pretrained, backbone_from
         self._check_start(mimic, distill)
         self.task_weight = task_weight
-        self.distill = self._check_distill(distill)
+        self.distill = distill_settings(distill)
         self.direct = self._check_direct(direct, compensation)
         float_model = copy.deepcopy(student) if teacher else None
         self.policy = QuantPolicy(**(policy or {}))
@@ -186,15 +186,6 @@ class GPLQ(BaseModel):
                 f'feature_layer={feature_layer!r} gives maps, but the architecture has no '
                 'extract_feat that computes them; mimic=None trains without.'
             )
-
-    @staticmethod
-    def _check_distill(distill: dict | None) -> dict | None:
-        if distill is None:
-            return None
-        unknown = set(distill) - {'loss_weight', 'temperature'}
-        if unknown:
-            raise ValueError(f'distill has unknown key(s) {sorted(unknown)}.')
-        return {'loss_weight': 1.0, 'temperature': 1.0, **distill}
 
     @staticmethod
     def _check_direct(direct: dict | None, compensation: dict | None) -> dict | None:
@@ -350,32 +341,18 @@ class GPLQ(BaseModel):
             )
         if self.tap is None:
             losses = self.architecture(inputs, data_samples, mode='loss')
-            return self._weigh_task(losses)
+            return weigh_task(losses, self.task_weight)
         # The teacher first: what it needs on the way is gone before anything is kept for backward.
         needs_teacher = self.mimic_loss is not None or self.distill is not None
         feature, logits = self._need_teacher().targets(inputs) if needs_teacher else (None, None)
         with self.tap as tap:
-            losses = self._weigh_task(self.architecture(inputs, data_samples, mode='loss'))
+            losses = self.architecture(inputs, data_samples, mode='loss')
+            losses = weigh_task(losses, self.task_weight)
             if self.mimic_loss is not None:
                 losses['loss_pca_mimic'] = self.mimic_loss(tap.feature, feature)
             if self.distill is not None:
-                losses['loss_distill'] = self._distill_loss(tap.output, logits)
+                losses['loss_distill'] = distillation_loss(tap.output, logits, **self.distill)
         return losses
-
-    def _weigh_task(self, losses: dict) -> dict:
-        """Losses of the architecture, weighted. One called ``loss`` is renamed: in a log that is
-        the sum of all."""
-
-        def weigh(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-            # Detectors have a loss for each level of the pyramid.
-            if isinstance(value, list):
-                return [weigh(part) for part in value]
-            return value * self.task_weight
-
-        return {
-            'loss_task' if key == 'loss' else key: weigh(value) if 'loss' in key else value
-            for key, value in losses.items()
-        }
 
     def teacher_outputs(self, inputs: Tensor) -> tuple:
         """Features ``(N, D)`` of the teacher and its logits ``(N, classes)``; or its maps, twice.
@@ -400,17 +377,6 @@ class GPLQ(BaseModel):
         """As :meth:`teacher_outputs`, of the student as it is now."""
         return tapped_outputs(self.architecture, self.tap, inputs)
 
-    def _distill_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
-        # Hinton et al., 2015: the square keeps gradients comparable across temperatures.
-        temperature = self.distill['temperature']
-        divergence = F.kl_div(
-            F.log_softmax(student.float() / temperature, 1),
-            F.log_softmax(teacher.float() / temperature, 1),
-            reduction='batchmean',
-            log_target=True,
-        )
-        return self.distill['loss_weight'] * temperature**2 * divergence
-
     def parse_losses(self, losses: dict) -> tuple[Tensor, dict]:
         """Sums the losses, and stops before a NaN or an infinity reaches the weights.
 
@@ -418,14 +384,7 @@ class GPLQ(BaseModel):
             NonFiniteLossError: On all ranks, if any rank's loss is not finite.
         """
         loss, log = super().parse_losses(losses)
-        if not is_finite_everywhere(loss.detach()):
-            parts = ', '.join(f'{key}={float(value.detach()):.4g}' for key, value in log.items())
-            raise NonFiniteLossError(
-                f'the loss is not finite ({parts}); the step was not made and the last checkpoint '
-                'is intact. Check the images and the pretrained weights, then continue with '
-                '--resume. A resumed run keeps its learning rate: for a smaller '
-                'optim_wrapper.optimizer.lr start a new run.'
-            )
+        require_finite(loss, log)
         return loss, log
 
     @staticmethod

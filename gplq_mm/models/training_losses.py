@@ -1,0 +1,102 @@
+"""What training minimises beside the mimic loss, and what it must never do."""
+
+from collections.abc import Mapping
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..quant.reduce import is_finite_everywhere
+
+__all__ = [
+    'NonFiniteLossError',
+    'distill_settings',
+    'distillation_loss',
+    'require_finite',
+    'weigh_task',
+]
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss became NaN or infinite; the update was not made."""
+
+
+def distill_settings(distill: Mapping | None) -> dict | None:
+    """``loss_weight`` and ``temperature`` of the distillation, completed; None without.
+
+    Raises:
+        ValueError: For an unknown key.
+    """
+    if distill is None:
+        return None
+    unknown = set(distill) - {'loss_weight', 'temperature'}
+    if unknown:
+        raise ValueError(f'distill has unknown key(s) {sorted(unknown)}.')
+    return {'loss_weight': 1.0, 'temperature': 1.0, **distill}
+
+
+def weigh_task(losses: Mapping, weight: float) -> dict:
+    """Losses of the architecture, weighted.
+
+    Args:
+        losses: By name, of an OpenMMLab model in mode ``'loss'``; a detector has lists of them, one
+            loss for each level of the pyramid. What has no ``loss`` in its name is left alone.
+        weight: Factor.
+
+    Returns:
+        The same names, but for ``loss``, which becomes ``loss_task``: in a log that is the sum of
+        all.
+    """
+
+    def weigh(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        if isinstance(value, list):
+            return [weigh(part) for part in value]
+        return value * weight
+
+    return {
+        'loss_task' if key == 'loss' else key: weigh(value) if 'loss' in key else value
+        for key, value in losses.items()
+    }
+
+
+def distillation_loss(
+    student: Tensor, teacher: Tensor, loss_weight: float, temperature: float
+) -> Tensor:
+    """Kullback-Leibler divergence of the student's class probabilities from the teacher's.
+
+    Args:
+        student, teacher: Logits ``(B, classes)``.
+        loss_weight: Factor.
+        temperature: Both logits are divided by it; its square keeps gradients comparable across
+            temperatures (Hinton et al., 2015).
+
+    Returns:
+        Mean over the images, in nats times the factors.
+    """
+    divergence = F.kl_div(
+        F.log_softmax(student.float() / temperature, 1),
+        F.log_softmax(teacher.float() / temperature, 1),
+        reduction='batchmean',
+        log_target=True,
+    )
+    return loss_weight * temperature**2 * divergence
+
+
+def require_finite(loss: Tensor, parts: Mapping[str, Tensor]) -> None:
+    """Stops before a NaN or an infinity reaches the weights.
+
+    Args:
+        loss: Sum of the losses of this rank.
+        parts: What the message lists.
+
+    Raises:
+        NonFiniteLossError: On all ranks, if any rank's loss is not finite.
+    """
+    if is_finite_everywhere(loss.detach()):
+        return
+    listed = ', '.join(f'{key}={float(value.detach()):.4g}' for key, value in parts.items())
+    raise NonFiniteLossError(
+        f'the loss is not finite ({listed}); the step was not made and the last checkpoint '
+        'is intact. Check the images and the pretrained weights, then continue with '
+        '--resume. A resumed run keeps its learning rate: for a smaller '
+        'optim_wrapper.optimizer.lr start a new run.'
+    )
