@@ -237,7 +237,8 @@ def atomic_write(path: str | os.PathLike, write: Callable[[Any], None]) -> None:
         if isinstance(error, (OSError, RuntimeError)):
             raise OSError(
                 f'{path} could not be written ({error}); the earlier file, if any, is intact. '
-                'Free some disk space, or choose another work dir, and run again with --resume.'
+                'Free some disk space, or choose another folder, and run again (training goes on '
+                'with --resume).'
             ) from error
         raise
     # The rename itself must survive a power cut.

@@ -85,12 +85,22 @@ def settings_of(args: argparse.Namespace) -> AnalysisSettings:
     )
 
 
-def build_runner(args: argparse.Namespace, out: Path):
-    """A runner with the data of the config and without what only training needs."""
+def read_config(args: argparse.Namespace) -> Config:
     cfg = Config.fromfile(args.config)
-    cfg.launcher, cfg.work_dir = args.launcher, str(out)
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
+    missing = [key for key in ('model', 'train_dataloader', 'val_dataloader') if not cfg.get(key)]
+    if missing:
+        raise ValueError(
+            f'{args.config} has no {", ".join(missing)}; the analysis needs the config of a whole '
+            'GPLQ run, such as tools/train.py takes.'
+        )
+    return cfg
+
+
+def build_runner(cfg: Config, args: argparse.Namespace, out: Path):
+    """A runner with the data of the config and without what only training needs."""
+    cfg.launcher, cfg.work_dir = args.launcher, str(out)
     cfg.load_from, cfg.resume = None, False
     cfg.runner_type = 'gplq_mm.GPLQRunner'
     if cfg.model.get('type') == 'gplq_mm.GPLQ':
@@ -103,7 +113,9 @@ def build_runner(args: argparse.Namespace, out: Path):
 
 def run(args: argparse.Namespace, out: Path) -> dict:
     """Everything that the page shows."""
-    analysis = analyze(build_runner(args, out), args.checkpoint, settings_of(args))
+    cfg = read_config(args)
+    has_policy = cfg.model.get('policy') is not None
+    analysis = analyze(build_runner(cfg, args, out), args.checkpoint, settings_of(args))
     files = read_run(Path(args.checkpoint).parent, analysis.pop('record'))
     analysis['notes'] += files.pop('notes')
     return {
@@ -111,6 +123,7 @@ def run(args: argparse.Namespace, out: Path) -> dict:
         'config': args.config,
         'checkpoint': args.checkpoint,
         'policy_file': os.path.join(out, 'suggested_policy.py'),
+        'has_policy': has_policy,
         **analysis,
         **files,
     }
@@ -127,15 +140,22 @@ def write(analysis: dict, args: argparse.Namespace, out: Path) -> list[Path]:
             if chosen:
                 comments.append(f'{part.capitalize()}: {chosen["size"]} of {chosen["budget"]}.')
         base = os.path.relpath(os.path.realpath(args.config), os.path.realpath(out))
-        sources = (policy_source(suggestion['policy'], base, comments),)
+        replaces = analysis['has_policy']
+        sources = (policy_source(suggestion['policy'], base, comments, replaces),)
         sources += (json.dumps(suggestion['policy'], indent=1),)
         texts |= zip(POLICY_FILES, sources, strict=True)
+    files = {name: text.encode() for name, text in texts.items()}
+
+    def put(names) -> None:
+        for name in names:
+            atomic_write(out / name, lambda file, name=name: file.write(files[name]))
+
+    # The numbers first: they have taken the time.
+    put(list(files))
     pictures = draw_figures(analysis)
-    files = {f'{name}.png': data for name, data in pictures.items()}
-    files |= {name: text.encode() for name, text in texts.items()}
+    files |= {f'{name}.png': data for name, data in pictures.items()}
     files['report.html'] = render_page(analysis, pictures).encode()
-    for name, data in files.items():
-        atomic_write(out / name, lambda file, data=data: file.write(data))
+    put([name for name in files if name not in texts])
     # Of an earlier analysis nothing is left that does not belong to this one.
     for name in {*POLICY_FILES, *(f'{name}.png' for name in FIGURES)} - set(files):
         (out / name).unlink(missing_ok=True)
@@ -191,7 +211,11 @@ def _cell(value: float | None, form: str) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     checkpoint = Path(args.checkpoint)
-    out = Path(args.out or checkpoint.parent / f'analysis-{checkpoint.stem}')
+    folder = checkpoint.parent
+    if '://' in args.checkpoint:
+        # There is nothing beside an address.
+        folder = Path('work_dirs', Path(args.config).stem)
+    out = Path(args.out or folder / f'analysis-{checkpoint.stem}')
     console = Console()
     with one_line_errors(), one_of_the_ranks():
         analysis = run(args, out)

@@ -9,8 +9,8 @@ __all__ = ['read_run']
 
 NEEDED = {'metrics', 'stages', 'feature_distance', 'seconds', 'peak_memory_mb'}
 
-# What a curve is worth drawing for; every line of the log has dozens of other entries.
-CURVES = ('loss', 'lr', 'grad_norm', 'quant_clip_rate', 'quant_sqnr_db', 'quant_scale')
+# What is drawn; every line of the log has dozens of other entries.
+CURVES = ('loss', 'quant_clip_rate', 'quant_sqnr_db', 'quant_scale')
 
 
 def read_run(folder: Path, record: dict) -> dict:

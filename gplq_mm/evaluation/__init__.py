@@ -1,6 +1,11 @@
 """Diagnostics as functions that return plain dicts; hooks, loops and tools print them."""
 
-from .activations import activation_statistics, quantizer_statistics, scale_histogram
+from .activations import (
+    activation_statistics,
+    quantizer_statistics,
+    quantizer_sums,
+    scale_histogram,
+)
 from .allocation import BudgetError, allocate
 from .features import feature_distance
 from .linear_probe import linear_probe
@@ -31,6 +36,7 @@ __all__ = [
     'policy_rules',
     'quant_sites',
     'quantizer_statistics',
+    'quantizer_sums',
     'require_reachable',
     'scale_histogram',
     'suggest_widths',

@@ -13,14 +13,30 @@ from ..quant.reduce import all_reduce_sum
 from .error_sums import decibels
 from .sites import quant_sites
 
-__all__ = ['activation_statistics', 'quantizer_statistics', 'scale_histogram']
+__all__ = [
+    'activation_statistics',
+    'quantizer_statistics',
+    'quantizer_sums',
+    'scale_histogram',
+]
 
 TINY_POWER = 1e-30
 HISTOGRAM_BINS = 40
 
 
-def _sums(quantizer: ActQuantizer, x: Tensor, x_hat: Tensor) -> Tensor:
-    """Number of clipped values, power of noise and signal, number of values; float64 ``(4,)``."""
+@torch.no_grad()
+def quantizer_sums(quantizer: ActQuantizer, x: Tensor, x_hat: Tensor) -> Tensor:
+    """What adds up over inputs and ranks to :func:`quantizer_statistics`.
+
+    Args:
+        quantizer: A calibrated quantizer.
+        x: Its input.
+        x_hat: Its output for ``x``.
+
+    Returns:
+        Number of clipped values, power of noise and signal, number of values; float64 ``(4,)``, on
+        the CPU.
+    """
     x, x_hat = x.float(), x_hat.float()
     return torch.stack(
         (
@@ -33,15 +49,15 @@ def _sums(quantizer: ActQuantizer, x: Tensor, x_hat: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def quantizer_statistics(quantizer: ActQuantizer, x: Tensor, x_hat: Tensor) -> dict[str, float]:
-    """Clip rate, mean scale and SQNR (dB) of one quantizer on one input.
+def quantizer_statistics(quantizer: ActQuantizer, sums: Tensor) -> dict[str, float]:
+    """Clip rate, mean scale and SQNR (dB) of one quantizer. The SQNR is finite even without noise,
+    for curves.
 
     Args:
         quantizer: A calibrated quantizer.
-        x: Its input.
-        x_hat: Its output for ``x``.
+        sums: Of :func:`quantizer_sums`, added up.
     """
-    clipped, noise, signal, count = _sums(quantizer, x, x_hat).tolist()
+    clipped, noise, signal, count = sums.tolist()
     count = max(count, 1.0)
     floor = TINY_POWER * count
     return {
@@ -78,7 +94,7 @@ def activation_statistics(
 
             def see(module: ActQuantizer, args: tuple, _output: Tensor, name: str = name) -> None:
                 module.enabled = True
-                sums[name] += _sums(module, args[0], module.forward(args[0]))
+                sums[name] += quantizer_sums(module, args[0], module.forward(args[0]))
                 module.enabled = False
 
             stack.callback(quantizer.register_forward_hook(see).remove)

@@ -10,7 +10,8 @@ __all__ = ['BudgetError', 'allocate']
 
 # Enough for hundreds of layers; a limit in seconds would make results depend on the machine.
 MAX_NODES = 20000
-# The solver takes a row that is exceeded by 1e-6 as kept: in a large row that is little.
+# The solver takes a row that is exceeded by this as kept: in a large row that is little.
+TOLERANCE = 1e-6
 ROW_SCALE = 1e4
 
 
@@ -26,7 +27,8 @@ def allocate(
     First every layer has its smallest width, and is widened step by step where a step saves most
     cost by size. Then the exact problem is solved, an integer linear program with one binary
     variable for each layer and width (``scipy.optimize.milp``, HiGHS), and the better of the two
-    counts. The result is the same on every call.
+    counts; for many hundreds of layers the search may end at :data:`MAX_NODES` before it has proved
+    the optimum. The result is the same on every call.
 
     Args:
         costs: For each layer, bits -> cost, not negative.
@@ -44,10 +46,13 @@ def allocate(
         raise BudgetError(f'the budget {budget:g} is below the smallest size {least:g}.')
     chosen = _by_steps(costs, sizes, budget)
     bound = _total(costs, chosen)
-    exact = _by_program(costs, sizes, budget, bound) if bound > 0 else None
-    # The solver's own tolerance must not count.
-    if exact is not None and _total(sizes, exact) <= budget:
-        chosen = min(chosen, exact, key=lambda widths: _total(costs, widths))
+    for row_limit in (ROW_SCALE, ROW_SCALE - 2 * TOLERANCE) if bound > 0 else ():
+        exact = _by_program(costs, sizes, budget, bound, row_limit)
+        if exact is None:
+            break
+        # The solver's own tolerance must not count; the second limit leaves room for it.
+        if _total(sizes, exact) <= budget:
+            return min(chosen, exact, key=lambda widths: _total(costs, widths))
     return chosen
 
 
@@ -81,7 +86,11 @@ def _by_steps(costs: Sequence[Mapping], sizes: Sequence[Mapping], budget: float)
 
 
 def _by_program(
-    costs: Sequence[Mapping], sizes: Sequence[Mapping], budget: float, bound: float
+    costs: Sequence[Mapping],
+    sizes: Sequence[Mapping],
+    budget: float,
+    bound: float,
+    row_limit: float,
 ) -> list[int] | None:
     # What alone costs more than a known solution is in no better one; without it all numbers lie
     # within the precision of the solver.
@@ -99,7 +108,7 @@ def _by_program(
         bounds=Bounds(0, 1),
         constraints=[
             LinearConstraint(one_each, 1, 1),
-            LinearConstraint(weights, -np.inf, ROW_SCALE),
+            LinearConstraint(weights, -np.inf, row_limit),
         ],
         options={'mip_rel_gap': 0.0, 'node_limit': MAX_NODES},
     )

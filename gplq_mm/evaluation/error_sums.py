@@ -43,8 +43,9 @@ class ErrorSums:
         """The errors over all batches of all ranks; call it once.
 
         Returns:
-            ``mae`` and ``mse`` in units of the value, ``sqnr_db`` (None where there is no signal
-            or no error), and ``relative_l2``, the norm of the error by that of the exact value.
+            ``mae`` in units of the value, ``mse`` in their square, ``sqnr_db`` (None where there is
+            no signal or no error), and ``relative_l2``, the norm of the error by that of the exact
+            value.
         """
         absolute, square, signal, count = all_reduce_sum(self.sums).tolist()
         return {

@@ -34,7 +34,8 @@ def require_reachable(
     if not budget >= least:
         raise BudgetError(
             f'the budget of {describe(budget)} is out of reach: with the widths at hand '
-            f'{describe(least)} to {describe(most)} are possible.'
+            f'{describe(least)} to {describe(most)} are possible. (Without a budget, the size '
+            'of the model as it is counts as one.)'
         )
 
 

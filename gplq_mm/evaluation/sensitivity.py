@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import quantizers_disabled
+from ..layers import Compensation, quantizers_disabled
 from ..quant.reduce import all_reduce_sum
 from .replay import Replay
 from .sites import quant_sites
@@ -86,8 +86,9 @@ def network_sensitivity(
         ``sites``: name -> ``'weights'`` and ``'activations'`` -> group of outputs -> squared
         error relative to the square of the float model's, and ``kl``, the Kullback-Leibler
         divergence from the float model's class probabilities in nats, where there are logits;
-        ``all``: the same with everything quantized; ``cost``: name -> part -> the figure to rank
-        by (``kl``, or the sum over groups), and ``metric``: its name.
+        ``all``: the same with everything quantized, and compensated if the model is; ``cost``: name
+        -> part -> the figure to rank by (``kl``, or the sum over groups), and ``metric``: its
+        name.
 
     Raises:
         NotCalibratedError: If an activation quantizer has no scale.
@@ -110,7 +111,7 @@ def network_sensitivity(
                 ):
                     distances[name, part].add(observe(batch), exact)
                 step()
-            everything.add(_all_quantized(sites.values(), observe, batch), exact)
+            everything.add(_all_quantized(model, observe, batch), exact)
             step()
     replay.clear()
     result: dict[str, dict] = {name: {} for name in sites}
@@ -143,11 +144,11 @@ def number_of_steps(model: nn.Module) -> int:
     return len(_cases(model)) + 2
 
 
-def _all_quantized(sites: Iterable, observe: Callable[[Any], Outputs], batch: Any) -> Outputs:
-    modules = []
-    for site in sites:
+def _all_quantized(model: nn.Module, observe: Callable[[Any], Outputs], batch: Any) -> Outputs:
+    modules = [module for module in model.modules() if isinstance(module, Compensation)]
+    for site in quant_sites(model).values():
         modules += site.activations.values()
-        if site.weight is not None:
+        if site.has_quantized_weight:
             modules.append(site.weight)
     for module in modules:
         module.enabled = True

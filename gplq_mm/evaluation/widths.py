@@ -100,9 +100,15 @@ def activation_noise(
 
                 stack.callback(quantizer.register_forward_hook(keep).remove)
         forward(batch)
+    keys = [f'{name}.{operand}' for name, site in sites.items() for operand in site.activations]
+    # A rank may have no value where another one has many: the boxes of a RoI head.
+    seen = all_reduce_sum(
+        torch.tensor([float(samples[k].numel()) if k in samples else 0 for k in keys])
+    )
+    reached = {key for key, values in zip(keys, seen.tolist(), strict=True) if values}
     result = {}
     for name, site in sites.items():
-        result[name] = _site_noise(name, site, samples, sorted(set(widths)))
+        result[name] = _site_noise(name, site, samples, reached, sorted(set(widths)))
         step()
     return result
 
@@ -111,27 +117,40 @@ def _sample(quantizer: ActQuantizer, x: Tensor) -> Tensor:
     """Some rows and channels ``(n, c)`` of what enters a quantizer."""
     rows = by_channel(x.detach().float(), tuple(quantizer.scale.shape))
     rows = rows[:: max(1, len(rows) // VALUES_PER_CHANNEL)]
-    return rows[:, :: -(-rows.shape[1] // CHANNELS)].clone()
+    return rows[:, :: _channel_step(quantizer)].clone()
+
+
+def _channel_step(quantizer: ActQuantizer) -> int:
+    return -(-quantizer.scale.numel() // CHANNELS)
+
+
+def _no_sample(quantizer: ActQuantizer) -> Tensor:
+    channels = len(range(0, quantizer.scale.numel(), _channel_step(quantizer)))
+    return quantizer.scale.new_zeros(0, channels)
 
 
 def _site_noise(
-    name: str, site: Site, samples: Mapping[str, Tensor], widths: list[int]
+    name: str, site: Site, samples: Mapping[str, Tensor], reached: set[str], widths: list[int]
 ) -> dict[int, float]:
-    sums = torch.zeros(len(widths) + 1, dtype=torch.float64)
+    result = dict.fromkeys([0, *widths], 0.0)
     for operand, quantizer in site.activations.items():
-        sample = samples.get(f'{name}.{operand}')
-        if sample is None or not sample.numel():
+        key = f'{name}.{operand}'
+        if key not in reached:
             continue
-        errors = {bits: _noise(quantizer, bits, sample) for bits in {*widths, quantizer.spec.bits}}
-        sums += torch.tensor([errors[quantizer.spec.bits], *(errors[bits] for bits in widths)])
-    own, *others = all_reduce_sum(sums).tolist()
-    return {0: own, **dict(zip(widths, others, strict=True))}
+        sample = samples.get(key, _no_sample(quantizer))
+        own = quantizer.spec.bits
+        errors = {bits: _noise(quantizer, bits, sample) for bits in sorted({*widths, own})}
+        for bits, error in {0: errors[own], **{bits: errors[bits] for bits in widths}}.items():
+            result[bits] += error
+    return result
 
 
 def _noise(quantizer: ActQuantizer, bits: int, sample: Tensor) -> float:
-    """Relative squared error of the sample on a grid of ``bits`` that is calibrated on it."""
-    spec = replace(quantizer.spec, bits=bits, granularity='channel', tokens=None)
-    other = build_act_quantizer(spec, (sample.shape[1],), quantizer.site)
+    """Relative squared error of all ranks' samples on a grid of ``bits`` calibrated on them."""
+    spec = replace(
+        quantizer.spec, bits=bits, granularity='channel', tokens=None, reparametrize=False
+    )
+    other = build_act_quantizer(spec, (sample.shape[1],), quantizer.site).to(sample.device)
     other.observe()
     observer = other.observer
     if observer.num_passes > 1:
@@ -140,5 +159,9 @@ def _noise(quantizer: ActQuantizer, bits: int, sample: Tensor) -> float:
         observer.update(sample)
         observer.end_pass()
     other.finish_observing()
-    error = (other(sample) - sample).double().square().sum()
-    return float(error / sample.double().square().sum().clamp(min=1e-30))
+    powers = torch.zeros(2, dtype=torch.float64)
+    if sample.numel():
+        powers[0] = (other(sample) - sample).double().square().sum()
+        powers[1] = sample.double().square().sum()
+    noise, signal = all_reduce_sum(powers).tolist()
+    return noise / max(signal, 1e-30)

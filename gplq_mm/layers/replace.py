@@ -89,17 +89,23 @@ def _computes_something_else(module: nn.Module) -> bool:
     return cls.forward not in plain and cls.__module__ != 'mmcv.cnn.bricks.wrappers'
 
 
+def _is_unknown_attention(module: nn.Module) -> bool:
+    """Whether nothing is known of the products of an attention."""
+    if not looks_like_attention(module) or attention_adapter_of(module):
+        return False
+    # A wrapper like ShiftWindowMSA is fine: the products are in its adapted child.
+    return not any(
+        attention_adapter_of(child) or isinstance(child, QuantAttention)
+        for child in module.modules()
+    ) and any(kind_of(child) for child in module.modules())
+
+
 def _check_supported(name: str, module: nn.Module, policy: QuantPolicy) -> None:
     unsupported = isinstance(module, UNSUPPORTED)
     if isinstance(module, nn.ConvTranspose2d):
         unsupported |= not QuantConvTranspose2d.supports(module)
     unsupported |= bool(kind_of(module)) and _computes_something_else(module)
-    if not unsupported and looks_like_attention(module) and not attention_adapter_of(module):
-        # A wrapper like ShiftWindowMSA is fine: the products are in its adapted child.
-        unsupported = not any(
-            attention_adapter_of(child) or isinstance(child, QuantAttention)
-            for child in module.modules()
-        ) and any(kind_of(child) for child in module.modules())
+    unsupported |= _is_unknown_attention(module)
     if unsupported and policy.resolve(name, 'linear').weight is not None:
         raise PolicyError(
             f'{name}: a layer of type {type(module).__name__} cannot be quantized. Exclude it '
@@ -139,8 +145,9 @@ def quantize_model(
             sites.append(name)
     if not sites:
         raise PolicyError('the model has no Linear, Conv2d or known attention layer to quantize.')
-    # An attention without adapter is no site, yet a rule may exclude it.
-    attentions = [name for name, module in modules if looks_like_attention(module)]
+    # An attention without adapter is no site, yet a rule may exclude it. The name of one with an
+    # adapter stands for nothing: its products and layers are the sites.
+    attentions = [name for name, module in modules if _is_unknown_attention(module)]
     policy.check_matched(sites + attentions)
     for name, module in modules:
         _check_supported(name, module, policy)

@@ -1,5 +1,6 @@
 """What a network gives for a batch, such that two of its states can be compared value by value."""
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ class NetworkOutputs:
         model: Classifier or detector.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If it is neither, or a detector whose head does not read the maps alone (DETR).
     """
 
     def __init__(self, model: GPLQ):
@@ -37,8 +38,16 @@ class NetworkOutputs:
                     'the analysis compares the outputs of classifiers and detectors, and the '
                     'architecture has neither a head nor an rpn_head or bbox_head.'
                 )
-            known = model.tap is not None and not model.taps_maps
-            self.tap = model.tap if known else FeatureTap(feature_layer_of(self.model, None))
+            # Not the layer that a config may name for mimicking: what follows it would be left out.
+            self.tap = FeatureTap(feature_layer_of(self.model, None))
+            return
+        try:
+            signature(self.dense_head.forward).bind(())
+        except TypeError as error:
+            raise ValueError(
+                'the analysis calls the dense head of a detector with the maps of the neck, and '
+                f'{type(self.dense_head).__name__} needs more than these ({error}).'
+            ) from error
 
     @property
     def is_detector(self) -> bool:

@@ -6,6 +6,8 @@ minimum, a maximum and a sum of counts, so the result does not depend on how the
 dealt out, and memory does not depend on how many there are.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -48,9 +50,16 @@ class MinMaxObserver:
         self.spec = spec
         self.quantizer = registered(QUANTIZERS)[spec.quantizer]
         self.shape = tuple(shape)
-        self.low: Tensor | None = None
-        self.high: Tensor | None = None
+        # The range of nothing. A rank without data (a RoI head without proposals) takes part in the
+        # reductions with it.
+        channels = math.prod(self.shape)
+        self.low = torch.full((channels,), math.inf)
+        self.high = torch.full((channels,), -math.inf)
         self.finished_passes = 0
+
+    def to(self, device: torch.device) -> None:
+        """Puts the range to where the data will be and ranks communicate."""
+        self.low, self.high = self.low.to(device), self.high.to(device)
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
@@ -73,8 +82,8 @@ class MinMaxObserver:
                     'calibration met a NaN or an infinite activation; check the checkpoint and '
                     'the calibration images.'
                 )
-            self.low = low if self.low is None else torch.minimum(self.low, low)
-            self.high = high if self.high is None else torch.maximum(self.high, high)
+            self.low = torch.minimum(self.low.to(low.device), low)
+            self.high = torch.maximum(self.high.to(high.device), high)
         else:
             self._count(rows)
 
@@ -85,16 +94,16 @@ class MinMaxObserver:
         """Closes a pass and reduces it across ranks.
 
         Raises:
-            ValueError: If no activation was seen.
+            ValueError: On all ranks, if none has seen an activation.
         """
-        if self.low is None:
-            raise ValueError(
-                'an activation quantizer saw no data in calibration; its layer is never reached '
-                'by the forward pass. Exclude it with a policy rule.'
-            )
         if self.finished_passes == 0:
             all_reduce_min(self.low)
             all_reduce_max(self.high)
+            if not torch.isfinite(self.low).all():
+                raise ValueError(
+                    'an activation quantizer saw no data in calibration; its layer is never '
+                    'reached by the forward pass. Exclude it with a policy rule.'
+                )
         self.finished_passes += 1
 
     def compute(self) -> tuple[Tensor, Tensor]:

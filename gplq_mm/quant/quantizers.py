@@ -215,6 +215,7 @@ class ActQuantizer(LearnedQuantizer):
         if self._state == QuantState.FROZEN:
             raise RuntimeError(f'{self.site}: a frozen activation quantizer cannot be calibrated.')
         self.observer = observer or build_observer(self.spec, tuple(self.scale.shape))
+        self.observer.to(self.scale.device)
         self._set_state(QuantState.OBSERVING)
 
     def finish_observing(self) -> None:

@@ -29,9 +29,12 @@ def draw_weight_drift(analysis: Mapping) -> Figure | None:
     figure = Figure(figsize=(8, 2.4 + height), layout='constrained')
     top, bottom = figure.subplots(2, 1, height_ratios=[2.4, height])
     steps = [int(iteration) for iteration in iterations]
-    for key, color in (('mae', '#0072B2'), ('mse', '#D55E00')):
-        values = [history[iteration][key] for iteration in iterations]
-        top.plot(steps, values, 'o-', color=color, markersize=3, label=key.upper())
+    for key, power, label, color in (
+        ('mae', 1.0, 'mean absolute', '#0072B2'),
+        ('mse', 0.5, 'root mean square', '#D55E00'),
+    ):
+        values = [history[iteration][key] ** power for iteration in iterations]
+        top.plot(steps, values, 'o-', color=color, markersize=3, label=label)
     # A weight that has not moved has no place on a logarithmic scale.
     if any(history[iteration][key] > 0 for iteration in iterations for key in ('mae', 'mse')):
         top.set_yscale('log')
@@ -61,7 +64,7 @@ def draw_weight_drift(analysis: Mapping) -> Figure | None:
 
 
 def draw_losses(analysis: Mapping) -> Figure | None:
-    """Losses and learning rate over the iterations."""
+    """Losses over the iterations."""
     # A loss of weight 0 is recorded and says nothing.
     curves = {
         key: value

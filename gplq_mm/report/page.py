@@ -35,6 +35,7 @@ def render_page(analysis: Mapping[str, Any], pictures: Mapping[str, bytes]) -> s
         analysis=analysis,
         pictures=sources,
         metrics=list(rows[0]['metrics']) if rows else [],
+        transfer=any(row.get('transfer') is not None for row in rows),
         layers=_layer_rows(analysis),
         metric=metric_label(analysis['sensitivity']['metric']) if analysis['sensitivity'] else '',
     )

@@ -8,16 +8,20 @@ __all__ = ['policy_source']
 LINE = 96
 
 
-def policy_source(policy: Mapping[str, Any], base: str, comments: list[str]) -> str:
+def policy_source(
+    policy: Mapping[str, Any], base: str, comments: list[str], replaces: bool = True
+) -> str:
     """Source of a config that takes everything from another one but the policy.
 
     Args:
         policy: Arguments of a :class:`gplq_mm.quant.QuantPolicy`.
         base: The other config, as ``_base_`` names it.
         comments: Lines to begin with.
+        replaces: Whether the other config has a policy, in whose place this one comes.
     """
     head = ''.join(f'# {line}\n' for line in comments)
-    model = _source({'policy': {'_delete_': True, **policy}}, 0)
+    delete = {'_delete_': True} if replaces else {}
+    model = _source({'policy': {**delete, **policy}}, 0)
     return f'{head}_base_ = [{base!r}]\n\nmodel = {model}\n'
 
 

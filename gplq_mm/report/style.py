@@ -20,7 +20,6 @@ COLORS = {
     'k': '#56B4E9',
     'v': '#009E73',
     'probs': '#CC79A7',
-    'now': '#BBBBBB',
 }
 ROW_HEIGHT = 0.19
 MIN_HEIGHT = 2.6

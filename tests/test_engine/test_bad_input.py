@@ -312,7 +312,7 @@ class TestFullDisk:
         monkeypatch.undo()
         assert 'No space left on device' in message
         assert 'iter_8.pth could not be written' in message
-        assert 'run again with --resume' in message
+        assert 'goes on with --resume' in message
         assert sorted(p.name for p in run_dir.glob('*.pth')) == ['calibrated.pth', 'iter_4.pth']
         assert not list(run_dir.glob('.*.pth*'))
         run(cfg, resume=True)

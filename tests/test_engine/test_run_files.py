@@ -31,7 +31,7 @@ def test_a_whole_run(undisturbed):
     assert run['weight_drift_history'] == summary['weight_drift_history']
     steps = [step for step, _ in found['curves']['loss']]
     assert steps == list(range(1, 13))
-    assert {'lr', 'loss', 'loss_pca_mimic', 'quant_clip_rate'} <= set(found['curves'])
+    assert {'loss', 'loss_pca_mimic', 'quant_clip_rate'} <= set(found['curves'])
 
 
 def test_a_resumed_run_goes_on_where_its_checkpoint_was(tmp_path):

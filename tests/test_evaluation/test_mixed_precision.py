@@ -2,7 +2,12 @@
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from builders import build_float, build_quantized, images
+from noise_ranks import WIDTHS as WIDTHS_OF_RANKS
+from noise_ranks import model as noise_model
+from noise_ranks import noise_on_rank
+from noise_ranks import rows as noise_rows
 from packed_models import fill_compensations, quantized_classifier, run_config
 
 from gplq_mm.deploy import save
@@ -59,6 +64,24 @@ def test_noise_of_the_present_width():
     assert mixed[8] < mixed[0] < mixed[4]
     head = 'head.layers.head'
     assert noise[head][0] == noise[head][8]
+
+
+def test_a_rank_that_does_not_reach_a_layer(tmp_path):
+    mp.spawn(noise_on_rank, (str(tmp_path),), nprocs=2)
+    net = noise_model()
+    with torch.no_grad():
+        whole = activation_noise(net, noise_rows(), net, WIDTHS_OF_RANKS)
+    first, second = (torch.load(tmp_path / f'{rank}.pth') for rank in range(2))
+    assert first == second
+    assert first['second'] == pytest.approx(whole['second'])
+    assert first['first'] == pytest.approx(whole['first'], rel=0.02)
+
+
+@torch.no_grad()
+def test_noise_of_reparametrized_layers():
+    model = build_quantized('vit', policy=dict(preset='repq'))
+    noise = activation_noise(model, images(4, seed=3), model, (4, 8))
+    assert all(0 < value[8] < value[4] for value in noise.values())
 
 
 @torch.no_grad()

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from builders import build_quantized, images
+from packed_models import fill_compensations
 
 from gplq_mm.evaluation import network_sensitivity, number_of_steps, quant_sites
 from gplq_mm.evaluation.replay import Replay
-from gplq_mm.layers import quantizers_disabled
+from gplq_mm.layers import learn_weights, quantizers_disabled
 from gplq_mm.ptq import RoundToNearest, round_weights
 
 BATCHES = [images(3, seed=4), images(1, seed=5)]
@@ -93,6 +94,31 @@ def test_it_leaves_no_trace():
     network_sensitivity(model, BATCHES, observing(model))
     assert torch.equal(model(BATCHES[0]), before)
     assert not any('forward' in module.__dict__ for module in model.modules())
+
+
+@torch.no_grad()
+def test_everything_is_the_model_as_it_computes():
+    """With its compensation, which belongs to the result of Stage 2."""
+    model = build_quantized('vit', compensation=dict(type='QwT'))
+    round_weights(model, RoundToNearest())
+    fill_compensations(model)
+    result = network_sensitivity(model, BATCHES, observing(model))
+    x = torch.cat(BATCHES)
+    value = model(x).double().log_softmax(-1)
+    with quantizers_disabled(model):
+        exact = model(x).double().log_softmax(-1)
+    divergence = (exact.exp() * (exact - value)).sum(1).mean()
+    assert result['all']['kl'] == pytest.approx(float(divergence), rel=1e-4)
+
+
+@torch.no_grad()
+def test_learned_weights_without_a_scale_are_left_alone():
+    """Direct QAT before it has begun."""
+    model = build_quantized('vit')
+    learn_weights(model, 'row')
+    result = network_sensitivity(model, BATCHES[:1], observing(model))
+    assert all(set(parts) == {'activations'} for parts in result['sites'].values())
+    assert result['all']['kl'] > 0
 
 
 @torch.no_grad()

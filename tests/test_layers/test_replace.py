@@ -73,9 +73,12 @@ def test_excluded_layers_stay_float():
     assert isinstance(model.backbone.layers[1].ffn.layers[1], QuantLinear)
 
 
-@pytest.mark.parametrize('pattern', ['nowhere', r'layers\.0\.ln1', r'layers\.0$'])
+@pytest.mark.parametrize(
+    'pattern', ['nowhere', r'layers\.0\.ln1', r'layers\.0$', r'layers\.0\.attn$']
+)
 def test_a_rule_that_reaches_no_site_is_an_error(pattern):
-    # Neither a norm nor a block is a site: such a rule would silently do nothing.
+    # Neither a norm nor a block is a site, nor an attention whose products and layers are: such a
+    # rule would silently do nothing.
     with pytest.raises(PolicyError, match='matches no layer'):
         quantize_model(build_float('vit'), QuantPolicy(rules=[dict(pattern=pattern, exclude=True)]))
 

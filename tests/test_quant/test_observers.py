@@ -128,7 +128,7 @@ def test_further_passes_of_other_observers_do_not_disturb():
 
 def test_two_processes_find_what_one_finds(tmp_path):
     mp.spawn(observe_on_rank, (str(tmp_path),), nprocs=2)
-    expected = [observe(spec, (3,), [rank_data()]) for spec in RANK_SPECS]
+    expected = 2 * [observe(spec, (3,), [rank_data()]) for spec in RANK_SPECS]
     for rank in range(2):
         found = torch.load(tmp_path / f'{rank}.pth')
         for pair, wanted in zip(found, expected, strict=True):

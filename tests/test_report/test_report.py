@@ -119,5 +119,13 @@ def test_policy_is_a_config(tmp_path):
     assert cfg.model.policy.to_dict() == policy
 
 
+def test_policy_of_a_config_without_one(tmp_path):
+    (tmp_path / 'base.py').write_text("model = dict(type='X')\n")
+    source = policy_source({'preset': 'gplq'}, './base.py', [], replaces=False)
+    (tmp_path / 'policy.py').write_text(source)
+    cfg = Config.fromfile(tmp_path / 'policy.py')
+    assert cfg.model.to_dict() == {'type': 'X', 'policy': {'preset': 'gplq'}}
+
+
 def test_sample_is_what_json_gives_back():
     assert json.loads(json.dumps(sample())) == sample()

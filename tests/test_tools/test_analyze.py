@@ -223,6 +223,25 @@ def test_a_budget_in_megabytes_is_that_of_the_packed_file(
     assert chosen['size'] == f'{total:.3f} MB'
 
 
+@pytest.mark.parametrize('change', ['repq', 'no_policy', 'feature_layer', 'direct'])
+def test_other_configs(tmp_path, float_checkpoints, change):
+    """What is special in them is no obstacle, from the float checkpoint on."""
+    build_config = direct_config if change == 'direct' else gplq_config
+    cfg = build_config(tmp_path / 'w', float_checkpoints['vit'])
+    if change == 'repq':
+        cfg.model.policy = dict(preset='repq')
+    elif change == 'no_policy':
+        cfg.model.pop('policy')
+    elif change == 'feature_layer':
+        cfg.model.feature_layer = 'backbone.layers.1.ffn.layers.1'
+        cfg.model.distill = None
+        cfg.model.mimic = dict(num_components=4, dim=32)
+    analysis = analyze(tmp_path, cfg, float_checkpoints['vit'], '--act-bits', '5')
+    assert analysis['sensitivity']['all_cost'] > 0
+    assert analysis['suggestion']['activations']['bits']
+    Config.fromfile(tmp_path / 'out' / 'suggested_policy.py')
+
+
 @pytest.fixture(scope='module')
 def detector(tmp_path_factory):
     folder = tmp_path_factory.mktemp('detector')
