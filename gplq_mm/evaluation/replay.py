@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..layers import find_blocks, quant_layers, replaced_forward
+from ..layers import quant_units, replaced_forward
 
 __all__ = ['Replay']
 
@@ -21,10 +21,7 @@ class Replay:
     """
 
     def __init__(self, model: nn.Module):
-        blocks = find_blocks(model)
-        inside = tuple(f'{block}.' for block in blocks)
-        loose = [name for name in quant_layers(model) if not name.startswith(inside)]
-        self.units = {name: model.get_submodule(name) for name in (*blocks, *loose)}
+        self.units = {name: model.get_submodule(name) for name in quant_units(model)}
         self._outputs: dict[str, list] = {}
 
     def unit_of(self, path: str) -> str | None:

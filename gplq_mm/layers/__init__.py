@@ -14,7 +14,7 @@ from .int4_linear import Int4Linear
 from .int4_weight import DeployError, Int4WeightLayer
 from .linear import QuantLinear
 from .over_ranks import train_over_ranks
-from .replace import QuantReport, find_blocks, quant_layers, quantize_model
+from .replace import QuantReport, find_blocks, quant_layers, quant_units, quantize_model
 from .replaced import replaced_forward
 from .states import (
     act_quantizers,
@@ -61,6 +61,7 @@ __all__ = [
     'learn_weights',
     'learned_parameters',
     'quant_layers',
+    'quant_units',
     'quantize_model',
     'quantizers_disabled',
     'register_attention_adapter',

@@ -16,7 +16,7 @@ from .mlp import find_mlps
 from .reproducible import ReproducibleGELU, make_reproducible
 from .weight_layer import QuantWeightLayer
 
-__all__ = ['QuantReport', 'find_blocks', 'quant_layers', 'quantize_model']
+__all__ = ['QuantReport', 'find_blocks', 'quant_layers', 'quant_units', 'quantize_model']
 
 # Layers with a weight that have no quantized twin. Leaving one in float silently would break the
 # promise of the policy.
@@ -189,6 +189,13 @@ def find_blocks(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if type(module).__name__ in BLOCK_CLASSES and quant_layers(module)
     ]
+
+
+def quant_units(model: nn.Module) -> list[str]:
+    """Names of the units that Stage 2 and replays go by: blocks, and quantized layers outside."""
+    blocks = find_blocks(model)
+    inside = tuple(f'{block}.' for block in blocks)
+    return [*blocks, *(name for name in quant_layers(model) if not name.startswith(inside))]
 
 
 def quant_layers(module: nn.Module) -> dict[str, QuantWeightLayer]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import compiled_products, find_blocks, quant_layers, replaced_forward
+from ..layers import compiled_products, quant_units, replaced_forward
 from .tensor_store import Memory, TensorStore
 
 __all__ = ['Stream', 'Trace', 'find_units', 'last_readers', 'same_values', 'trace_units']
@@ -57,12 +57,7 @@ def trace_units(model: nn.Module, run_one: Callable[[], Any]) -> Trace:
     Raises:
         ValueError: If a unit is not reached, or gives something else than one tensor.
     """
-    blocks = find_blocks(model)
-    layers = [
-        name
-        for name in quant_layers(model)
-        if not any(name.startswith(f'{block}.') for block in blocks)
-    ]
+    units = quant_units(model)
     trace = Trace()
 
     def enter(_module, args, kwargs, name: str) -> None:
@@ -76,14 +71,14 @@ def trace_units(model: nn.Module, run_one: Callable[[], Any]) -> Trace:
         trace.outputs.setdefault(name, []).append(output.clone())
 
     with ExitStack() as stack:
-        for name in (*blocks, *layers):
+        for name in units:
             unit = model.get_submodule(name)
             before, after = partial(enter, name=name), partial(leave, name=name)
             stack.callback(unit.register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.callback(unit.register_forward_hook(after).remove)
         stack.enter_context(compiled_products(model))
         run_one()
-    for name in (*blocks, *layers):
+    for name in units:
         if name not in trace.inputs:
             raise ValueError(
                 f'{name} is not reached by a forward, so Stage 2 cannot see its input. '
