@@ -69,7 +69,8 @@ def test_an_example_that_does_not_hold_fails(tmp_path, monkeypatch):
         run_page(page)
 
 
-# Page -> the name that its example gives the config it stands on, and the bases of that config.
+# Page -> the name that its example gives the config it stands on, the bases of that config, and the
+# number of images a step that the learning rate is meant for.
 BASE = ROOT / 'configs' / '_base_'
 OWN_MODELS = {
     'your-classifier.md': (
@@ -79,6 +80,7 @@ OWN_MODELS = {
             f'{BASE}/datasets/mnist5k.py',
             'mmpretrain::_base_/default_runtime.py',
         ],
+        128,
     ),
     'your-detector.md': (
         'my_detector.py',
@@ -87,6 +89,7 @@ OWN_MODELS = {
             f'{BASE}/datasets/mnist_scenes.py',
             'mmdet::_base_/default_runtime.py',
         ],
+        8,
     ),
 }
 # What an ordinary float config has, so that the example has to replace it.
@@ -96,19 +99,25 @@ param_scheduler = dict(type='MultiStepLR', milestones=[30])
 train_cfg = dict(by_epoch=True, max_epochs=100, val_interval=1)
 val_cfg = dict()
 test_cfg = dict()
+auto_scale_lr = dict(base_batch_size=1024)
 """
+
+
+def write_example(folder: Path, page: str) -> Path:
+    """Writes the config of a page and the one that it stands on; returns the first."""
+    name, bases, _ = OWN_MODELS[page]
+    example = next(code.text for code in blocks(DOCS / page) if code.text.startswith('_base_'))
+    (folder / name).write_text(f'_base_ = {bases}\n{FLOAT_SCHEDULE}')
+    config = folder / 'my_gplq.py'
+    config.write_text(example.replace('../_base_', str(BASE)))
+    return config
 
 
 @pytest.mark.parametrize('page', OWN_MODELS)
 def test_the_config_of_a_page_builds_a_model(page, tmp_path):
-    name, bases = OWN_MODELS[page]
-    example = next(code.text for code in blocks(DOCS / page) if code.text.startswith('_base_'))
-    mine = tmp_path / 'mine'
-    mine.mkdir()
-    (mine / name).write_text(f'_base_ = {bases}\n{FLOAT_SCHEDULE}')
-    config = mine / 'my_gplq.py'
-    config.write_text(example.replace('../_base_', str(BASE)))
-    base, cfg = Config.fromfile(mine / name), Config.fromfile(config)
+    name, _, images = OWN_MODELS[page]
+    cfg = Config.fromfile(write_example(tmp_path, page))
+    base = Config.fromfile(tmp_path / name)
     assert cfg.runner_type == 'gplq_mm.GPLQRunner'
     assert (cfg.train_cfg.type, cfg.train_cfg.max_epochs) == ('gplq_mm.GPLQTrainLoop', 1)
     assert cfg.train_dataloader.dataset.type == 'gplq_mm.SeededDataset'
@@ -117,6 +126,7 @@ def test_the_config_of_a_page_builds_a_model(page, tmp_path):
     assert cfg.train_dataloader.sampler.type == 'gplq_mm.ResumableSampler'
     assert 'clip_grad' not in cfg.optim_wrapper
     assert cfg.param_scheduler is None
+    assert cfg.auto_scale_lr.base_batch_size == images
     assert {'gplq_mm.CalibrationHook'} <= {hook.type for hook in cfg.custom_hooks}
     assert cfg.default_hooks.checkpoint.type == 'gplq_mm.GPLQCheckpointHook'
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
@@ -124,3 +134,27 @@ def test_the_config_of_a_page_builds_a_model(page, tmp_path):
     assert type(model) is GPLQ
     assert model.policy.label == 'w4a4'
     assert len(model.quant_report.linear) > 10
+
+
+def test_the_block_of_direct_qat_makes_a_model_of_it(tmp_path):
+    page = 'your-classifier.md'
+    gplq = write_example(tmp_path, page)
+    block = next(code.text for code in blocks(DOCS / page) if f"['{gplq.name}']" in code.text)
+    (tmp_path / 'my_direct.py').write_text(block)
+    cfg = Config.fromfile(tmp_path / 'my_direct.py')
+    assert dict(cfg.train_cfg) == dict(type='gplq_mm.DirectQATLoop', max_epochs=1)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        model = MODELS.build(cfg.model)
+    assert model.direct
+    assert model.policy.weight.layout == 'raw'
+
+
+def test_the_policy_of_its_page_leaves_the_products_in_float():
+    text = next(code.text for code in blocks(DOCS / 'policies.md') if code.language == 'python')
+    space: dict = {}
+    exec(text, space)
+    base = Config.fromfile(ROOT / 'configs/gplq/gplq_vit-tiny_w4a4_imagenette.py').model
+    base.update(policy=space['policy'], mimic=None, distill=None, teacher=False, pretrained=None)
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(base)
+    assert model.quant_report.excluded == ['backbone.layers.0.attn']
