@@ -174,11 +174,12 @@ def print_analysis(analysis: dict, console: Console) -> None:
         title = 'the layers of the smallest SQNR'
     table = Table(title=title)
     table.add_column('layer', no_wrap=True)
-    for column in ('weights', 'activations', 'both'):
+    # W: weights, A: activations. Longer headings do not fit beside the names of layers.
+    for column in ('W', 'A', 'W+A'):
         table.add_column(f'SQNR (dB) {column}', justify='right')
     parts = ('weights', 'activations') if sensitivity else ()
     for part in parts:
-        table.add_column(f'{sensitivity["metric"]} {part}', justify='right')
+        table.add_column(f'{sensitivity["metric"]} {part[0].upper()}', justify='right')
     for name in order[:WORST]:
         errors = layers[name]['errors']
         cells = [
