@@ -46,7 +46,9 @@ def allocate(
         raise BudgetError(f'the budget {budget:g} is below the smallest size {least:g}.')
     chosen = _by_steps(costs, sizes, budget)
     bound = _total(costs, chosen)
-    for row_limit in (ROW_SCALE, ROW_SCALE - 2 * TOLERANCE) if bound > 0 else ():
+    if bound == 0:
+        return chosen
+    for row_limit in (ROW_SCALE, ROW_SCALE - 2 * TOLERANCE):
         exact = _by_program(costs, sizes, budget, bound, row_limit)
         if exact is None:
             break
@@ -97,7 +99,7 @@ def _by_program(
     options = [
         (layer, bits) for layer, cost in enumerate(costs) for bits in cost if cost[bits] <= bound
     ]
-    objective = np.array([costs[layer][bits] * (1e3 / bound) for layer, bits in options])
+    objective = np.array([1e3 * (costs[layer][bits] / bound) for layer, bits in options])
     weights = np.array([[sizes[layer][bits] for layer, bits in options]]) * (ROW_SCALE / budget)
     one_each = np.zeros((len(costs), len(options)))
     for column, (layer, _) in enumerate(options):

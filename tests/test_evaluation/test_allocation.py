@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gplq_mm.evaluation import BudgetError, allocate
@@ -35,6 +35,8 @@ def mean_budget(sizes, share):
 
 
 @settings(max_examples=60, deadline=None)
+# A cost whose inverse is infinite.
+@example(([{2: 1.0, 4: 1.0, 8: 2.2250738585e-313}], [{2: 2, 4: 4, 8: 8}]), 1.0)
 @given(problems(), st.floats(0.0, 1.2))
 def test_it_meets_the_budget_at_the_least_cost(problem, share):
     costs, sizes = problem
