@@ -56,11 +56,14 @@ class AnalysisSettings:
     widths: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
 
     @property
+    def has_weight_budget(self) -> bool:
+        """Whether a budget for weights is given."""
+        return self.budget_mb is not None or self.weight_bits is not None
+
+    @property
     def has_budget(self) -> bool:
         """Whether any budget is given."""
-        return any(
-            value is not None for value in (self.budget_mb, self.weight_bits, self.activation_bits)
-        )
+        return self.has_weight_budget or self.activation_bits is not None
 
 
 @torch.no_grad()
@@ -158,10 +161,8 @@ def _prepare(runner, model: GPLQ, settings: AnalysisSettings, notes: list[str]) 
         )
     elif model.stage == Stage.CALIBRATED:
         state = 'calibrated'
-    wants = settings.round_weights
-    wants |= settings.budget_mb is not None or settings.weight_bits is not None
     if not weights_are_quantized(model.architecture):
-        if wants:
+        if settings.round_weights or settings.has_weight_budget:
             round_weights(model.architecture, RoundToNearest())
             notes.append(
                 'The checkpoint has no quantized weights. They were rounded to nearest for this '
@@ -176,8 +177,7 @@ def _prepare(runner, model: GPLQ, settings: AnalysisSettings, notes: list[str]) 
 
 
 def _weight_budget(architecture: nn.Module, settings: AnalysisSettings) -> Budget | None:
-    given = settings.budget_mb is not None or settings.weight_bits is not None
-    if not settings.sensitivity or not (given or not settings.has_budget):
+    if not settings.sensitivity or (settings.has_budget and not settings.has_weight_budget):
         return None
     if not weights_are_quantized(architecture):
         return None
@@ -196,11 +196,10 @@ def _layers(architecture: nn.Module, errors: Mapping[str, Mapping]) -> dict[str,
     counts = weight_counts(architecture)
     layers = {}
     for name, site in quant_sites(architecture).items():
-        bits = {operand: quantizer.spec.bits for operand, quantizer in site.activations.items()}
         layers[name] = {
             'kind': site.kind,
-            'activation_bits': bits,
-            'weight_bits': None if site.weight is None else site.weight.spec.bits,
+            'activation_bits': site.act_bits,
+            'weight_bits': site.weight_bits,
             'num_weights': counts.get(name, 0),
             'errors': dict(errors.get(name, {})),
         }

@@ -3,8 +3,11 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
+from torch import Tensor
+
 from ..evaluation import feature_distance
 from ..quant.reduce import rank_and_world_size
+from .output_pairs import OutputPairs
 from .run_record import RunRecord
 from .transfer import TransferProbe
 from .weights import unwrap
@@ -41,7 +44,7 @@ class StageEvaluation:
                     f'train_cfg.transfer must have {sorted(wanted)}, and has {sorted(transfer)}.'
                 )
             self.transfer = TransferProbe(unwrap(runner.model), **transfer)
-        self._teacher_outputs: list[tuple] = []
+        self._pairs = OutputPairs(unwrap(runner.model))
 
     def run(self, name: str, context: AbstractContextManager) -> None:
         """Measures the model as it is inside ``context``, as stage ``name``."""
@@ -67,23 +70,20 @@ class StageEvaluation:
         measurable &= self.runner.val_loop is not None
         if measurable and name != model.stage_names['fp32']:
             model.eval()
-            self.record.feature_distance[name] = feature_distance(self._feature_pairs())
+            self.record.feature_distance[name] = feature_distance(
+                self._pairs.of(self._first_images())
+            )
 
-    def _feature_pairs(self) -> Iterator[tuple]:
-        """Outputs of student and teacher on the first validation images.
-
-        The teacher never changes, so its outputs (a few MB) are computed once a run.
-        """
-        model, known = unwrap(self.runner.model), self._teacher_outputs
+    def _first_images(self) -> Iterator[Tensor]:
+        """This rank's share of the first validation images."""
+        model = unwrap(self.runner.model)
         loader = self.runner.val_loop.dataloader
         rank, world_size = rank_and_world_size()
         # Samplers deal the images out in turns.
         left = len(range(rank, min(self.num_diagnostic_images, len(loader.dataset)), world_size))
-        for index, batch in enumerate(loader):
+        for batch in loader:
             if left <= 0:
                 return
             inputs = model.data_preprocessor(batch, False)['inputs'][:left]
             left -= len(inputs)
-            if index == len(known):
-                known.append(model.teacher_outputs(inputs))
-            yield model.student_outputs(inputs), known[index]
+            yield inputs

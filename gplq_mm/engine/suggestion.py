@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..evaluation import (
+    Site,
     activation_noise,
     code_sizes,
     costs_at,
@@ -66,7 +67,7 @@ def weight_budget(
     Raises:
         BudgetError: If it is out of reach.
     """
-    now = _weight_bits(model)
+    now = _weight_bits(quant_sites(model))
     if megabytes is not None:
         other = other_bytes(model)
         sizes = code_sizes(model, {*widths, *now.values()})
@@ -118,16 +119,8 @@ def _mean_budget(
     )
 
 
-def _weight_bits(model: nn.Module) -> dict[str, int]:
-    sites = quant_sites(model)
-    return {name: site.weight.spec.bits for name, site in sites.items() if site.weight is not None}
-
-
-def _activation_bits(model: nn.Module) -> dict[str, dict[str, int]]:
-    return {
-        name: {operand: quantizer.spec.bits for operand, quantizer in site.activations.items()}
-        for name, site in quant_sites(model).items()
-    }
+def _weight_bits(sites: Mapping[str, Site]) -> dict[str, int]:
+    return {name: site.weight_bits for name, site in sites.items() if site.weight is not None}
 
 
 def suggest_policy(
@@ -162,7 +155,7 @@ def suggest_policy(
     steps = (len(weights.sizes) if weights else 0) + (len(sites) if activations else 0)
     with show_steps(steps, 'rounding errors at other widths') as step:
         if weights is not None:
-            now = _weight_bits(model)
+            now = _weight_bits(sites)
             noise = weight_noise(model, _widths(weights), RoundToNearest(), step)
             costs = {
                 name: costs_at(sensitivity['cost'][name]['weights'], noise[name], now[name])
@@ -175,7 +168,7 @@ def suggest_policy(
                 if bits == now[name]
             }
         if activations is not None:
-            now = _activation_bits(model)
+            now = {name: site.act_bits for name, site in sites.items()}
             noise = activation_noise(model, batch, forward, _widths(activations), step)
             costs = {
                 name: costs_at(sensitivity['cost'][name]['activations'], noise[name], 0)

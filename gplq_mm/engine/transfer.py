@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from ..evaluation import feature_distance, linear_probe
 from ..models import GPLQ
 from ..quant.reduce import rank_and_world_size
+from .output_pairs import OutputPairs
 from .progress import track
 
 __all__ = ['TransferError', 'TransferProbe']
@@ -50,8 +51,7 @@ class TransferProbe:
         self.model = model
         self._loaders: dict[str, DataLoader] = {}
         self._labels: dict[str, Tensor] = {}
-        # The teacher never changes, so its outputs are computed once a run.
-        self._teacher_outputs: list[tuple] = []
+        self._output_pairs = OutputPairs(model)
         classes = []
         for split, cfg in (('train', train_dataloader), ('val', val_dataloader)):
             dataset = self._build(split, cfg)
@@ -123,14 +123,14 @@ class TransferProbe:
             ``cosine`` and ``agreement`` of :func:`feature_distance` on the validation images.
         """
         self.model.eval()
-        train = torch.cat([self._student(inputs)[0] for inputs in self._inputs('train')])
+        train = torch.cat(self._features('train'))
         val: list[Tensor] = []
         result = {}
         if self.model.has_teacher_features:
             distance = feature_distance(self._pairs(val))
             result = {key: distance[key] for key in ('relative_l2', 'cosine', 'agreement')}
         else:
-            val += [self._student(inputs)[0] for inputs in self._inputs('val')]
+            val += self._features('val')
         probe = linear_probe((train, self._labels['train']), (torch.cat(val), self._labels['val']))
         return {**probe, **result}
 
@@ -140,16 +140,16 @@ class TransferProbe:
             # Labels of another data set may be no classes of this model.
             yield self.model.data_preprocessor({'inputs': batch['inputs']}, False)['inputs']
 
-    def _student(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Features and logits on the CPU."""
-        feature, logits = self.model.student_outputs(inputs)
-        return feature.flatten(1).float().cpu(), logits.cpu()
+    def _features(self, split: str) -> list[Tensor]:
+        return [_row(self.model.student_outputs(inputs)[0]) for inputs in self._inputs(split)]
 
     def _pairs(self, features: list[Tensor]) -> Iterator[tuple]:
-        known = self._teacher_outputs
-        for index, inputs in enumerate(self._inputs('val')):
-            if index == len(known):
-                known.append(tuple(part.cpu() for part in self.model.teacher_outputs(inputs)))
-            student = self._student(inputs)
-            features.append(student[0])
-            yield student, known[index]
+        """Pairs of outputs on the validation images, whose student features are kept."""
+        for student, teacher in self._output_pairs.of(self._inputs('val')):
+            features.append(_row(student[0]))
+            yield student, teacher
+
+
+def _row(feature: Tensor) -> Tensor:
+    """Features ``(n, D)``, float32 on the CPU."""
+    return feature.flatten(1).float().cpu()

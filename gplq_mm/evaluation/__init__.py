@@ -12,7 +12,7 @@ from .linear_probe import linear_probe
 from .mixed_precision import costs_at, policy_rules, require_reachable, suggest_widths
 from .ptq_error import layer_output_error
 from .sensitivity import network_sensitivity, number_of_steps
-from .sites import quant_sites, weights_are_quantized
+from .sites import Site, quant_sites, weights_are_quantized
 from .sizes import code_sizes, mean_bits, other_bytes, weight_counts
 from .sqnr import layer_sqnr
 from .weight_drift import weight_drift
@@ -20,6 +20,7 @@ from .widths import activation_noise, weight_noise
 
 __all__ = [
     'BudgetError',
+    'Site',
     'activation_noise',
     'activation_statistics',
     'allocate',

@@ -11,7 +11,7 @@ from ..layers import quantizers_disabled
 from ..quant import ActQuantizer
 from ..quant.reduce import all_reduce_sum
 from .error_sums import decibels
-from .sites import quant_sites
+from .sites import operand_quantizers
 
 __all__ = [
     'activation_statistics',
@@ -87,7 +87,7 @@ def activation_statistics(
     Raises:
         NotCalibratedError: If a quantizer has no scale.
     """
-    quantizers = _quantizers(model)
+    quantizers = operand_quantizers(model)
     sums = {name: torch.zeros(4, dtype=torch.float64) for name in quantizers}
     with quantizers_disabled(model), ExitStack() as stack:
         for name, quantizer in quantizers.items():
@@ -101,14 +101,6 @@ def activation_statistics(
         for batch in batches:
             forward(batch)
     return {name: _describe(quantizers[name], value) for name, value in sums.items()}
-
-
-def _quantizers(model: nn.Module) -> dict[str, ActQuantizer]:
-    return {
-        f'{name}.{operand}': quantizer
-        for name, site in quant_sites(model).items()
-        for operand, quantizer in site.activations.items()
-    }
 
 
 def _describe(quantizer: ActQuantizer, sums: Tensor) -> dict:
@@ -139,7 +131,7 @@ def scale_histogram(model: nn.Module) -> dict:
         layer; ``'q'``, ``'k'``, ``'v'``, ``'probs'``) -> how many scales lie in each bin.
     """
     by_operand: dict[str, list[Tensor]] = {}
-    for name, quantizer in _quantizers(model).items():
+    for name, quantizer in operand_quantizers(model).items():
         scale = quantizer.grid()[0].detach().double().flatten().cpu()
         by_operand.setdefault(name.rpartition('.')[2], []).append(scale)
     scales = {operand: torch.cat(parts).log10() for operand, parts in by_operand.items()}

@@ -35,6 +35,16 @@ class Site:
     weight: WeightQuantizer | None
 
     @property
+    def act_bits(self) -> dict[str, int]:
+        """Width of every activation quantizer, by operand."""
+        return {operand: quantizer.spec.bits for operand, quantizer in self.activations.items()}
+
+    @property
+    def weight_bits(self) -> int | None:
+        """Width of the weight; None of an attention."""
+        return None if self.weight is None else self.weight.spec.bits
+
+    @property
     def has_quantized_weight(self) -> bool:
         """Whether there are integers, or a learned quantizer that simulates them."""
         if self.weight is None:
@@ -81,6 +91,15 @@ def quant_sites(model: nn.Module) -> dict[str, Site]:
             name = next(iter(quantizers.values())).site.rpartition('.')[0]
             sites[name] = Site(name, path, 'attention', module, quantizers, None)
     return sites
+
+
+def operand_quantizers(model: nn.Module) -> dict[str, ActQuantizer]:
+    """``<layer>.input`` or ``<attention>.q``, ``.k``, ``.v``, ``.probs`` -> its quantizer."""
+    return {
+        f'{name}.{operand}': quantizer
+        for name, site in quant_sites(model).items()
+        for operand, quantizer in site.activations.items()
+    }
 
 
 def weights_are_quantized(model: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..layers import Compensation
 from ..quant.packing import code_bytes
-from .sites import Site, quant_sites
+from .sites import operand_quantizers, quant_sites
 
 __all__ = ['code_sizes', 'mean_bits', 'other_bytes', 'weight_counts']
 
@@ -87,18 +87,11 @@ def mean_bits(model: nn.Module, values: Mapping[str, int] | None = None) -> dict
     """
     sites = quant_sites(model)
     counts = weight_counts(model)
-    result = {'weights': _mean({name: sites[name].weight.spec.bits for name in counts}, counts)}
+    result = {'weights': _mean({name: sites[name].weight_bits for name in counts}, counts)}
     if values is not None:
-        result['activations'] = _mean(_activation_bits(sites), values)
+        quantizers = operand_quantizers(model)
+        result['activations'] = _mean({key: q.spec.bits for key, q in quantizers.items()}, values)
     return result
-
-
-def _activation_bits(sites: Mapping[str, Site]) -> dict[str, int]:
-    return {
-        f'{name}.{operand}': quantizer.spec.bits
-        for name, site in sites.items()
-        for operand, quantizer in site.activations.items()
-    }
 
 
 def _mean(bits: Mapping[str, int], counts: Mapping[str, int]) -> float:

@@ -18,7 +18,7 @@ from ..quant import ActQuantizer
 from ..quant.observers import by_channel
 from ..quant.quantizers import build_act_quantizer
 from ..quant.reduce import all_reduce_sum
-from .sites import Site, quant_sites
+from .sites import Site, operand_quantizers, quant_sites
 
 __all__ = ['activation_noise', 'weight_noise']
 
@@ -89,25 +89,23 @@ def activation_noise(
         Name of the site -> bits -> error, summed over the operands of an attention. The key 0
         stands for the widths that its quantizers have now, which may differ between operands.
     """
-    sites = quant_sites(model)
+    quantizers = operand_quantizers(model)
     samples: dict[str, Tensor] = {}
     with quantizers_disabled(model), ExitStack() as stack:
-        for name, site in sites.items():
-            for operand, quantizer in site.activations.items():
+        for key, quantizer in quantizers.items():
 
-                def keep(module, args, _output, key: str = f'{name}.{operand}') -> None:
-                    samples.setdefault(key, _sample(module, args[0]))
+            def keep(module, args, _output, key: str = key) -> None:
+                samples.setdefault(key, _sample(module, args[0]))
 
-                stack.callback(quantizer.register_forward_hook(keep).remove)
+            stack.callback(quantizer.register_forward_hook(keep).remove)
         forward(batch)
-    keys = [f'{name}.{operand}' for name, site in sites.items() for operand in site.activations]
     # A rank may have no value where another one has many: the boxes of a RoI head.
     seen = all_reduce_sum(
-        torch.tensor([float(samples[k].numel()) if k in samples else 0 for k in keys])
+        torch.tensor([float(samples[k].numel()) if k in samples else 0 for k in quantizers])
     )
-    reached = {key for key, values in zip(keys, seen.tolist(), strict=True) if values}
+    reached = {key for key, values in zip(quantizers, seen.tolist(), strict=True) if values}
     result = {}
-    for name, site in sites.items():
+    for name, site in quant_sites(model).items():
         result[name] = _site_noise(name, site, samples, reached, sorted(set(widths)))
         step()
     return result

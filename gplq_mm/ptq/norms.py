@@ -98,16 +98,17 @@ def calibrate_with_norms(
     with quantizers_disabled(model):
         found = find_norm_readers(model, list(layers), batches, forward)
     specs = {norm: _spec_of(norm, names, layers) for norm, names in found.readers.items()}
+    observed = {norm: _observed(spec, norm in found.padded) for norm, spec in specs.items()}
     observers = {
-        name: build_observer(_observed(specs[norm], norm in found.padded), _channels(layers[name]))
+        name: build_observer(observed[norm], (layers[name].in_features,))
         for norm, names in found.readers.items()
         for name in names
     }
     calibrate(model, run_pass, {f'{name}.act_quantizer': o for name, o in observers.items()})
     for norm, names in found.readers.items():
-        spec = _observed(specs[norm], norm in found.padded)
+        spec = observed[norm]
         scale, offset = _common_grid([observers[name] for name in names], spec)
-        if norm in found.padded and specs[norm].zero_point != 'none':
+        if spec != specs[norm]:
             # The codes of the quantizer begin at 0, those that were calibrated below it.
             offset = scale * spec.code_range[0]
         _reparametrize(model.get_submodule(norm), [layers[n] for n in names], scale, offset)
@@ -131,10 +132,6 @@ def _observed(spec: ActSpec, padded: bool) -> ActSpec:
     if padded and spec.zero_point != 'none':
         return replace(spec, zero_point='none', signed=True)
     return spec
-
-
-def _channels(layer: QuantLinear) -> tuple[int]:
-    return (layer.in_features,)
 
 
 def _common_grid(observers: list[MinMaxObserver], spec: ActSpec) -> tuple[Tensor, Tensor]:

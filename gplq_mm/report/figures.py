@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .curves import draw_losses, draw_pca, draw_watched, draw_weight_drift
@@ -166,50 +167,63 @@ def _largest(bits: int | Mapping[str, int]) -> int:
 def draw_clip_rate(analysis: Mapping) -> Figure | None:
     """Share of clipped values of every quantizer, layers left and attention operands right."""
     statistics = analysis['activations']
-    panels = _by_row(statistics)
-    figure, axes = new_figure(
-        4.2 * len(panels) + 1, rows=max(map(len, panels)), columns=len(panels)
-    )
-    for panel, rows in zip([axes] if len(panels) == 1 else axes, panels, strict=True):
-        for row, name in enumerate(rows):
-            for operand, key in rows[name].items():
-                panel.scatter(
-                    100 * statistics[key]['clip_rate'], row, s=18, color=COLORS[operand], zorder=3
-                )
-        label_rows(panel, list(rows))
+
+    def draw(panel: Axes, row: int, operands: Mapping[str, str]) -> None:
+        for operand, key in operands.items():
+            panel.scatter(
+                100 * statistics[key]['clip_rate'], row, s=18, color=COLORS[operand], zorder=3
+            )
+
+    figure, panels = _draw_rows(statistics, draw)
+    for panel in panels:
         panel.set_xlim(left=-0.1)
         panel.set_xlabel('clipped values (%)')
-        _legend(panel, figure, {operand for row in rows.values() for operand in row})
-    first = axes if len(panels) == 1 else axes[0]
-    first.set_title('Values outside the grid of their quantizer')
+    panels[0].set_title('Values outside the grid of their quantizer')
     return figure
 
 
 def draw_scales(analysis: Mapping) -> Figure | None:
     """Range of the scales of every quantizer."""
     statistics = analysis['activations']
-    panels = _by_row(statistics)
-    figure, axes = new_figure(
-        4.2 * len(panels) + 1, rows=max(map(len, panels)), columns=len(panels)
-    )
-    for panel, rows in zip([axes] if len(panels) == 1 else axes, panels, strict=True):
-        for row, name in enumerate(rows):
-            operands = list(rows[name].items())
-            for index, (operand, key) in enumerate(operands):
-                scale = statistics[key]['scale']
-                place = row + 0.18 * (index - (len(operands) - 1) / 2)
-                ends, middle = (scale['smallest'], scale['largest']), scale['median']
-                panel.plot(ends, (place, place), color=COLORS[operand], linewidth=0.8, zorder=2)
-                box = (scale['first_quartile'], scale['third_quartile'])
-                panel.plot(box, (place, place), color=COLORS[operand], linewidth=3, zorder=3)
-                panel.plot(middle, place, '|', color='white', markersize=4, zorder=4)
-        label_rows(panel, list(rows))
+
+    def draw(panel: Axes, row: int, operands: Mapping[str, str]) -> None:
+        for index, (operand, key) in enumerate(operands.items()):
+            scale = statistics[key]['scale']
+            place = row + 0.18 * (index - (len(operands) - 1) / 2)
+            ends, middle = (scale['smallest'], scale['largest']), scale['median']
+            panel.plot(ends, (place, place), color=COLORS[operand], linewidth=0.8, zorder=2)
+            box = (scale['first_quartile'], scale['third_quartile'])
+            panel.plot(box, (place, place), color=COLORS[operand], linewidth=3, zorder=3)
+            panel.plot(middle, place, '|', color='white', markersize=4, zorder=4)
+
+    figure, panels = _draw_rows(statistics, draw)
+    for panel in panels:
         panel.set_xscale('log')
         panel.set_xlabel('scale (units of the activation)')
-        _legend(panel, figure, {operand for row in rows.values() for operand in row})
-    first = axes if len(panels) == 1 else axes[0]
-    first.set_title('Scales by channel or head: range, quartiles, median')
+    panels[0].set_title('Scales by channel or head: range, quartiles, median')
     return figure
+
+
+def _draw_rows(
+    statistics: Mapping, draw: Callable[[Axes, int, Mapping[str, str]], None]
+) -> tuple[Figure, list[Axes]]:
+    """A row for every layer, and for every attention in a panel of its own.
+
+    Args:
+        statistics: By name of the quantizer.
+        draw: Given the panel, the number of the row, and operand -> name of the quantizer.
+    """
+    groups = _by_row(statistics)
+    figure, axes = new_figure(
+        4.2 * len(groups) + 1, rows=max(map(len, groups)), columns=len(groups)
+    )
+    panels = [axes] if len(groups) == 1 else axes
+    for panel, rows in zip(panels, groups, strict=True):
+        for row, operands in enumerate(rows.values()):
+            draw(panel, row, operands)
+        label_rows(panel, list(rows))
+        _legend(panel, figure, {operand for operands in rows.values() for operand in operands})
+    return figure, panels
 
 
 def _by_row(statistics: Mapping) -> list[dict[str, dict[str, str]]]:

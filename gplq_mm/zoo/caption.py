@@ -69,11 +69,14 @@ def _loads_as_a_range(names: dict[str, list[str]]) -> dict[str, list[str]]:
         loads, all_owners = merged.setdefault(machine, ([], []))
         loads += [float(load)] if load else []
         all_owners += owners
-    return {
-        machine
-        + (f'{LOAD}{min(loads)}' + f' to {max(loads)}' * (len(set(loads)) > 1) if loads else ''): o
-        for machine, (loads, o) in merged.items()
-    }
+    return {machine + _load_range(loads): owners for machine, (loads, owners) in merged.items()}
+
+
+def _load_range(loads: list[float]) -> str:
+    if not loads:
+        return ''
+    least, most = min(loads), max(loads)
+    return f'{LOAD}{least}' if least == most else f'{LOAD}{least} to {most}'
 
 
 def _text(field: str, value) -> str:

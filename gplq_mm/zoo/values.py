@@ -110,7 +110,8 @@ def fill(template: str, labels: Mapping[str, Any], values: Mapping[str, Any]) ->
         text.append(literal)
         if path is None:
             continue
-        if labels.get(path.split('.')[0], path) is None:
+        first = path.partition('.')[0]
+        if first in labels and labels[first] is None:
             return ''
         value = _look_up(labels, path)
         if value is None:

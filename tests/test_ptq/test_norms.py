@@ -57,8 +57,11 @@ def inputs_of(model: nn.Module, names: tuple[str, ...], batch: torch.Tensor) -> 
     """What layers are given in the float model."""
     seen, handles = {}, []
     for name in names:
-        hook = lambda _module, args, name=name: seen.__setitem__(name, args[0].clone())  # noqa: E731
-        handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
+
+        def see(_module, args, name: str = name) -> None:
+            seen[name] = args[0].clone()
+
+        handles.append(model.get_submodule(name).register_forward_pre_hook(see))
     float_outputs(model, batch)
     for handle in handles:
         handle.remove()
