@@ -5,7 +5,8 @@ import torch.distributed as dist
 from mmcv.cnn.bricks.drop import Dropout, DropPath
 from torch import nn
 
-from gplq_mm.layers import calibrate, train_over_ranks
+from gplq_mm.distributed import make_rank_invariant
+from gplq_mm.layers import calibrate
 from gplq_mm.quant import ActQuantizer, ActSpec
 
 IMAGES = 6
@@ -29,7 +30,7 @@ def build() -> nn.Module:
     )
     model.eval()
     calibrate(model, lambda _index, _count: model(images()))
-    train_over_ranks(model)
+    make_rank_invariant(model)
     return model.train()
 
 

@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
-from gplq_mm.deploy.records import channels_of
+from gplq_mm.deploy.packed_tensors import channels_of
 from gplq_mm.layers import Compensation, QuantConv2d, QuantLinear, QwT, quantize_model
 from gplq_mm.ptq import RoundToNearest, quantize_weights
 from gplq_mm.quant import ActSpec, QuantPolicy, SiteSpec, WeightSpec

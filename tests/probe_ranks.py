@@ -2,8 +2,8 @@
 
 import torch
 
+from gplq_mm.distributed.reduce import gather_rows
 from gplq_mm.evaluation import linear_probe
-from gplq_mm.quant.reduce import gather_rows
 
 
 def probe_data(noise: float = 0.1) -> tuple[tuple, tuple]:

@@ -7,15 +7,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = {'registry', 'version', 'checkpoint'}
-LOW = {'registry', 'quant', 'layers'}
+LOW = {'registry', 'distributed', 'quant', 'layers'}
 # room -> what it may import besides itself
 ALLOWED = {
     'registry': set(),
     'version': set(),
     'checkpoint': set(),
-    'quant': {'registry'},
+    'distributed': set(),
+    'quant': {'registry', 'distributed'},
     'ops': {'registry', 'quant'},
-    'layers': {'registry', 'quant', 'ops'},
+    'layers': {'registry', 'distributed', 'quant', 'ops'},
     'ptq': LOW,
     'evaluation': LOW,
     'datasets': {'registry'},

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from gplq_mm.checkpoint import atomic_write
-from gplq_mm.engine import AnalysisSettings, analyze, one_line_errors, one_of_the_ranks, read_run
+from gplq_mm.distributed import one_of_the_ranks
+from gplq_mm.engine import AnalysisSettings, analyze, one_line_errors, read_run
 from gplq_mm.report import FIGURES, draw_figures, policy_source, render_page, shorten
 
 WORST = 10

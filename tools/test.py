@@ -11,7 +11,8 @@ from mmengine.dist import is_main_process
 from mmengine.registry import RUNNERS
 
 from gplq_mm.checkpoint import atomic_write_text
-from gplq_mm.engine import headline_metrics, one_line_errors, one_of_the_ranks, unwrap
+from gplq_mm.distributed import one_of_the_ranks
+from gplq_mm.engine import headline_metrics, one_line_errors, unwrap
 from gplq_mm.layers import quantizers_disabled
 from gplq_mm.models import GPLQ, Stage
 

@@ -9,7 +9,8 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from gplq_mm.engine import one_line_errors, one_of_the_ranks
+from gplq_mm.distributed import one_of_the_ranks
+from gplq_mm.engine import one_line_errors
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -7,8 +7,8 @@ from torch import nn
 
 from ..layers import QuantAttention, quant_layers
 from ..layers.compiled import PACKED
+from ..layers.fused_blocks import fuse_blocks
 from ..layers.int4_attention import pack_attention
-from ..layers.int4_block import fuse_blocks
 from ..layers.int4_weight import DeployError, Int4WeightLayer
 from ..layers.replace import set_module
 from ..models import GPLQ, QuantBackbone, Stage

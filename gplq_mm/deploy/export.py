@@ -3,8 +3,8 @@
 The header holds ``architecture`` (config of the float model), ``scope`` (of its types),
 ``test_pipeline``, ``dataset_meta``, ``policy``, ``accuracy`` (stage -> metrics, as the run
 measured them), ``versions``, and what is quantized how: ``layers``, ``attention`` and
-``compensation``, by full name. What the tensors hold stands in :mod:`.records`; everything else
-of the model is there under its own name, integers in the smallest type that holds them.
+``compensation``, by full name. What the tensors hold stands in :mod:`.packed_tensors`; everything
+else of the model is there under its own name, integers in the smallest type that holds them.
 """
 
 import os
@@ -32,7 +32,7 @@ from ..version import __version__
 from .architecture import check_config, check_pipeline, encode, inference_architecture
 from .convert import strip_wrappers
 from .format import write_file
-from .records import attention_record, compensation_record, layer_record
+from .packed_tensors import attention_record, compensation_record, layer_record
 
 __all__ = ['SizeReport', 'attentions', 'other_entries', 'save']
 

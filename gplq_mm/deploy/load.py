@@ -25,7 +25,7 @@ from .architecture import build_architecture, check_pipeline, check_scope, decod
 from .convert import convert_in_place
 from .export import attentions, other_entries
 from .format import read_file
-from .records import (
+from .packed_tensors import (
     TensorTable,
     act_spec_of,
     fill_attention,

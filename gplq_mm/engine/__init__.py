@@ -16,7 +16,6 @@ from .loops import DirectQATLoop, GPLQTrainLoop, QuantTrainLoop
 from .mask_check import MaskCheckHook, MaskError
 from .optim import Bf16OptimWrapper, GPLQOptimWrapperConstructor
 from .progress import track
-from .ranks import one_of_the_ranks
 from .run_files import read_run
 from .run_record import RunRecord, headline_metrics, print_summary, result_rows
 from .runner import GPLQRunner
@@ -50,7 +49,6 @@ __all__ = [
     'headline_metrics',
     'load_run_weights',
     'one_line_errors',
-    'one_of_the_ranks',
     'print_summary',
     'read_run',
     'result_rows',

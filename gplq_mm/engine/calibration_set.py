@@ -10,7 +10,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS
 from torch.utils.data import DataLoader, Subset
 
-from ..quant.reduce import rank_and_world_size
+from ..distributed import rank_and_world_size
 from .progress import track
 
 __all__ = ['CalibrationError', 'CalibrationSet']

@@ -5,8 +5,8 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor
 
+from ..distributed import rank_and_world_size
 from ..evaluation import feature_distance
-from ..quant.reduce import rank_and_world_size
 from .output_pairs import OutputPairs
 from .run_record import RunRecord
 from .transfer import TransferProbe

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from torch.utils.data import DataLoader
 
 from ..checkpoint import CheckpointError
-from ..quant.reduce import rank_and_world_size
+from ..distributed import rank_and_world_size
 
 __all__ = ['TrainingData']
 

@@ -10,9 +10,9 @@ from mmengine.registry import DATASETS
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from ..distributed import rank_and_world_size
 from ..evaluation import feature_distance, linear_probe
 from ..models import GPLQ
-from ..quant.reduce import rank_and_world_size
 from .output_pairs import OutputPairs
 from .progress import track
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import all_reduce_sum
 from ..layers import quantizers_disabled
 from ..quant import ActQuantizer
-from ..quant.reduce import all_reduce_sum
 from .error_sums import decibels
 from .sites import operand_quantizers
 

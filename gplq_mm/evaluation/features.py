@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..quant.reduce import all_reduce_sum
+from ..distributed import all_reduce_sum
 
 __all__ = ['feature_distance']
 

@@ -5,7 +5,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from ..quant.reduce import gather_objects, gather_rows, rank_and_world_size
+from ..distributed import gather_objects, gather_rows, rank_and_world_size
 
 __all__ = ['linear_probe']
 

@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..layers import quant_units, replaced_forward
+from ..layers import patched_forward, quant_units
 
 __all__ = ['Replay']
 
@@ -64,7 +64,7 @@ class Replay:
                     break
                 outputs = self._outputs[name]
                 if len(outputs) == 1 and outputs[0] is not None:
-                    stack.enter_context(replaced_forward(self.units[name], _giving(outputs[0])))
+                    stack.enter_context(patched_forward(self.units[name], _giving(outputs[0])))
             yield
 
     def clear(self) -> None:

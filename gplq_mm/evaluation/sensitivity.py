@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..distributed import all_reduce_sum
 from ..layers import Compensation, quantizers_disabled
-from ..quant.reduce import all_reduce_sum
 from .replay import Replay
 from .sites import quant_sites
 

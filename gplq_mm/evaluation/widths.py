@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import all_reduce_sum
 from ..layers import quantizers_disabled
 from ..quant import ActQuantizer
 from ..quant.observers import by_channel
 from ..quant.quantizers import build_act_quantizer
-from ..quant.reduce import all_reduce_sum
 from .sites import Site, operand_quantizers, quant_sites
 
 __all__ = ['activation_noise', 'weight_noise']

@@ -12,11 +12,7 @@ from .int4_conv import Int4Conv2d
 from .int4_conv_transpose import Int4ConvTranspose2d
 from .int4_linear import Int4Linear
 from .int4_weight import DeployError, Int4WeightLayer
-from .linear import QuantLinear
-from .over_ranks import train_over_ranks
-from .replace import QuantReport, find_blocks, quant_layers, quant_units, quantize_model
-from .replaced import replaced_forward
-from .states import (
+from .lifecycle import (
     act_quantizers,
     calibrate,
     freeze_activations,
@@ -30,6 +26,9 @@ from .states import (
     weights_are_learned,
     weights_disabled,
 )
+from .linear import QuantLinear
+from .patched_forward import patched_forward
+from .replace import QuantReport, find_blocks, quant_layers, quant_units, quantize_model
 from .weight_layer import QuantWeightLayer
 
 __all__ = [
@@ -60,15 +59,14 @@ __all__ = [
     'is_calibrated',
     'learn_weights',
     'learned_parameters',
+    'patched_forward',
     'quant_layers',
     'quant_units',
     'quantize_model',
     'quantizers_disabled',
     'register_attention_adapter',
-    'replaced_forward',
     'require_frozen',
     'set_saved_bytes',
-    'train_over_ranks',
     'weights_are_learned',
     'weights_disabled',
 ]

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..quant import ActQuantizer, ActSpec, PolicyError, QuantState, arithmetic
 from ..quant.quantizers import build_act_quantizer
-from .coded import coded_attention
+from .saved_codes import coded_attention
 
 __all__ = ['OPERANDS', 'QuantAttention']
 
@@ -23,7 +23,7 @@ class QuantAttention(nn.Module):
         name: Full name of the attention layer.
     """
 
-    # Whether training keeps codes for backward (:mod:`.coded`), see QuantWeightLayer.
+    # Whether training keeps codes for backward (:mod:`.saved_codes`), see QuantWeightLayer.
     saves_codes: bool = True
 
     def __init__(

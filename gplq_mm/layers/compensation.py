@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..quant.reduce import all_reduce_sum, rank_and_world_size
+from ..distributed import all_reduce_sum, rank_and_world_size
 from ..registry import COMPENSATORS
 
 __all__ = ['Compensation', 'QwT', 'QwTv2', 'attach_compensation', 'build_compensation']

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..quant import PolicyError, SiteSpec
-from .coded import Convolution
+from .saved_codes import Convolution
 from .weight_layer import QuantWeightLayer
 
 __all__ = ['QuantConvTranspose2d']

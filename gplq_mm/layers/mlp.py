@@ -1,8 +1,8 @@
 """MLPs of transformers as one product of training: Linear, GELU, Linear.
 
 The hidden layer is four times as wide as the rest. In training the last Linear computes all three
-steps and keeps one tensor of that width, not two (:func:`.coded.coded_mlp`); the two before it hand
-their input on. Otherwise all compute as ever.
+steps and keeps one tensor of that width, not two (:func:`.saved_codes.coded_mlp`); the two before
+it hand their input on. Otherwise all compute as ever.
 """
 
 from collections.abc import Iterator
@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .coded import coded_mlp
 from .linear import QuantLinear
+from .saved_codes import coded_mlp
 
 __all__ = ['CodedMlp', 'find_mlps']
 

@@ -12,7 +12,7 @@ from ..quant import (
     WeightSpec,
 )
 from ..quant.quantizers import build_act_quantizer
-from .coded import Convolution, coded_product
+from .saved_codes import Convolution, coded_product
 
 __all__ = ['QuantWeightLayer']
 
@@ -34,8 +34,8 @@ class QuantWeightLayer(nn.Module):
 
     act_quantizer: ActQuantizer
     weight_quantizer: WeightQuantizer
-    # Whether training keeps codes for backward (:mod:`.coded`); switched off it keeps floats, as
-    # plain autograd does.
+    # Whether training keeps codes for backward (:mod:`.saved_codes`); switched off it keeps
+    # floats, as plain autograd does.
     saves_codes: bool = True
     # Geometry of a convolution, None of a Linear.
     geometry: Convolution | None = None

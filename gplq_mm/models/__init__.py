@@ -7,8 +7,8 @@ from .gplq import GPLQ
 from .network_outputs import NetworkOutputs
 from .pca_mimic_loss import PCAMimicLoss, feature_rows
 from .quant_backbone import QuantBackbone
+from .run_stage import Stage
 from .simple_feature_pyramid import SimpleFeaturePyramid
-from .stage import Stage
 from .timm_conversion import convert_timm_vit_state_dict
 from .training_losses import NonFiniteLossError
 

@@ -24,7 +24,7 @@ from ..quant import QuantPolicy
 from ..registry import MODELS
 from .feature_cache import FeatureCache
 from .feature_tap import FeatureTap, feature_layer_of, feature_width, tapped_outputs
-from .stage import Stage, check_order
+from .run_stage import Stage, check_order
 from .teacher import Teacher
 from .training_losses import (
     distill_settings,

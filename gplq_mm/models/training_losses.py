@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..quant.reduce import is_finite_everywhere
+from ..distributed import is_finite_everywhere
 
 __all__ = [
     'NonFiniteLossError',

@@ -1,8 +1,8 @@
 """Schemas and fake kernels of the ops that training uses; :mod:`.training_reference`,
 :mod:`.training_attention` and :mod:`.training_mlp` say what they compute.
 
-They have no autograd formula of their own: :mod:`gplq_mm.layers.coded` calls forward and backward
-ops from its autograd functions.
+They have no autograd formula of their own: :mod:`gplq_mm.layers.saved_codes` calls forward and
+backward ops from its autograd functions.
 """
 
 import torch

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..distributed import broadcast_
 from ..layers import (
     Compensation,
     QuantWeightLayer,
@@ -21,7 +22,6 @@ from ..layers import (
     require_frozen,
 )
 from ..layers.compensation import block_input
-from ..quant.reduce import broadcast_
 from .forecast import Forecast, Progress
 from .statistics import SecondMoment
 from .stream import Stream, last_readers, trace_units

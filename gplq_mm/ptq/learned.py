@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from ..distributed import broadcast_
 from ..layers import quant_layers
 from ..quant import WeightSpec
-from ..quant.reduce import broadcast_
 from .rounding import to_stored_order
 from .scales import search_group_scales, search_row_scale
 

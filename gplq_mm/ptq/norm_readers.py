@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import gather_objects
 from ..layers.reproducible import ReproducibleLayerNorm
-from ..quant.reduce import gather_objects
 from .stream import same_values
 
 __all__ = ['FoundNorms', 'find_norm_readers']

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import broadcast_
 from ..layers import QuantLinear, calibrate, quant_layers, quantizers_disabled
 from ..quant import ActSpec, MinMaxObserver, PolicyError, build_observer
-from ..quant.reduce import broadcast_
 from .norm_readers import find_norm_readers
 from .reparam import reparametrize_
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..quant.reduce import all_reduce_sum
+from ..distributed import all_reduce_sum
 
 __all__ = ['SecondMoment']
 

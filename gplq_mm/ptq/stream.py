@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import compiled_products, quant_units, replaced_forward
+from ..layers import compiled_products, patched_forward, quant_units
 from .tensor_store import Memory, TensorStore
 
 __all__ = ['Stream', 'Trace', 'find_units', 'last_readers', 'same_values', 'trace_units']
@@ -205,8 +205,8 @@ class Stream:
             for name in self.units[:position]:
                 source = self.outputs if name in self.outputs else self.shapes
                 replay = _Replay(name, source[name][index], copies=not self._ends(name, position))
-                stack.enter_context(replaced_forward(self.model.get_submodule(name), replay))
-            stack.enter_context(replaced_forward(module, stop))
+                stack.enter_context(patched_forward(self.model.get_submodule(name), replay))
+            stack.enter_context(patched_forward(module, stop))
             with suppress(_StopForward):
                 self.forward(self.batches[index])
         if len(captured) != wanted:
@@ -291,7 +291,7 @@ def last_readers(model: nn.Module, trace: Trace, run_one: Callable[[], Any]) -> 
                     # Such that neither a value nor, for scores and boxes, the order stays.
                     values = [1 - value for value in values]
                 replay = _Replay(name, values, partial(see, name=name))
-                stack.enter_context(replaced_forward(model.get_submodule(name), replay))
+                stack.enter_context(patched_forward(model.get_submodule(name), replay))
             # Other boxes may lead the model another way, or nowhere; what it does not reach then
             # counts as reading this output, and an error of its own comes back in `capture`.
             with suppress(Exception):

@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..distributed import all_reduce_max, all_reduce_min, all_reduce_sum
 from ..registry import OBSERVERS, QUANTIZERS, registered
-from .reduce import all_reduce_max, all_reduce_min, all_reduce_sum
 from .spec import ActSpec
 
 __all__ = ['MSEObserver', 'MinMaxObserver', 'PercentileObserver', 'build_observer']

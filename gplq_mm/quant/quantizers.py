@@ -10,6 +10,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor, nn
 
+from ..distributed import rank_and_world_size
 from ..registry import QUANTIZERS, registered
 from .code_state import level_bits_of
 from .functional import (
@@ -21,7 +22,6 @@ from .functional import (
     to_steps,
 )
 from .observers import MinMaxObserver, build_observer
-from .reduce import rank_and_world_size
 from .spec import SITE_GRANULARITIES, ActSpec
 
 __all__ = [

@@ -6,10 +6,10 @@ from contextlib import nullcontext
 import torch
 from mmengine.hooks import Hook
 
+from ...distributed import broadcast_
 from ...layers import act_quantizers
 from ...models import GPLQ, Stage
 from ...ptq import NormReport, calibrate_with_norms
-from ...quant.reduce import broadcast_
 from ...registry import HOOKS
 from ..calibration_set import CalibrationSet
 from ..weights import unwrap

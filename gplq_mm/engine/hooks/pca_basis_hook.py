@@ -3,9 +3,9 @@
 import torch
 from mmengine.hooks import Hook
 
+from ...distributed import broadcast_
 from ...models import feature_rows
 from ...ptq import SecondMoment
-from ...quant.reduce import broadcast_
 from ...registry import HOOKS
 from ..calibration_set import CalibrationSet
 from ..weights import unwrap

@@ -4,10 +4,10 @@ import torch
 from mmengine.hooks import Hook
 from torch import Tensor
 
+from ...distributed import all_reduce_sum
 from ...evaluation import quantizer_statistics, quantizer_sums
 from ...layers import act_quantizers
 from ...quant import QuantState
-from ...quant.reduce import all_reduce_sum
 from ...registry import HOOKS
 from ..weights import unwrap
 

@@ -11,8 +11,9 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import EpochBasedTrainLoop
 
+from ...distributed import make_rank_invariant
 from ...evaluation import layer_output_error, weight_drift
-from ...layers import quant_layers, quantizers_disabled, train_over_ranks
+from ...layers import quant_layers, quantizers_disabled
 from ...models import GPLQ, Stage
 from ...ptq import build_weight_ptq, round_weights
 from ...quant import NotCalibratedError
@@ -117,7 +118,7 @@ class QuantTrainLoop(EpochBasedTrainLoop):
         self.error_images = {'num_images': 64, 'batch_size': 32, 'seed': 0, **(error_images or {})}
         self.data = TrainingData.of(self.dataloader)
         self.seed = runner.seed or 0
-        train_over_ranks(self.model.architecture)
+        make_rank_invariant(self.model.architecture)
         self.record = RunRecord()
         self.evaluation = StageEvaluation(runner, self.record, num_diagnostic_images, transfer)
         runner.register_hook(_RunStateHook(self))

@@ -4,7 +4,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ['all_reduce_max', 'all_reduce_min', 'all_reduce_sum', 'is_distributed']
+__all__ = [
+    'all_reduce_max',
+    'all_reduce_min',
+    'all_reduce_sum',
+    'broadcast_',
+    'gather_objects',
+    'gather_rows',
+    'is_distributed',
+    'is_finite_everywhere',
+    'rank_and_world_size',
+]
 
 
 def is_distributed() -> bool:

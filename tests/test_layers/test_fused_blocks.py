@@ -19,7 +19,7 @@ from torch import nn
 
 from gplq_mm.deploy import convert
 from gplq_mm.layers import Int4Linear
-from gplq_mm.layers.int4_block import (
+from gplq_mm.layers.fused_blocks import (
     Int4EncoderLayer,
     Int4PatchMerging,
     Int4SwinBlock,

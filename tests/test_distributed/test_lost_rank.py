@@ -13,8 +13,8 @@ import torch.distributed as dist
 from tiny_ranks import assert_same_training, rank_config
 from tiny_runs import ROOT, load, run, weights
 
-import gplq_mm.engine.ranks as module
-from gplq_mm.engine import one_of_the_ranks
+import gplq_mm.distributed.lost_rank as module
+from gplq_mm.distributed import one_of_the_ranks
 
 ITERATIONS = 100
 
@@ -169,7 +169,7 @@ def test_alone(tmp_path):
     script = tmp_path / 'script.py'
     script.write_text(
         'import os, signal\n'
-        'from gplq_mm.engine import one_of_the_ranks\n'
+        'from gplq_mm.distributed import one_of_the_ranks\n'
         'with one_of_the_ranks():\n'
         '    child = os.fork()\n'
         '    os.kill(os.getpid(), signal.SIGTERM) if child == 0 else None\n'

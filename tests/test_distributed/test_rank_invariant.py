@@ -6,8 +6,8 @@ import torch.multiprocessing as mp
 from layer_ranks import build, images, step, step_on_rank
 from torch import nn
 
-import gplq_mm.layers.over_ranks as module
-from gplq_mm.layers import train_over_ranks
+import gplq_mm.distributed.rank_invariant as module
+from gplq_mm.distributed import make_rank_invariant
 
 
 def test_two_ranks_make_the_step_of_one(tmp_path):
@@ -36,7 +36,7 @@ def test_one_rank_is_torch():
 @pytest.mark.parametrize('name', ['Dropout', 'DropPath'])
 def test_share_and_mean(name):
     layer = nn.Dropout(0.25) if name == 'Dropout' else build()[2]
-    train_over_ranks(layer)
+    make_rank_invariant(layer)
     x = torch.full((4000, 3), 2.0)
     y = layer.train()(x)
     share = 0.25 if name == 'Dropout' else 0.3
@@ -49,7 +49,7 @@ def test_share_and_mean(name):
 
 def test_nothing_or_all():
     layer = nn.Dropout(0.0, inplace=True)
-    train_over_ranks(layer)
+    make_rank_invariant(layer)
     x = torch.ones(3, 2)
     assert layer(x) is x
     layer.p = 1.0
@@ -59,7 +59,7 @@ def test_nothing_or_all():
 
 def test_images_are_dealt_out_in_turns(monkeypatch):
     layer = nn.Dropout(0.5)
-    train_over_ranks(layer)
+    make_rank_invariant(layer)
 
     def mask(rank: int, ranks: int, rows: int) -> torch.Tensor:
         monkeypatch.setattr(module, 'rank_and_world_size', lambda: (rank, ranks))
@@ -82,5 +82,5 @@ def test_other_classes_stay():
 
     layers = [OwnNorm(3), OwnDropout(), nn.SyncBatchNorm(3), nn.LayerNorm(3), nn.Dropout2d(0.1)]
     classes = [type(layer) for layer in layers]
-    train_over_ranks(nn.Sequential(*layers))
+    make_rank_invariant(nn.Sequential(*layers))
     assert [type(layer) for layer in layers] == classes

@@ -5,11 +5,11 @@ from contextlib import contextmanager
 
 from torch import nn
 
-__all__ = ['replaced_forward']
+__all__ = ['patched_forward']
 
 
 @contextmanager
-def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+def patched_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
     """Context in which ``module`` computes ``forward``, and its forward hooks do not run.
 
     Args:

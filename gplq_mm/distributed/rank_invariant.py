@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..quant.reduce import all_reduce_sum, rank_and_world_size
+from .reduce import all_reduce_sum, rank_and_world_size
 
-__all__ = ['train_over_ranks']
+__all__ = ['make_rank_invariant']
 
 
 def _kept(x: Tensor, shape: tuple[int, ...], share: float) -> Tensor:
@@ -133,7 +133,7 @@ _BATCH_NORMS = {
 }
 
 
-def train_over_ranks(model: nn.Module) -> None:
+def make_rank_invariant(model: nn.Module) -> None:
     """Gives dropout and batch normalization layers their class of this module, in place.
 
     Keys, and what the layers compute in evaluation, stay what they are.

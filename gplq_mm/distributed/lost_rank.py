@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from ..quant.reduce import is_distributed, rank_and_world_size
+from .reduce import is_distributed, rank_and_world_size
 
 __all__ = ['one_of_the_ranks']
 

@@ -1,0 +1,29 @@
+"""What processes of one run share: reductions, layers over the batch of all ranks, lost ranks."""
+
+from .lost_rank import one_of_the_ranks
+from .rank_invariant import make_rank_invariant
+from .reduce import (
+    all_reduce_max,
+    all_reduce_min,
+    all_reduce_sum,
+    broadcast_,
+    gather_objects,
+    gather_rows,
+    is_distributed,
+    is_finite_everywhere,
+    rank_and_world_size,
+)
+
+__all__ = [
+    'all_reduce_max',
+    'all_reduce_min',
+    'all_reduce_sum',
+    'broadcast_',
+    'gather_objects',
+    'gather_rows',
+    'is_distributed',
+    'is_finite_everywhere',
+    'make_rank_invariant',
+    'one_of_the_ranks',
+    'rank_and_world_size',
+]
