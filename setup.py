@@ -21,7 +21,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 MIM_ENTRIES = ('configs', 'tools', 'model-index.yml')
-NOT_SHIPPED = shutil.ignore_patterns('__pycache__', '*.pyc', 'dev')
+NOT_SHIPPED = shutil.ignore_patterns('__pycache__', '*.pyc', 'dev', 'zoo', 'zoo.py')
 CSRC = Path('gplq_mm') / 'ops' / 'csrc'
 # fp-contract: a product and a sum are rounded as the source says, on every machine.
 COMPILE_FLAGS = [
@@ -49,6 +49,7 @@ DEV_REQUIREMENTS = [
     *DOCS_REQUIREMENTS,
     *ONNX_REQUIREMENTS,
     *TENSORBOARD_REQUIREMENTS,
+    'filelock>=3.12',
     'hypothesis',
     'model-index>=0.1.11',
     'onnxruntime>=1.20',

@@ -25,7 +25,6 @@ ALLOWED = {
     'report': set(),
     'engine': LOW | BASE | {'ops', 'ptq', 'evaluation', 'models', 'datasets'},
     'benchmark': {'checkpoint', 'deploy'},
-    'zoo': BASE | {'evaluation', 'engine'},
     '__init__': {'version'},
 }
 FRAMEWORKS = {'mmpretrain', 'mmdet'}

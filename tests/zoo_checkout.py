@@ -4,7 +4,7 @@ import json
 import subprocess
 from pathlib import Path
 
-from gplq_mm.zoo.files import write_yaml
+from tools.zoo.files import write_yaml
 
 # Stands for tools/train.py: it leaves what a run leaves, as the config says.
 TRAIN = """
@@ -31,9 +31,6 @@ if end == 'fail once' and not args.resume:
 if end == 'hang' and not args.resume:
     (args.work_dir / 'hanging').touch()
     time.sleep(60)
-if end == 'slow':
-    (args.work_dir / 'hanging').touch()
-    time.sleep(3)
 (args.work_dir / 'summary.json').write_text(json.dumps(settings['summary']))
 """
 CONFIG = """
@@ -134,7 +131,7 @@ def git(root: Path, *arguments: str) -> str:
 
 
 def write_config(root: Path, name: str = 'tiny', end: str = 'well', **changes) -> Path:
-    """A config whose run ends as it says: ``well``, ``fail``, ``fail once``, ``hang``, ``slow``."""
+    """A config whose run ends as it says: ``well``, ``fail``, ``fail once``, ``hang``."""
     path = root / 'configs' / 'demo' / f'{name}.py'
     path.write_text(CONFIG.format(end=end, summary=summary(**changes)))
     return path

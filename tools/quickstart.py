@@ -16,7 +16,7 @@ from mmengine.config import Config
 from rich.console import Console
 
 from gplq_mm.engine import print_summary
-from gplq_mm.zoo import Line, RunFailedError, follow, shown, train_command
+from gplq_mm.engine.launch import RunFailedError, follow, shown, telling, train_command
 
 ROOT = Path(__file__).resolve().parent.parent
 # Model -> folder of its configs, name of its FP32 config, folder of its results.
@@ -29,15 +29,16 @@ MODELS = {
 
 def run(config: Path, work_dir: Path, options: list[str], resume: bool, console: Console) -> None:
     """Runs tools/train.py, shows the telling lines and keeps all of them in a file."""
-    command = train_command(ROOT / 'tools' / 'train.py', config, work_dir, options, resume)
+    command = train_command(ROOT, config, work_dir, options, resume)
     console.print('$', shown(command, ROOT), style='bold', soft_wrap=True, highlight=False)
     log = work_dir / 'console.log'
     log.unlink(missing_ok=True)
+    start = time.monotonic()
 
-    def show(line: Line, seconds: float) -> None:
-        if line.telling is not None:
-            elapsed = f'{seconds:4.0f} s'
-            console.print(f'  {elapsed}  {line.telling}', highlight=False, markup=False)
+    def show(line: str) -> None:
+        if (message := telling(line)) is not None:
+            elapsed = f'{time.monotonic() - start:4.0f} s'
+            console.print(f'  {elapsed}  {message}', highlight=False, markup=False)
 
     try:
         follow(command, log, show, cwd=ROOT)

@@ -27,7 +27,7 @@ from .lifecycle import (
     weights_disabled,
 )
 from .linear import QuantLinear
-from .patched_forward import patched_forward
+from .patching import patched_forward
 from .replace import QuantReport, find_blocks, quant_layers, quant_units, quantize_model
 from .weight_layer import QuantWeightLayer
 

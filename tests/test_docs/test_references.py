@@ -74,6 +74,8 @@ def flags_of(tool: Path) -> set[str]:
     } | ({'--train', '--val'} if tool.name == 'crop_boxes.py' else set())
 
 
+# Where the arguments of tools/zoo.py are read.
+ZOO = 'tools/zoo/command.py'
 FLAG = re.compile(r'(?<!\S)--[a-z][\w-]*')
 
 
@@ -86,11 +88,13 @@ def test_tools_know_the_flags(page):
         script = (
             tool.group().replace('dist_train.sh', 'train.py').replace('slurm_train.sh', 'train.py')
         )
-        script = ROOT / script.replace('dist_test.sh', 'test.py')
+        script = script.replace('dist_test.sh', 'test.py').replace('tools/zoo.py', ZOO)
+        script = ROOT / script
         unknown = set(FLAG.findall(command[tool.end() :])) - flags_of(script)
         assert not unknown, f'{command}: {sorted(unknown)}'
     known = set().union(*(flags_of(path) for path in (ROOT / 'tools').glob('*.py')))
-    known |= flags_of(ROOT / 'tests' / 'kill_run.py') | {'--no-deps', '--no-build-isolation'}
+    known |= flags_of(ROOT / ZOO) | flags_of(ROOT / 'tests' / 'kill_run.py')
+    known |= {'--no-deps', '--no-build-isolation'}
     inline = {flag for span in spans(page) for flag in FLAG.findall(span)}
     assert inline <= known
 

@@ -8,5 +8,5 @@ from zoo_checkout import make_checkout
 def root(tmp_path, monkeypatch):
     """A checkout with a zoo, whose package counts as the one that is imported."""
     root = make_checkout(tmp_path / 'checkout')
-    monkeypatch.setattr('gplq_mm.zoo.checkout.IMPORTED', root.resolve())
+    monkeypatch.setattr('tools.zoo.origin.IMPORTED', root.resolve())
     return root

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 from zoo_checkout import attempts, commit, read_json, write_config
 
-from gplq_mm.zoo.files import ZooError
-from gplq_mm.zoo.jobs import Clock, Report, plan_jobs
-from gplq_mm.zoo.metafile import Zoo, load_zoo
-from gplq_mm.zoo.pages import check_pages
-from gplq_mm.zoo.runs import run_jobs
+from tools.zoo.files import ZooError
+from tools.zoo.metafile import load_zoo, put_entry
+from tools.zoo.pages import check_pages
+from tools.zoo.run import plan_jobs, run_jobs
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -28,13 +27,11 @@ class Zookeeper:
     def work_dir(self, name: str) -> Path:
         return self.root / 'work_dirs' / name
 
-    def run(self, *names: str, options=(), variant=None, **flags) -> dict[str, tuple[str, str]]:
+    def run(self, *names: str, options=(), variant=None, **flags) -> dict[str, str]:
+        """What became of each: 'measured', 'unchanged', or why it failed."""
         configs = [self.root / 'configs' / 'demo' / f'{name}.py' for name in names]
-        work_dirs = self.root / 'work_dirs'
-        jobs = plan_jobs(self.root, configs, list(options), variant, work_dirs)
-        report = Report(self.lines.append, work_dirs / 'zoo.log')
-        outcomes = run_jobs(self.root, jobs, report, **flags)
-        return {outcome.name: (outcome.how, outcome.error) for outcome in outcomes}
+        jobs = plan_jobs(self.root, configs, list(options), variant, self.root / 'work_dirs')
+        return run_jobs(self.root, jobs, self.lines.append, **flags)
 
     def measured(self, name: str) -> dict:
         return load_zoo(self.root).models[name]['Measured']
@@ -47,7 +44,7 @@ def keeper(root) -> Zookeeper:
 
 def test_a_run_is_written_down_with_its_origin(keeper):
     head = commit(keeper.root)
-    assert keeper.run('tiny') == {'tiny': ('measured', '')}
+    assert keeper.run('tiny') == {'tiny': 'measured'}
     measured = keeper.measured('tiny')
     assert measured['commit'] == head
     assert measured['command'] == 'python tools/train.py configs/demo/tiny.py'
@@ -65,17 +62,18 @@ def test_a_run_is_written_down_with_its_origin(keeper):
 
 def test_a_finished_run_is_not_repeated(keeper):
     keeper.run('tiny')
-    assert keeper.run('tiny') == {'tiny': ('unchanged', '')}
+    assert keeper.run('tiny') == {'tiny': 'unchanged'}
     assert attempts(keeper.work_dir('tiny')) == ['start']
-    assert keeper.run('tiny', rerun=True) == {'tiny': ('measured', '')}
-    assert attempts(keeper.work_dir('tiny')) == ['start', 'start']
+    assert keeper.run('tiny', rerun=True) == {'tiny': 'measured'}
+    assert attempts(keeper.work_dir('tiny')) == ['start']
+    assert attempts(keeper.work_dir('tiny.earlier')) == ['start']
 
 
 def test_a_lost_metafile_is_written_again_from_the_finished_run(keeper):
     keeper.run('tiny')
     measured = keeper.measured('tiny')
     (keeper.root / 'configs' / 'demo' / 'metafile.yml').unlink()
-    assert keeper.run('tiny') == {'tiny': ('unchanged', '')}
+    assert keeper.run('tiny') == {'tiny': 'unchanged'}
     assert keeper.measured('tiny') == measured
 
 
@@ -84,7 +82,7 @@ def test_a_later_commit_that_changes_no_code_repeats_nothing(keeper):
     keeper.run('tiny')
     write_config(keeper.root, 'other')
     assert commit(keeper.root) != head
-    assert keeper.run('tiny', 'other') == {'tiny': ('unchanged', ''), 'other': ('measured', '')}
+    assert keeper.run('tiny', 'other') == {'tiny': 'unchanged', 'other': 'measured'}
     assert keeper.measured('tiny')['commit'] == head
 
 
@@ -92,14 +90,14 @@ def test_other_code_or_settings_are_another_run(keeper):
     keeper.run('tiny')
     (keeper.root / 'gplq_mm' / 'more.py').write_text('')
     commit(keeper.root)
-    assert keeper.run('tiny') == {'tiny': ('measured', '')}
+    assert keeper.run('tiny') == {'tiny': 'measured'}
     config = keeper.root / 'configs' / 'demo' / 'tiny.py'
     config.write_text(config.read_text() + 'lr = 0.2\n')
     head = commit(keeper.root)
-    assert keeper.run('tiny') == {'tiny': ('measured', '')}
-    assert attempts(keeper.work_dir('tiny')) == ['start'] * 3
+    assert keeper.run('tiny') == {'tiny': 'measured'}
+    assert attempts(keeper.work_dir('tiny')) == ['start']
     assert keeper.measured('tiny')['commit'] == head
-    assert any('settings have changed' in line for line in keeper.lines)
+    assert any('code or settings have changed' in line for line in keeper.lines)
 
 
 def test_a_failure_does_not_stop_the_others(keeper):
@@ -108,15 +106,12 @@ def test_a_failure_does_not_stop_the_others(keeper):
     (keeper.root / 'configs' / 'demo' / 'broken.py').write_text('model = dict(')
     commit(keeper.root)
     outcomes = keeper.run('bad', 'broken', 'good')
-    assert [how for how, _ in outcomes.values()] == ['failed', 'failed', 'measured']
-    assert 'the loss is not finite' in outcomes['bad'][1]
-    assert 'console.log' in outcomes['bad'][1]
+    assert 'the loss is not finite' in outcomes['bad']
+    assert 'console.log' in outcomes['bad']
+    assert 'SyntaxError' in outcomes['broken']
+    assert outcomes['good'] == 'measured'
     assert list(load_zoo(keeper.root).models) == ['good']
-    state = read_json(keeper.work_dir('bad') / 'zoo.json')
-    assert state['status'] == 'failed'
-    assert 'the loss is not finite' in state['error']
-    # How far it is, and what is left, is in a file.
-    log = (keeper.root / 'work_dirs' / 'zoo.log').read_text()
+    log = '\n'.join(keeper.lines)
     assert '[1/3] bad: 0:00:00 elapsed' in log
     assert '[3/3] good: measured' in log
     assert 'evaluation of fp32' in log
@@ -125,15 +120,13 @@ def test_a_failure_does_not_stop_the_others(keeper):
 def test_what_failed_is_resumed(keeper):
     write_config(keeper.root, 'tiny', 'fail once')
     commit(keeper.root)
-    ((how, error),) = keeper.run('tiny').values()
-    assert how == 'failed'
-    assert 'MemoryError' in error
+    assert 'MemoryError' in keeper.run('tiny')['tiny']
     first = read_json(keeper.work_dir('tiny') / 'zoo.json')
-    assert keeper.run('tiny') == {'tiny': ('measured', '')}
+    assert keeper.run('tiny') == {'tiny': 'measured'}
     assert attempts(keeper.work_dir('tiny')) == ['start', 'resume']
     second = read_json(keeper.work_dir('tiny') / 'zoo.json')
     assert second['seconds'] > first['seconds'] > 0
-    assert second['started'] == first['started']
+    assert second['key'] == first['key']
 
 
 def test_a_failed_run_of_other_settings_is_not_resumed(keeper):
@@ -142,19 +135,19 @@ def test_a_failed_run_of_other_settings_is_not_resumed(keeper):
     keeper.run('tiny')
     write_config(keeper.root, 'tiny', 'well')
     commit(keeper.root)
-    assert keeper.run('tiny') == {'tiny': ('measured', '')}
-    assert attempts(keeper.work_dir('tiny')) == ['start', 'start']
+    assert keeper.run('tiny') == {'tiny': 'measured'}
+    assert attempts(keeper.work_dir('tiny')) == ['start']
+    assert attempts(keeper.work_dir('tiny.earlier')) == ['start']
 
 
 def test_a_summary_of_an_earlier_run_does_not_pass_for_the_new_one(keeper):
     keeper.run('tiny')
     write_config(keeper.root, 'tiny', 'fail', top1=1.0)
     commit(keeper.root)
-    ((how, _),) = keeper.run('tiny').values()
-    assert how == 'failed'
+    assert 'the loss is not finite' in keeper.run('tiny')['tiny']
     work_dir = keeper.work_dir('tiny')
     assert not (work_dir / 'summary.json').exists()
-    assert (work_dir / 'earlier_summary.json').exists()
+    assert (work_dir.with_name('tiny.earlier') / 'summary.json').exists()
     assert keeper.measured('tiny')['stages']['w4a4']['top1'] == 66.04
 
 
@@ -162,16 +155,14 @@ def test_a_run_that_was_started_otherwise_is_not_overwritten(keeper):
     work_dir = keeper.work_dir('tiny')
     work_dir.mkdir(parents=True)
     (work_dir / 'summary.json').write_text('{}')
-    ((how, error),) = keeper.run('tiny').values()
-    assert how == 'failed'
-    assert '--collect' in error
+    assert '--collect' in keeper.run('tiny')['tiny']
     assert attempts(work_dir) == []
 
 
 def test_settings_need_a_name_and_paths_do_not(keeper):
     with pytest.raises(ZooError, match=r'lr=0\.3 changes what is measured: name it with --variant'):
         keeper.run('tiny', options=['lr=0.3'])
-    assert keeper.run('tiny', options=['lr=0.3'], variant='fast') == {'tiny+fast': ('measured', '')}
+    assert keeper.run('tiny', options=['lr=0.3'], variant='fast') == {'tiny+fast': 'measured'}
     assert keeper.measured('tiny+fast')['options'] == ['lr=0.3']
     assert keeper.measured('tiny+fast')['command'] == (
         'python tools/train.py configs/demo/tiny.py --cfg-options \\\n    lr=0.3'
@@ -196,20 +187,17 @@ def test_variables_of_the_environment_are_part_of_the_command(keeper, monkeypatc
 def test_changed_files_are_refused(keeper, name):
     path = keeper.root / name
     path.write_text(path.read_text() + '\n')
-    ((how, error),) = keeper.run('tiny').values()
-    assert how == 'failed'
-    assert 'files differ from commit' in error
+    assert 'files differ from commit' in keeper.run('tiny')['tiny']
     assert attempts(keeper.work_dir('tiny')) == []
-    assert keeper.run('tiny', allow_dirty=True) == {'tiny': ('measured', '')}
+    assert keeper.run('tiny', allow_dirty=True) == {'tiny': 'measured'}
     assert keeper.measured('tiny')['commit'].endswith('-dirty')
 
 
 def test_files_that_git_does_not_know_are_refused(keeper):
     write_config(keeper.root, 'new')
-    ((_, error),) = keeper.run('new').values()
-    assert 'configs/demo/new.py is not in git' in error
+    assert 'files differ from commit' in keeper.run('new')['new']
     # It is no part of this run.
-    assert keeper.run('tiny') == {'tiny': ('measured', '')}
+    assert keeper.run('tiny') == {'tiny': 'measured'}
 
 
 def test_documents_and_tables_may_change_between_runs(keeper):
@@ -222,14 +210,13 @@ def test_documents_and_tables_may_change_between_runs(keeper):
 
 
 def test_code_of_another_checkout_is_refused(keeper, monkeypatch):
-    monkeypatch.setattr('gplq_mm.zoo.checkout.IMPORTED', Path('/elsewhere'))
-    ((_, error),) = keeper.run('tiny').values()
-    assert 'imported from /elsewhere' in error
+    monkeypatch.setattr('tools.zoo.origin.IMPORTED', Path('/elsewhere'))
+    assert 'imported from /elsewhere' in keeper.run('tiny')['tiny']
 
 
 def test_a_broken_page_is_found_before_the_first_run(keeper):
     (keeper.root / 'README.md').write_text('<!-- zoo: tiny -->\n')
-    with pytest.raises(ZooError, match='not closed'):
+    with pytest.raises(ZooError, match='has no partner'):
         keeper.run('tiny')
     assert attempts(keeper.work_dir('tiny')) == []
 
@@ -246,23 +233,21 @@ def test_files_that_are_no_configs_of_the_zoo(root, name, message):
         plan_jobs(root, [root / name], [], None, root / 'work_dirs')
 
 
-def test_a_config_is_given_once(root):
-    config = root / 'configs' / 'demo' / 'tiny.py'
-    with pytest.raises(ZooError, match='twice'):
-        plan_jobs(root, [config, config], [], None, root / 'work_dirs')
-
-
-def test_remaining_time_is_that_of_runs_known(tmp_path):
-    models = {'a': {'Measured': {'seconds': 100}}, 'b': {'Measured': {}}}
-    clock = Clock(Zoo(tmp_path, models, {}), ['a', 'b', 'c'])
-    # Unknown runs are taken to last as long as the known ones.
-    assert clock.text() == '0:00:00 elapsed, about 0:05:00 remaining'
-    clock.done('a', 50)
-    assert clock.text() == '0:00:00 elapsed, about 0:01:40 remaining'
-    clock.done('b', None)
-    clock.done('c', 20)
-    assert clock.text() == '0:00:00 elapsed, about 0:00:00 remaining'
-    assert Clock(Zoo(tmp_path, {}, {}), ['a']).text() == '0:00:00 elapsed'
+def test_remaining_time_is_that_of_runs_known(keeper):
+    for name in ('a', 'b'):
+        write_config(keeper.root, name)
+    commit(keeper.root)
+    keeper.run('a')
+    put_entry(
+        keeper.root,
+        'a',
+        keeper.root / 'configs' / 'demo' / 'a.py',
+        {**keeper.measured('a'), 'seconds': 100},
+    )
+    keeper.lines.clear()
+    keeper.run('b', 'a')
+    # One that is unknown is taken to last as long as the known ones.
+    assert keeper.lines[0] == '[1/2] b: 0:00:00 elapsed, about 0:03:20 remaining'
 
 
 # -- killed -----------------------------------------------------------------------------------
@@ -298,19 +283,8 @@ def test_sigterm_ends_the_run_and_leaves_it_to_be_resumed(keeper):
     assert process.returncode == 1
     assert 'call again to go on' in errors
     state = read_json(work_dir / 'zoo.json')
-    assert (state['status'], state['measured']) == ('running', {})
+    assert 'stages' not in state['measured']
     assert state['seconds'] > 0
     # The run has ended: nobody holds its folder, and it goes on from its checkpoint.
-    assert keeper.run('tiny') == {'tiny': ('measured', '')}
+    assert keeper.run('tiny') == {'tiny': 'measured'}
     assert attempts(work_dir) == ['start', 'resume']
-
-
-def test_a_run_outlives_a_killed_zoo_and_is_taken_when_it_has_ended(keeper):
-    process, work_dir = start_amid(keeper, 'slow')
-    process.kill()
-    process.communicate()
-    assert not (work_dir / 'summary.json').exists()
-    assert keeper.run('tiny') == {'tiny': ('measured', '')}
-    assert attempts(work_dir) == ['start']
-    assert sum('goes on already' in line for line in keeper.lines) == 1
-    assert keeper.measured('tiny')['seconds'] >= 2

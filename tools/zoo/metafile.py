@@ -4,16 +4,12 @@ A model of a metafile is one run of one config. Its key ``Measured`` holds every
 are made from; ``Results`` and ``Metadata`` repeat of it what mim shows.
 """
 
-import fcntl
-import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from .files import ZooError, read_yaml, write_yaml
+from .files import ZooError, dump_yaml, read_yaml, write_yaml
 
 __all__ = ['MEASURED', 'STAGE', 'Zoo', 'complete_entry', 'final_stage', 'load_zoo', 'put_entry']
 
@@ -37,7 +33,8 @@ STAGE = {
     'cosine', 'agreement', 'transfer', 'epoch', 'iteration',
 }  # fmt: skip
 STAGE_NAME = re.compile(r'fp32|latent_fp32|trained|(ptq_)?w\d+a\d+')
-ABSOLUTE_PATH = re.compile(r'(?:^|[\s=\'":])/\w')
+COMMIT = re.compile(r'[0-9a-f]{7,40}(-dirty)?')
+ABSOLUTE_PATH = re.compile(r'[\s=\'":]/\w[^\s\'"]*')
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,6 @@ def load_zoo(root: Path) -> Zoo:
         ZooError: If a file is damaged, an entry is incomplete or contradicts itself, or a name is
             used twice.
     """
-    root = Path(root)
     models: dict[str, dict] = {}
     for path in sorted(root.glob('configs/*/metafile.yml')):
         content = read_yaml(path)
@@ -89,9 +85,8 @@ def load_zoo(root: Path) -> Zoo:
 
 
 def _check_entry(root: Path, path: Path, entry: dict, collections: list[str]) -> None:
-    name = entry.get('Name')
+    name, config = entry.get('Name'), entry.get('Config')
     where = f'{path}: model {name}'
-    config = entry.get('Config')
     if not name or not config or not (root / config).is_file():
         raise ZooError(f'{where} needs a Name and an existing Config, it has {config}.')
     if Path(config).stem != name.partition('+')[0] or (root / config).parent != path.parent:
@@ -103,11 +98,9 @@ def _check_entry(root: Path, path: Path, entry: dict, collections: list[str]) ->
         raise ZooError(f'{where}: In Collection must be one of {collections}.')
     _check_measured(where, entry.get('Measured') or {})
     wanted = complete_entry(entry)
-    if set(entry) != set(wanted):
-        raise ZooError(f'{where} has the keys {list(entry)} instead of {list(wanted)}.')
-    for key in ('Results', 'Metadata'):
-        if entry[key] != wanted[key]:
-            raise ZooError(f'{where}: {key} differs from Measured, which says {wanted[key]}.')
+    if wrong := [key for key in {**wanted, **entry} if entry.get(key) != wanted.get(key)]:
+        shown = {key: wanted.get(key) for key in wrong}
+        raise ZooError(f'{where}: {wrong} are not as Measured says, which gives {shown}.')
 
 
 def _check_measured(where: str, measured: dict) -> None:
@@ -121,22 +114,10 @@ def _check_measured(where: str, measured: dict) -> None:
         raise ZooError(
             f'{where}: Measured lacks {missing} and has the unknown keys {sorted(unknown)}.'
         )
-    if not re.fullmatch(r'[0-9a-f]{7,40}(-dirty)?', str(measured['commit'])):
+    if not COMMIT.fullmatch(str(measured['commit'])):
         raise ZooError(f'{where}: {measured["commit"]!r} is no commit.')
-    for text in _texts(measured):
-        if ABSOLUTE_PATH.search(text):
-            raise ZooError(f'{where}: {text!r} holds a path of one machine.')
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, Mapping):
-        for item in value.values():
-            yield from _texts(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
-    elif isinstance(value, str):
-        yield value
+    if found := ABSOLUTE_PATH.search(dump_yaml(measured)):
+        raise ZooError(f'{where}: {found[0].strip()!r} is a path of one machine.')
 
 
 def final_stage(stages: Mapping[str, dict]) -> str:
@@ -147,15 +128,9 @@ def final_stage(stages: Mapping[str, dict]) -> str:
 
 
 def complete_entry(entry: dict) -> dict:
-    """The entry with ``Metadata`` and ``Results`` made from ``Measured``, in mim's order of keys.
-
-    Args:
-        entry: ``Name``, ``In Collection``, ``Config`` and ``Measured``.
-    """
-    measured = entry['Measured']
-    stages = measured['stages']
+    """The entry with ``Metadata`` and ``Results`` made from ``Measured``, as mim orders keys."""
+    stages, data = entry['Measured']['stages'], entry['Measured']['data']
     stage = final_stage(stages)
-    data = measured['data']
     detection = any(key.endswith('mAP') for key in stages[stage])
     metadata = {'Training Data': _data_name(data.get('training') or data['validation'])}
     if stage != 'trained':
@@ -175,7 +150,7 @@ def complete_entry(entry: dict) -> dict:
                 'Metrics': metrics,
             }
         ],
-        'Measured': measured,
+        'Measured': entry['Measured'],
     }
 
 
@@ -183,50 +158,27 @@ def _data_name(data: dict) -> str:
     return data.get('folder') or data['type']
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Two calls that finish at the same time write one after the other."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def put_entry(root: Path, name: str, config: Path, measured: dict) -> None:
     """Writes what was measured into the metafile beside the config, in place of an older run.
-
-    Args:
-        root: The checkout.
-        name: Name of the model.
-        config: Config file, in a folder of ``configs``.
-        measured: Keys of :data:`MEASURED`.
 
     Raises:
         ZooError: If the entry or the metafile is not valid; the file is intact.
     """
     path = config.parent / 'metafile.yml'
     _check_measured(f'{path}: model {name}', measured)
-    with _locked(config.parent):
-        content = read_yaml(path) if path.exists() else {}
-        if not content.get('Collections'):
-            content = {'Collections': [{'Name': config.parent.name}], **content}
-        collections = [entry['Name'] for entry in content['Collections']]
-        models = list(content.get('Models') or [])
-        position = {entry['Name']: index for index, entry in enumerate(models)}.get(name)
-        earlier = {} if position is None else models[position]
-        entry = complete_entry(
-            {
-                'Name': name,
-                'In Collection': earlier.get('In Collection', collections[0]),
-                'Config': config.relative_to(root).as_posix(),
-                'Measured': measured,
-            }
-        )
-        _check_entry(root, path, entry, collections)
-        if position is None:
-            models.append(entry)
-        else:
-            models[position] = entry
-        write_yaml(path, {**content, 'Models': models})
+    content = read_yaml(path)
+    if not content.get('Collections'):
+        content = {'Collections': [{'Name': config.parent.name}], **content}
+    collections = [entry['Name'] for entry in content['Collections']]
+    models = {entry['Name']: entry for entry in content.get('Models') or []}
+    entry = complete_entry(
+        {
+            'Name': name,
+            'In Collection': models.get(name, {}).get('In Collection', collections[0]),
+            'Config': config.relative_to(root).as_posix(),
+            'Measured': measured,
+        }
+    )
+    _check_entry(root, path, entry, collections)
+    models[name] = entry
+    write_yaml(path, {**content, 'Models': list(models.values())})

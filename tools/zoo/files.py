@@ -1,16 +1,18 @@
 """YAML that is read strictly and written so that a change of one number is one changed line."""
 
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..checkpoint import atomic_write_text
+from gplq_mm.checkpoint import atomic_write_text
 
 __all__ = ['ZooError', 'dump_yaml', 'read_yaml', 'write_yaml']
 
 WIDTH = 100
+TEXT = 'tag:yaml.org,2002:str'
 
 
 class ZooError(RuntimeError):
@@ -42,32 +44,27 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-def _represent_text(dumper: yaml.Dumper, text: str) -> yaml.Node:
-    style = '|' if '\n' in text else None
-    return dumper.represent_scalar('tag:yaml.org,2002:str', text, style=style)
-
-
-_Dumper.add_representer(str, _represent_text)
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(TEXT, text, style='|' if '\n' in text else None),
+)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Content of a YAML file whose top is a mapping; an empty file is an empty mapping.
+    """Content of a YAML file whose top is a mapping; a missing or empty file is an empty mapping.
 
     Raises:
-        ZooError: If it is missing, no YAML, or holds a key twice; the message names the line.
+        ZooError: If it is no YAML, or holds a key twice; the message names the line.
     """
+    if not path.exists():
+        return {}
     try:
-        with Path(path).open(encoding='utf-8') as file:
-            content = yaml.load(file, Loader=_Loader)
-    except FileNotFoundError as error:
-        raise ZooError(f'{path} does not exist.') from error
+        content = yaml.load(path.read_text(encoding='utf-8'), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ZooError(f'{path} cannot be read, correct it: {error}') from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
+    if content is not None and not isinstance(content, dict):
         raise ZooError(f'{path} holds a {type(content).__name__} instead of a mapping.')
-    return content
+    return content or {}
 
 
 def dump_yaml(content: dict[str, Any]) -> str:
@@ -88,11 +85,6 @@ def write_yaml(path: Path, content: dict[str, Any]) -> None:
     Raises:
         OSError: If it cannot be written; the old file is intact.
     """
-    path = Path(path)
-    head = []
-    if path.exists():
-        for line in path.read_text(encoding='utf-8').splitlines(keepends=True):
-            if not line.startswith('#'):
-                break
-            head.append(line)
-    atomic_write_text(path, ''.join(head) + dump_yaml(content))
+    old = path.read_text(encoding='utf-8') if path.exists() else ''
+    head = re.match(r'(#.*\n)*', old)[0]
+    atomic_write_text(path, head + dump_yaml(content))
