@@ -22,8 +22,8 @@ ALLOWED = {
     'datasets': {'registry'},
     'models': LOW | {'checkpoint', 'ops'},
     'deploy': LOW | BASE | {'ops', 'ptq', 'models'},
-    'report': set(),
     'engine': LOW | BASE | {'ops', 'ptq', 'evaluation', 'models', 'datasets'},
+    'analysis': LOW | BASE | {'ptq', 'evaluation', 'models', 'engine'},
     'benchmark': {'checkpoint', 'deploy'},
     '__init__': {'version'},
 }

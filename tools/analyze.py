@@ -15,10 +15,11 @@ from mmengine.registry import RUNNERS
 from rich.console import Console
 from rich.table import Table
 
+from gplq_mm.analysis import AnalysisSettings, analyze, policy_source, read_run
+from gplq_mm.analysis.report import FIGURES, draw_figures, render_page, shorten
 from gplq_mm.checkpoint import atomic_write
 from gplq_mm.distributed import one_of_the_ranks
-from gplq_mm.engine import AnalysisSettings, analyze, one_line_errors, read_run
-from gplq_mm.report import FIGURES, draw_figures, policy_source, render_page, shorten
+from gplq_mm.engine import one_line_errors
 
 WORST = 10
 POLICY_FILES = ('suggested_policy.py', 'suggested_policy.json')

@@ -1,6 +1,5 @@
 """Runner, loops, hooks and optimizer settings of GPLQ and of direct QAT."""
 
-from .analysis import AnalysisSettings, analyze
 from .calibration_set import CalibrationError, CalibrationSet
 from .class_count import ClassCountError, ClassCountHook, check_class_count
 from .errors import one_line_errors
@@ -16,14 +15,12 @@ from .loops import DirectQATLoop, GPLQTrainLoop, QuantTrainLoop
 from .mask_check import MaskCheckHook, MaskError
 from .optim import Bf16OptimWrapper, GPLQOptimWrapperConstructor
 from .progress import track
-from .run_files import read_run
 from .run_record import RunRecord, headline_metrics, print_summary, result_rows
 from .runner import GPLQRunner
 from .transfer import TransferError
 from .weights import load_run_weights, unwrap
 
 __all__ = [
-    'AnalysisSettings',
     'Bf16OptimWrapper',
     'CalibrationError',
     'CalibrationHook',
@@ -44,13 +41,11 @@ __all__ = [
     'RunRecord',
     'TransferError',
     'WeightDriftHook',
-    'analyze',
     'check_class_count',
     'headline_metrics',
     'load_run_weights',
     'one_line_errors',
     'print_summary',
-    'read_run',
     'result_rows',
     'track',
     'unwrap',

@@ -21,14 +21,14 @@ from tiny_runs import (
     run_ranks,
 )
 
+from gplq_mm.analysis import mean_bits
+from gplq_mm.analysis.report import shorten
 from gplq_mm.deploy import save
 from gplq_mm.engine import CalibrationHook
-from gplq_mm.evaluation import mean_bits
 from gplq_mm.layers import quant_layers
 from gplq_mm.models import Stage
 from gplq_mm.ptq import RoundToNearest, round_weights
 from gplq_mm.quant import QuantPolicy
-from gplq_mm.report import shorten
 
 WEIGHTS = {'weights', 'activations', 'both'}
 

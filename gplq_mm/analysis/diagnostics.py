@@ -6,24 +6,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..evaluation import (
-    activation_statistics,
-    layer_sqnr,
-    mean_bits,
-    network_sensitivity,
-    number_of_steps,
-    quant_sites,
-    scale_histogram,
-    weight_counts,
-    weights_are_quantized,
-)
+from ..engine import CalibrationHook, CalibrationSet, unwrap
+from ..engine.progress import show_steps
 from ..models import GPLQ, NetworkOutputs, Stage
 from ..ptq import RoundToNearest, round_weights
-from .calibration_set import CalibrationSet
-from .hooks import CalibrationHook
-from .progress import show_steps
-from .suggestion import Budget, activation_budget, suggest_policy, weight_budget
-from .weights import unwrap
+from .activations import activation_statistics, scale_histogram
+from .sensitivity import network_sensitivity, number_of_steps
+from .sites import quant_sites, weights_are_quantized
+from .sizes import mean_bits, weight_counts
+from .sqnr import layer_sqnr
+from .suggestion import activation_budget, suggest_policy, weight_budget
 
 __all__ = ['AnalysisSettings', 'analyze']
 
@@ -65,6 +57,16 @@ class AnalysisSettings:
         """Whether any budget is given."""
         return self.has_weight_budget or self.activation_bits is not None
 
+    @property
+    def suggests_weights(self) -> bool:
+        """Whether widths of weights are to be chosen: without any budget, both kinds are."""
+        return self.sensitivity and (self.has_weight_budget or not self.has_budget)
+
+    @property
+    def suggests_activations(self) -> bool:
+        """Whether widths of activations are to be chosen."""
+        return self.sensitivity and (self.activation_bits is not None or not self.has_budget)
+
 
 @torch.no_grad()
 def analyze(runner, path: str, settings: AnalysisSettings) -> dict:
@@ -95,34 +97,34 @@ def analyze(runner, path: str, settings: AnalysisSettings) -> dict:
     checkpoint = runner.load_checkpoint(path)
     model.eval()
     architecture, observe = model.architecture, NetworkOutputs(model)
-    notes: list[str] = []
-    state = _prepare(runner, model, settings, notes)
+    # The calibration of the config, or one with default settings.
+    hook = next((h for h in runner.hooks if isinstance(h, CalibrationHook)), CalibrationHook())
+    state, notes = _prepare(runner, model, hook, settings)
     kind = 'detector' if observe.is_detector else 'classifier'
-    images = CalibrationSet.from_runner(
-        runner,
-        settings.num_images or IMAGES[kind],
-        batch_size=_calibration_hook(runner).batch_size,
-        seed=SEED,
-    )
+    num_images = settings.num_images or IMAGES[kind]
+    images = CalibrationSet.from_runner(runner, num_images, batch_size=hook.batch_size, seed=SEED)
 
     def batches(description: str = '') -> Iterator[dict]:
         for batch in images.batches(description=description):
             yield model.data_preprocessor(batch, False)
 
-    # Before all that takes time, so that a wrong budget is told at once.
-    weights = _weight_budget(architecture, settings)
+    # First of all, so that a budget out of reach is told before the parts that take time.
+    weights = activations = sensitivity = suggestion = None
+    if settings.suggests_weights and weights_are_quantized(architecture):
+        size = (settings.budget_mb, settings.weight_bits)
+        weights = weight_budget(architecture, settings.widths, *size)
     statistics = activation_statistics(architecture, batches('activation quantizers'), observe)
-    activations = _activation_budget(architecture, settings, statistics)
+    if settings.suggests_activations:
+        size = settings.activation_bits
+        activations = activation_budget(architecture, statistics, settings.widths, size)
     errors = layer_sqnr(architecture, batches('errors of layers'), observe)
-    sensitivity = suggestion = None
     if settings.sensitivity:
         steps = number_of_steps(architecture) * images.num_batches
         with show_steps(steps, 'sensitivity of layers') as step:
             sensitivity = network_sensitivity(architecture, batches(), observe, step)
-        policy = runner.cfg.model.get('policy')
         suggestion = suggest_policy(
             architecture,
-            {} if policy is None else policy.to_dict(),
+            runner.cfg.model.to_dict().get('policy') or {},
             next(batches()),
             observe,
             sensitivity,
@@ -144,16 +146,12 @@ def analyze(runner, path: str, settings: AnalysisSettings) -> dict:
     }
 
 
-def _calibration_hook(runner) -> CalibrationHook:
-    """The calibration of the config, or one with default settings."""
-    return next((h for h in runner.hooks if isinstance(h, CalibrationHook)), CalibrationHook())
-
-
-def _prepare(runner, model: GPLQ, settings: AnalysisSettings, notes: list[str]) -> str:
-    """Gives the model what the checkpoint lacks, and says so."""
-    state = model.state_name
+def _prepare(
+    runner, model: GPLQ, hook: CalibrationHook, settings: AnalysisSettings
+) -> tuple[str, list[str]]:
+    """Gives the model what the checkpoint lacks; its state, and sentences on what was done."""
+    state, notes = model.state_name, []
     if model.stage == Stage.FLOAT:
-        hook = _calibration_hook(runner)
         hook.calibrate(model, hook.images(runner))
         notes.append(
             'The checkpoint is a float one. Its activation quantizers were calibrated for this '
@@ -161,46 +159,31 @@ def _prepare(runner, model: GPLQ, settings: AnalysisSettings, notes: list[str]) 
         )
     elif model.stage == Stage.CALIBRATED:
         state = 'calibrated'
-    if not weights_are_quantized(model.architecture):
-        if settings.round_weights or settings.has_weight_budget:
-            round_weights(model.architecture, RoundToNearest())
-            notes.append(
-                'The checkpoint has no quantized weights. They were rounded to nearest for this '
-                'analysis; Stage 2 makes smaller errors.'
-            )
-        else:
-            notes.append(
-                'The checkpoint has no quantized weights, so this is about activations alone. '
-                '--round-weights rounds them for the analysis.'
-            )
-    return state
-
-
-def _weight_budget(architecture: nn.Module, settings: AnalysisSettings) -> Budget | None:
-    if not settings.sensitivity or (settings.has_budget and not settings.has_weight_budget):
-        return None
-    if not weights_are_quantized(architecture):
-        return None
-    return weight_budget(architecture, settings.widths, settings.budget_mb, settings.weight_bits)
-
-
-def _activation_budget(
-    architecture: nn.Module, settings: AnalysisSettings, statistics: Mapping[str, Mapping]
-) -> Budget | None:
-    if not settings.sensitivity or (settings.has_budget and settings.activation_bits is None):
-        return None
-    return activation_budget(architecture, statistics, settings.widths, settings.activation_bits)
+    if weights_are_quantized(model.architecture):
+        return state, notes
+    if settings.round_weights or settings.has_weight_budget:
+        round_weights(model.architecture, RoundToNearest())
+        notes.append(
+            'The checkpoint has no quantized weights. They were rounded to nearest for this '
+            'analysis; Stage 2 makes smaller errors.'
+        )
+    else:
+        notes.append(
+            'The checkpoint has no quantized weights, so this is about activations alone. '
+            '--round-weights rounds them for the analysis.'
+        )
+    return state, notes
 
 
 def _layers(architecture: nn.Module, errors: Mapping[str, Mapping]) -> dict[str, dict]:
     counts = weight_counts(architecture)
-    layers = {}
-    for name, site in quant_sites(architecture).items():
-        layers[name] = {
+    return {
+        name: {
             'kind': site.kind,
             'activation_bits': site.act_bits,
             'weight_bits': site.weight_bits,
             'num_weights': counts.get(name, 0),
             'errors': dict(errors.get(name, {})),
         }
-    return layers
+        for name, site in quant_sites(architecture).items()
+    }

@@ -5,8 +5,9 @@ import torch
 from builders import build_quantized, images
 from packed_models import fill_compensations
 
-from gplq_mm.evaluation import network_sensitivity, number_of_steps, quant_sites
-from gplq_mm.evaluation.replay import Replay
+from gplq_mm.analysis import network_sensitivity, number_of_steps, quant_sites
+from gplq_mm.analysis.replay import Replay
+from gplq_mm.analysis.sites import switched_on
 from gplq_mm.layers import learn_weights, quantizers_disabled
 from gplq_mm.ptq import RoundToNearest, round_weights
 
@@ -37,7 +38,7 @@ def test_against_whole_forwards(kind):
                 if part == 'weights' and site.kind == 'attention':
                     assert part not in result['sites'][name]
                     continue
-                with site.quantized(part == 'weights', part == 'activations'):
+                with switched_on(site.quantizers(part == 'weights', part == 'activations')):
                     value = model(x).double()
                 difference = (value - exact).square().sum() / exact.square().sum()
                 p = exact.softmax(1)
@@ -153,7 +154,7 @@ def test_units_that_run_twice_are_computed():
     name = 'model.backbone.layers.1.ffn.layers.1'
     with quantizers_disabled(model):
         exact = model(BATCHES[0]).double()
-        with quant_sites(model)[name].quantized(True, False):
+        with switched_on(quant_sites(model)[name].quantizers(True, False)):
             value = model(BATCHES[0]).double()
     difference = (value - exact).square().sum() / exact.square().sum()
     assert result['sites'][name]['weights']['logits'] == pytest.approx(difference.item(), rel=1e-3)

@@ -9,7 +9,8 @@ from analysis_samples import ATTENTION, LAYERS, bare, sample
 from mmengine.config import Config
 from pages import Page, read_png
 
-from gplq_mm.report import FIGURES, draw_figures, policy_source, render_page
+from gplq_mm.analysis import policy_source
+from gplq_mm.analysis.report import FIGURES, draw_figures, render_page
 
 
 def test_pictures_can_be_read():

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..evaluation import ErrorSums
 from ..layers import QuantAttention, QuantWeightLayer, quantizers_disabled
-from .error_sums import ErrorSums
-from .sites import Site, quant_sites
+from .sites import Site, quant_sites, switched_on
 
 __all__ = ['layer_sqnr']
 
@@ -41,19 +41,17 @@ def layer_sqnr(
     Raises:
         NotCalibratedError: If an activation quantizer has no scale.
     """
-    sites = quant_sites(model)
-    sums = {
-        name: {case: ErrorSums() for case, (weights, _) in CASES.items() if _applies(site, weights)}
-        for name, site in sites.items()
-    }
+    sums: dict[str, dict[str, ErrorSums]] = {}
 
     def compare(site: Site, output: Tensor, compute: Callable[[], Tensor]) -> None:
         for case, part in sums[site.name].items():
-            with site.quantized(*CASES[case]):
+            with switched_on(site.quantizers(*CASES[case])):
                 part.add(compute(), output)
 
     with quantizers_disabled(model), ExitStack() as stack:
-        for site in sites.values():
+        for name, site in quant_sites(model).items():
+            cases = CASES if site.has_quantized_weight else ('activations',)
+            sums[name] = {case: ErrorSums() for case in cases}
             watch = _watch_attention if site.kind == 'attention' else _watch_layer
             stack.callback(watch(site, compare))
         for batch in batches:
@@ -66,10 +64,6 @@ def layer_sqnr(
         for name, cases in results.items()
         if any(error['relative_l2'] is not None or error['mse'] > 0 for error in cases.values())
     }
-
-
-def _applies(site: Site, weights: bool) -> bool:
-    return not weights or site.has_quantized_weight
 
 
 def _watch_layer(site: Site, compare: Callable) -> Callable[[], None]:

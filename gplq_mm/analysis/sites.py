@@ -1,6 +1,6 @@
 """The places of a model that are quantized, and how to switch one of them on alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,7 +11,14 @@ from ..layers.attention import OPERANDS
 from ..layers.replace import kind_of
 from ..quant import ActQuantizer, QuantState, WeightQuantizer
 
-__all__ = ['Site', 'quant_sites', 'weights_are_quantized']
+__all__ = [
+    'Site',
+    'operand_quantizers',
+    'quant_sites',
+    'switched_on',
+    'weighted_sites',
+    'weights_are_quantized',
+]
 
 
 @dataclass(frozen=True)
@@ -54,24 +61,25 @@ class Site:
             learned is not None and learned.state >= QuantState.LEARNING
         )
 
-    @contextmanager
-    def quantized(self, weights: bool, activations: bool) -> Iterator[None]:
-        """Context in which this site alone is quantized; around it all quantizers must be off.
+    def quantizers(self, weights: bool, activations: bool) -> list[nn.Module]:
+        """Those of its activations, and that of its weight where there is something to switch."""
+        return [
+            *(self.activations.values() if activations else ()),
+            *([self.weight] if weights and self.has_quantized_weight else ()),
+        ]
 
-        Args:
-            weights: Whether its weight is.
-            activations: Whether its activations are.
-        """
-        switched = [*self.activations.values()] if activations else []
-        if weights and self.weight is not None:
-            switched.append(self.weight)
-        for module in switched:
-            module.enabled = True
-        try:
-            yield
-        finally:
-            for module in switched:
-                module.enabled = False
+
+@contextmanager
+def switched_on(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Context in which these quantizers and compensations are on; around it they must be off."""
+    modules = list(modules)
+    for module in modules:
+        module.enabled = True
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.enabled = False
 
 
 def quant_sites(model: nn.Module) -> dict[str, Site]:
@@ -102,10 +110,11 @@ def operand_quantizers(model: nn.Module) -> dict[str, ActQuantizer]:
     }
 
 
+def weighted_sites(model: nn.Module) -> dict[str, Site]:
+    """The sites with a weight."""
+    return {name: site for name, site in quant_sites(model).items() if site.weight is not None}
+
+
 def weights_are_quantized(model: nn.Module) -> bool:
     """Whether every layer has a quantized weight."""
-    return all(
-        site.has_quantized_weight
-        for site in quant_sites(model).values()
-        if site.kind != 'attention'
-    )
+    return all(site.has_quantized_weight for site in weighted_sites(model).values())

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gplq_mm.evaluation import BudgetError, allocate
+from gplq_mm.analysis import BudgetError, allocate
 
 WIDTHS = (2, 4, 8)
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from tiny_runs import read_summary
 
-from gplq_mm.engine import read_run
+from gplq_mm.analysis import read_run
 from gplq_mm.engine.run_record import RunRecord
 
 

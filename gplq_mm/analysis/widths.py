@@ -5,7 +5,7 @@ errors it is proportional to the power of the rounding error, which is cheap to 
 width: from the weight itself, and from a sample of the activations.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,7 @@ from ..layers import quantizers_disabled
 from ..quant import ActQuantizer
 from ..quant.observers import by_channel
 from ..quant.quantizers import build_act_quantizer
-from .sites import Site, operand_quantizers, quant_sites
+from .sites import operand_quantizers, quant_sites, weighted_sites
 
 __all__ = ['activation_noise', 'weight_noise']
 
@@ -31,7 +31,7 @@ BINS = 512
 @torch.no_grad()
 def weight_noise(
     model: nn.Module,
-    widths: Iterable[int],
+    widths: Collection[int],
     method: Callable,
     step: Callable[[], Any] = lambda: None,
 ) -> dict[str, dict[int, float]]:
@@ -42,25 +42,23 @@ def weight_noise(
 
     Args:
         model: Quantized and calibrated model.
-        widths: Bits, 2 to 8. The layer's own width is added to them.
+        widths: Bits, 2 to 8.
         method: Weight PTQ method that needs no statistics, as in ``round_weights``.
         step: Called after every layer.
 
     Returns:
-        Name of the layer -> bits -> error.
+        Name of the layer -> bits -> error. The key 0 stands for the width that it has now.
     """
-    result: dict[str, dict[int, float]] = {}
-    for name, site in quant_sites(model).items():
-        if site.weight is None:
-            continue
+    result = {}
+    for name, site in weighted_sites(model).items():
         spec = site.weight.spec
         weight, permutation = site.module.foldable()
-        power = float(weight.double().square().sum())
-        result[name] = {}
+        power = max(float(weight.double().square().sum()), 1e-30)
+        errors = {}
         for bits in sorted({*widths, spec.bits}):
             value = method(weight, replace(spec, bits=bits), permutation, None)
-            error = (value.dequantize() - weight).double().square().sum()
-            result[name][bits] = float(error) / max(power, 1e-30)
+            errors[bits] = float((value.dequantize() - weight).double().square().sum()) / power
+        result[name] = {0: errors[spec.bits], **{bits: errors[bits] for bits in widths}}
         step()
     return result
 
@@ -70,7 +68,7 @@ def activation_noise(
     model: nn.Module,
     batch: Any,
     forward: Callable[[Any], Any],
-    widths: Iterable[int],
+    widths: Collection[int],
     step: Callable[[], Any] = lambda: None,
 ) -> dict[str, dict[int, float]]:
     """Squared rounding error of activations at several widths, relative to their square.
@@ -90,23 +88,34 @@ def activation_noise(
         stands for the widths that its quantizers have now, which may differ between operands.
     """
     quantizers = operand_quantizers(model)
-    samples: dict[str, Tensor] = {}
+    # A rank may have no value where another one has many: the boxes of a RoI head.
+    samples = {
+        key: _sample(quantizer, quantizer.scale.new_zeros(0, *quantizer.scale.shape))
+        for key, quantizer in quantizers.items()
+    }
     with quantizers_disabled(model), ExitStack() as stack:
         for key, quantizer in quantizers.items():
 
             def keep(module, args, _output, key: str = key) -> None:
-                samples.setdefault(key, _sample(module, args[0]))
+                if not samples[key].numel():
+                    samples[key] = _sample(module, args[0])
 
             stack.callback(quantizer.register_forward_hook(keep).remove)
         forward(batch)
-    # A rank may have no value where another one has many: the boxes of a RoI head.
-    seen = all_reduce_sum(
-        torch.tensor([float(samples[k].numel()) if k in samples else 0 for k in quantizers])
-    )
-    reached = {key for key, values in zip(quantizers, seen.tolist(), strict=True) if values}
+    counts = torch.tensor([float(sample.numel()) for sample in samples.values()])
+    reached = dict(zip(samples, all_reduce_sum(counts).tolist(), strict=True))
     result = {}
     for name, site in quant_sites(model).items():
-        result[name] = _site_noise(name, site, samples, reached, sorted(set(widths)))
+        result[name] = dict.fromkeys([0, *widths], 0.0)
+        for operand, quantizer in site.activations.items():
+            key, own = f'{name}.{operand}', quantizer.spec.bits
+            if not reached[key]:
+                continue
+            errors = {
+                bits: _noise(quantizer, bits, samples[key]) for bits in sorted({*widths, own})
+            }
+            for bits in result[name]:
+                result[name][bits] += errors[bits or own]
         step()
     return result
 
@@ -115,32 +124,7 @@ def _sample(quantizer: ActQuantizer, x: Tensor) -> Tensor:
     """Some rows and channels ``(n, c)`` of what enters a quantizer."""
     rows = by_channel(x.detach().float(), tuple(quantizer.scale.shape))
     rows = rows[:: max(1, len(rows) // VALUES_PER_CHANNEL)]
-    return rows[:, :: _channel_step(quantizer)].clone()
-
-
-def _channel_step(quantizer: ActQuantizer) -> int:
-    return -(-quantizer.scale.numel() // CHANNELS)
-
-
-def _no_sample(quantizer: ActQuantizer) -> Tensor:
-    channels = len(range(0, quantizer.scale.numel(), _channel_step(quantizer)))
-    return quantizer.scale.new_zeros(0, channels)
-
-
-def _site_noise(
-    name: str, site: Site, samples: Mapping[str, Tensor], reached: set[str], widths: list[int]
-) -> dict[int, float]:
-    result = dict.fromkeys([0, *widths], 0.0)
-    for operand, quantizer in site.activations.items():
-        key = f'{name}.{operand}'
-        if key not in reached:
-            continue
-        sample = samples.get(key, _no_sample(quantizer))
-        own = quantizer.spec.bits
-        errors = {bits: _noise(quantizer, bits, sample) for bits in sorted({*widths, own})}
-        for bits, error in {0: errors[own], **{bits: errors[bits] for bits in widths}}.items():
-            result[bits] += error
-    return result
+    return rows[:, :: -(-quantizer.scale.numel() // CHANNELS)].clone()
 
 
 def _noise(quantizer: ActQuantizer, bits: int, sample: Tensor) -> float:
@@ -159,7 +143,7 @@ def _noise(quantizer: ActQuantizer, bits: int, sample: Tensor) -> float:
     other.finish_observing()
     powers = torch.zeros(2, dtype=torch.float64)
     if sample.numel():
-        powers[0] = (other(sample) - sample).double().square().sum()
-        powers[1] = sample.double().square().sum()
+        error = other(sample) - sample
+        powers = torch.stack([x.double().square().sum().cpu() for x in (error, sample)])
     noise, signal = all_reduce_sum(powers).tolist()
     return noise / max(signal, 1e-30)

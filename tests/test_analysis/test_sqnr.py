@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from builders import build_quantized, images
 
-from gplq_mm.evaluation import layer_sqnr
+from gplq_mm.analysis import layer_sqnr
 from gplq_mm.layers import QuantAttention, QuantConv2d, quant_layers, quantizers_disabled
 from gplq_mm.ptq import RoundToNearest, quantize_weights
 

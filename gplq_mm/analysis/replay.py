@@ -22,14 +22,12 @@ class Replay:
 
     def __init__(self, model: nn.Module):
         self.units = {name: model.get_submodule(name) for name in quant_units(model)}
+        # In the order of their first run.
         self._outputs: dict[str, list] = {}
 
     def unit_of(self, path: str) -> str | None:
         """The unit that a module is part of, or None if there is none."""
-        for name in self.units:
-            if path == name or path.startswith(f'{name}.'):
-                return name
-        return None
+        return next((u for u in self.units if path == u or path.startswith(f'{u}.')), None)
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -46,11 +44,6 @@ class Replay:
                 stack.callback(unit.register_forward_hook(keep).remove)
             yield
 
-    @property
-    def order(self) -> list[str]:
-        """The units that the recorded forward has reached, in the order of their first run."""
-        return list(self._outputs)
-
     @contextmanager
     def before(self, unit: str | None) -> Iterator[None]:
         """Context in which units that ran before ``unit`` give what they gave.
@@ -59,17 +52,13 @@ class Replay:
         ran several times may depend on it, and are computed.
         """
         with ExitStack() as stack:
-            for name in self.order if unit in self._outputs else ():
+            for name in self._outputs if unit in self._outputs else ():
                 if name == unit:
                     break
                 outputs = self._outputs[name]
                 if len(outputs) == 1 and outputs[0] is not None:
                     stack.enter_context(patched_forward(self.units[name], _giving(outputs[0])))
             yield
-
-    def clear(self) -> None:
-        """Forgets the outputs."""
-        self._outputs = {}
 
 
 def _giving(output: Tensor) -> Callable:

@@ -10,38 +10,34 @@ from torch import Tensor, nn
 from ..distributed import all_reduce_sum
 from ..layers import Compensation, quantizers_disabled
 from .replay import Replay
-from .sites import quant_sites
+from .sites import quant_sites, switched_on
 
-__all__ = ['Outputs', 'network_sensitivity']
+__all__ = ['Outputs', 'network_sensitivity', 'number_of_steps']
 
 # What a network gives for a batch: group -> tensors. 'logits', if there, are those of a classifier.
 Outputs = Mapping[str, list[Tensor]]
 PARTS = ('weights', 'activations')
+EVERYTHING = ('', 'all')
 
 
 class _Distance:
     """Distance of outputs from those of the float model, over all batches."""
 
     def __init__(self) -> None:
+        # Noise and signal of every tensor of a group.
         self.groups: dict[str, Tensor] = {}
         self.kl = torch.zeros(2, dtype=torch.float64)
 
     def add(self, outputs: Outputs, exact: Outputs) -> None:
         for group, tensors in outputs.items():
             pairs = zip(tensors, exact[group], strict=True)
-            sums = torch.stack([_powers(value, other) for value, other in pairs])
-            known = self.groups.get(group)
-            self.groups[group] = sums if known is None else known + sums
-        if 'logits' in outputs:
-            for value, other in zip(outputs['logits'], exact['logits'], strict=True):
-                divergence = F.kl_div(
-                    value.double().log_softmax(-1),
-                    other.double().log_softmax(-1),
-                    reduction='sum',
-                    log_target=True,
-                )
-                rows = float(value.shape[:-1].numel())
-                self.kl += torch.stack((divergence, divergence.new_tensor(rows))).cpu()
+            powers = torch.stack([_powers(value, other) for value, other in pairs])
+            self.groups[group] = self.groups.get(group, 0.0) + powers
+        for value, other in zip(outputs.get('logits', ()), exact.get('logits', ()), strict=True):
+            value, other = value.double().log_softmax(-1), other.double().log_softmax(-1)
+            divergence = F.kl_div(value, other, reduction='sum', log_target=True)
+            rows = value.shape[:-1].numel()
+            self.kl += torch.stack((divergence, divergence.new_tensor(float(rows)))).cpu()
 
     def reduce(self) -> dict[str, float]:
         """Relative squared error by group, a mean over the group's tensors; and ``kl``."""
@@ -50,15 +46,12 @@ class _Distance:
             noise, signal = all_reduce_sum(sums).unbind(1)
             result[group] = float((noise / signal.clamp(min=1e-30)).mean())
         divergence, count = all_reduce_sum(self.kl).tolist()
-        if count:
-            result['kl'] = divergence / count
-        return result
+        return {**result, 'kl': divergence / count} if count else result
 
 
 def _powers(value: Tensor, exact: Tensor) -> Tensor:
     exact = exact.double()
-    difference = value.double() - exact
-    return torch.stack((difference.square().sum(), exact.square().sum())).cpu()
+    return torch.stack(((value.double() - exact).square().sum(), exact.square().sum())).cpu()
 
 
 @torch.no_grad()
@@ -94,69 +87,50 @@ def network_sensitivity(
         NotCalibratedError: If an activation quantizer has no scale.
     """
     cases = _cases(model)
-    sites = quant_sites(model)
     distances = {case: _Distance() for case in cases}
-    everything = _Distance()
     replay = Replay(model)
     with quantizers_disabled(model):
         for batch in batches:
             with replay.recorded():
                 exact = observe(batch)
             step()
-            for name, part in cases:
-                site = sites[name]
-                with (
-                    replay.before(replay.unit_of(site.path)),
-                    site.quantized(part == 'weights', part == 'activations'),
-                ):
-                    distances[name, part].add(observe(batch), exact)
+            for case, (path, modules) in cases.items():
+                with replay.before(replay.unit_of(path)), switched_on(modules):
+                    distances[case].add(observe(batch), exact)
                 step()
-            everything.add(_all_quantized(model, observe, batch), exact)
-            step()
-    replay.clear()
-    result: dict[str, dict] = {name: {} for name in sites}
-    for (name, part), distance in distances.items():
-        result[name][part] = distance.reduce()
-    total = everything.reduce()
+    found = {case: distance.reduce() for case, distance in distances.items()}
+    total = found.pop(EVERYTHING)
+    sites: dict[str, dict] = {name: {} for name in quant_sites(model)}
+    costs: dict[str, dict] = {name: {} for name in sites}
+    for (name, part), errors in found.items():
+        sites[name][part], costs[name][part] = errors, _cost(errors)
     return {
         'metric': 'kl' if 'kl' in total else 'relative_squared_error',
-        'sites': result,
+        'sites': sites,
         'all': total,
-        'cost': {
-            name: {part: _cost(errors) for part, errors in parts.items()}
-            for name, parts in result.items()
-        },
+        'cost': costs,
         'all_cost': _cost(total),
     }
 
 
-def _cases(model: nn.Module) -> list[tuple[str, str]]:
-    return [
-        (name, part)
-        for name, site in quant_sites(model).items()
+def _cases(model: nn.Module) -> dict[tuple[str, str], tuple[str, list[nn.Module]]]:
+    """Site and part -> what is switched on, and the path of the module where it begins."""
+    sites = quant_sites(model)
+    cases = {
+        (name, part): (site.path, site.quantizers(part == 'weights', part == 'activations'))
+        for name, site in sites.items()
         for part in PARTS
         if part == 'activations' or site.has_quantized_weight
-    ]
+    }
+    everything = [module for module in model.modules() if isinstance(module, Compensation)]
+    for site in sites.values():
+        everything += site.quantizers(weights=True, activations=True)
+    return {**cases, EVERYTHING: ('', everything)}
 
 
 def number_of_steps(model: nn.Module) -> int:
     """How often :func:`network_sensitivity` calls ``step`` a batch."""
-    return len(_cases(model)) + 2
-
-
-def _all_quantized(model: nn.Module, observe: Callable[[Any], Outputs], batch: Any) -> Outputs:
-    modules = [module for module in model.modules() if isinstance(module, Compensation)]
-    for site in quant_sites(model).values():
-        modules += site.activations.values()
-        if site.has_quantized_weight:
-            modules.append(site.weight)
-    for module in modules:
-        module.enabled = True
-    try:
-        return observe(batch)
-    finally:
-        for module in modules:
-            module.enabled = False
+    return len(_cases(model)) + 1
 
 
 def _cost(errors: Mapping[str, float]) -> float:

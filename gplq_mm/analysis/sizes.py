@@ -2,23 +2,20 @@
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..layers import Compensation
 from ..quant.packing import code_bytes
-from .sites import operand_quantizers, quant_sites
+from .sites import operand_quantizers, quant_sites, weighted_sites
 
 __all__ = ['code_sizes', 'mean_bits', 'other_bytes', 'weight_counts']
 
 
 def weight_counts(model: nn.Module) -> dict[str, int]:
     """Number of weights of every quantized layer."""
-    return {
-        name: site.module.weight.numel()
-        for name, site in quant_sites(model).items()
-        if site.weight is not None
-    }
+    return {name: site.module.weight.numel() for name, site in weighted_sites(model).items()}
 
 
 def code_sizes(model: nn.Module, widths: Iterable[int]) -> dict[str, dict[int, int]]:
@@ -26,8 +23,7 @@ def code_sizes(model: nn.Module, widths: Iterable[int]) -> dict[str, dict[int, i
     widths = tuple(widths)
     return {
         name: {bits: code_bytes(*site.weight.shape, bits) for bits in widths}
-        for name, site in quant_sites(model).items()
-        if site.weight is not None
+        for name, site in weighted_sites(model).items()
     }
 
 
@@ -62,38 +58,29 @@ def _grid_bytes(quantizer: nn.Module) -> int:
 
 
 def _stored_width(tensor: Tensor) -> int:
-    """Bytes a value: integers are stored in the smallest type that holds them."""
+    """Bytes a value: integers are stored in the smallest signed type that holds them."""
     if tensor.dtype not in (torch.int64, torch.int32, torch.int16) or not tensor.numel():
         return tensor.element_size()
-    low, high = int(tensor.min()), int(tensor.max())
-    fitting = [
-        dtype.itemsize
-        for dtype in (torch.int8, torch.int16, torch.int32)
-        if torch.iinfo(dtype).min <= low and high <= torch.iinfo(dtype).max
-    ]
-    return min([*fitting, tensor.element_size()])
+    return np.min_scalar_type(min(int(tensor.min()), ~int(tensor.max()), -1)).itemsize
 
 
-def mean_bits(model: nn.Module, values: Mapping[str, int] | None = None) -> dict[str, float]:
+def mean_bits(model: nn.Module, values: Mapping[str, int]) -> dict[str, float]:
     """Mean width of the quantized weights and activations of a model.
 
     Args:
         model: Quantized model.
         values: ``<layer>.input`` or ``<attention>.q`` ... -> how many values pass through that
-            quantizer, of ``activation_statistics``. None leaves activations out.
+            quantizer, of ``activation_statistics``.
 
     Returns:
         ``weights``, a mean over weights, and ``activations``, a mean over values.
     """
-    sites = quant_sites(model)
-    counts = weight_counts(model)
-    result = {'weights': _mean({name: sites[name].weight_bits for name in counts}, counts)}
-    if values is not None:
-        quantizers = operand_quantizers(model)
-        result['activations'] = _mean({key: q.spec.bits for key, q in quantizers.items()}, values)
-    return result
+    weights = [(s.weight_bits, s.module.weight.numel()) for s in weighted_sites(model).values()]
+    quantizers = operand_quantizers(model).items()
+    activations = [(quantizer.spec.bits, values[name]) for name, quantizer in quantizers]
+    return {'weights': _mean(weights), 'activations': _mean(activations)}
 
 
-def _mean(bits: Mapping[str, int], counts: Mapping[str, int]) -> float:
-    total = sum(counts[name] for name in bits)
-    return sum(bits[name] * counts[name] for name in bits) / max(total, 1)
+def _mean(bits_and_counts: list[tuple[int, int]]) -> float:
+    total = sum(count for _, count in bits_and_counts)
+    return sum(bits * count for bits, count in bits_and_counts) / max(total, 1)

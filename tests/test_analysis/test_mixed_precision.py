@@ -10,22 +10,20 @@ from noise_ranks import noise_on_rank
 from noise_ranks import rows as noise_rows
 from packed_models import fill_compensations, quantized_classifier, run_config
 
-from gplq_mm.deploy import save
-from gplq_mm.evaluation import (
+from gplq_mm.analysis import (
+    Budget,
     BudgetError,
     activation_noise,
     activation_statistics,
     code_sizes,
-    costs_at,
     mean_bits,
     other_bytes,
     policy_rules,
     quant_sites,
-    require_reachable,
-    suggest_widths,
     weight_counts,
     weight_noise,
 )
+from gplq_mm.deploy import save
 from gplq_mm.layers import quant_layers, quantize_model
 from gplq_mm.ptq import RoundToNearest
 from gplq_mm.quant import QuantPolicy
@@ -34,9 +32,12 @@ WIDTHS = (2, 3, 4, 6, 8)
 
 
 def test_costs_follow_the_power_of_the_rounding_error():
-    assert costs_at(3.0, {2: 8.0, 4: 2.0, 8: 0.5}, 4) == {2: 12.0, 4: 3.0, 8: 0.75}
-    # Key 0 stands for the present widths, which may be several.
-    assert costs_at(3.0, {0: 1.0, 4: 2.0}, 0) == {4: 6.0}
+    """Key 0 stands for the present widths, which may be several."""
+    sizes = {'a': {2: 20, 4: 40, 8: 80}}
+    noise = {'a': {0: 2.0, 2: 8.0, 4: 2.0, 8: 0.5}}
+    for limit, bits, cost in ((20, 2, 12.0), (40, 4, 3.0), (80, 8, 0.75)):
+        found = Budget(sizes, limit, 40, str).spend({'a': 3.0}, noise, {'a': 4})
+        assert (found['bits'], found['cost'], found['cost_now']) == ({'a': bits}, cost, 3.0)
 
 
 @torch.no_grad()
@@ -94,17 +95,18 @@ def test_noise_does_not_change_the_model():
 
 
 def test_suggestion_meets_its_budget():
-    costs = {'a': {2: 9.0, 4: 2.0, 8: 1.0}, 'b': {2: 1.0, 4: 0.5, 8: 0.4}}
-    sizes = {name: {bits: 10 * bits for bits in (2, 4, 8)} for name in costs}
-    found = suggest_widths(costs, sizes, 60)
-    assert found == {'bits': {'a': 4, 'b': 2}, 'size': 60, 'cost': 3.0}
+    noise = {'a': {0: 1.0, 2: 9.0, 4: 2.0, 8: 1.0}, 'b': {0: 1.0, 2: 1.0, 4: 0.5, 8: 0.4}}
+    sizes = {name: {bits: 10 * bits for bits in (2, 4, 8)} for name in noise}
+    found = Budget(sizes, 60, 160, str).spend({'a': 1.0, 'b': 1.0}, noise, {'a': 8, 'b': 8})
+    assert (found['bits'], found['size'], found['cost']) == ({'a': 4, 'b': 2}, '60', 3.0)
+    assert (found['budget'], found['size_now']) == ('60', '160')
 
 
 def test_the_message_names_the_range():
     sizes = {'a': {2: 20, 8: 80}, 'b': {2: 20, 8: 80}}
-    require_reachable(sizes, 40, str)
+    Budget(sizes, 40, 40, str)
     with pytest.raises(BudgetError, match=r'budget of 1\.0 bits.*2\.0 bits to 8\.0 bits'):
-        require_reachable(sizes, 20, lambda size: f'{size / 20} bits')
+        Budget(sizes, 20, 40, lambda size: f'{size / 20} bits')
 
 
 def test_rules_give_exactly_these_widths():
@@ -112,9 +114,8 @@ def test_rules_give_exactly_these_widths():
     kinds = dict(zip(names, ('linear', 'linear', 'attention'), strict=True))
     rules = policy_rules(
         kinds,
-        {'a.layers.1': 3, 'a.layers.11': 4},
-        {'a.layers.1': 6, 'a.layers.11': 4, 'a.attn': 8},
-        {('a.layers.11', 'weights'), ('a.layers.11', 'activations')},
+        {'a.layers.1': 3},
+        {'a.layers.1': 6, 'a.attn': 8},
     )
     assert len(rules) == 2
     policy = QuantPolicy(rules=rules)

@@ -1,9 +1,10 @@
 """What a run has left in its folder: the summary and the curves of training."""
 
 import json
+import math
 from pathlib import Path
 
-from .run_record import result_rows
+from ..engine import result_rows
 
 __all__ = ['read_run']
 
@@ -29,11 +30,11 @@ def read_run(folder: Path, record: dict) -> dict:
     """
     notes: list[str] = []
     summary = _read_summary(folder / 'summary.json', notes)
-    known = {**record, **(summary or {})}
+    known = {**record, **summary}
     run = {
         'rows': result_rows(summary) if summary else [],
-        'seconds': summary['seconds'] if summary else {},
-        'peak_memory_mb': summary['peak_memory_mb'] if summary else {},
+        'seconds': summary.get('seconds', {}),
+        'peak_memory_mb': summary.get('peak_memory_mb', {}),
         'pca': known.get('pca', {}),
         # JSON has strings as keys, a checkpoint has numbers.
         'weight_drift_history': {
@@ -43,32 +44,31 @@ def read_run(folder: Path, record: dict) -> dict:
     return {'run': run, 'curves': _read_curves(folder, notes), 'notes': notes}
 
 
-def _read_summary(path: Path, notes: list[str]) -> dict | None:
+def _read_summary(path: Path, notes: list[str]) -> dict:
     if not path.is_file():
         notes.append(
             f'There is no {path.name} beside the checkpoint: accuracy and cost of the run are '
             'left out. A run writes it at its end.'
         )
-        return None
+        return {}
     try:
         summary = json.loads(path.read_text(encoding='utf-8'))
         missing = NEEDED - set(summary)
     except (ValueError, TypeError) as error:
         notes.append(f'{path.name} cannot be read ({error}) and is left out.')
-        return None
+        return {}
     if missing:
         notes.append(f'{path.name} has no {", ".join(sorted(missing))} and is left out.')
-        return None
+        return {}
     return summary
 
 
 def _read_curves(folder: Path, notes: list[str]) -> dict[str, list]:
-    # The folders are named by the time of their start; a run that was resumed has several.
-    files = sorted(folder.glob('*/vis_data/scalars.json'))
     points: dict[str, dict[int, float]] = {}
     damaged = 0
-    for path in files:
-        first = True
+    # The folders are named by the time of their start; a run that was resumed has several.
+    for path in sorted(folder.glob('*/vis_data/scalars.json')):
+        part: dict[int, dict[str, float]] = {}
         for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
             try:
                 entry = json.loads(line)
@@ -76,21 +76,19 @@ def _read_curves(folder: Path, notes: list[str]) -> dict[str, list]:
             except (ValueError, TypeError, KeyError):
                 damaged += 1
                 continue
-            found = {key: entry[key] for key in entry if _is_curve(key)}
-            if not any('loss' in key for key in found):
-                continue
-            if first:
-                # What this part of the run computes again takes the place of the earlier part's.
-                points = {
-                    key: {s: value for s, value in known.items() if s < step}
-                    for key, known in points.items()
-                }
-                first = False
+            found = {key: float(value) for key, value in entry.items() if _is_curve(key)}
+            if any('loss' in key for key in found):
+                part.setdefault(step, {}).update(found)
+        # What a part computes again takes the place of the earlier part's.
+        start = next(iter(part), math.inf)
+        for key, curve in points.items():
+            points[key] = {step: value for step, value in curve.items() if step < start}
+        for step, found in part.items():
             for key, value in found.items():
-                points.setdefault(key, {})[step] = float(value)
+                points.setdefault(key, {})[step] = value
     if damaged:
         notes.append(f'{damaged} line(s) of scalars.json are damaged and were left out.')
-    curves = {key: [[s, known[s]] for s in sorted(known)] for key, known in points.items() if known}
+    curves = {key: sorted(map(list, curve.items())) for key, curve in points.items() if curve}
     if not curves:
         notes.append(
             'There are no curves of training: no */vis_data/scalars.json with losses lies beside '

@@ -6,7 +6,7 @@ import pytest
 import torch
 from builders import build_quantized, images
 
-from gplq_mm.evaluation import activation_statistics, scale_histogram
+from gplq_mm.analysis import activation_statistics, scale_histogram
 from gplq_mm.layers import act_quantizers, quant_layers, quantizers_disabled
 
 BATCHES = [images(4, seed=4), images(1, seed=5)]
