@@ -17,6 +17,7 @@ ALLOWED = {
     'quant': {'registry', 'distributed'},
     'ops': {'registry', 'quant'},
     'layers': {'registry', 'distributed', 'quant', 'ops'},
+    'families': LOW | {'ops', 'ptq', 'evaluation'},
     'ptq': LOW,
     'evaluation': LOW,
     'datasets': {'registry'},
@@ -25,7 +26,7 @@ ALLOWED = {
     'report': set(),
     'engine': LOW | BASE | {'ops', 'ptq', 'evaluation', 'models', 'datasets'},
     'benchmark': {'checkpoint', 'deploy'},
-    'zoo': BASE | {'evaluation', 'engine'},
+    'zoo': BASE | {'layers', 'evaluation', 'engine'},
     '__init__': {'version'},
 }
 FRAMEWORKS = {'mmpretrain', 'mmdet'}

@@ -7,13 +7,13 @@ from typing import Any
 
 from mmengine.config import Config
 
-from ..engine.run_record import HEADLINES
+from ..layers.family import headlines
 from .files import ZooError
 
 __all__ = ['read_results', 'result_time']
 
 METRICS = {
-    **HEADLINES,
+    **headlines(),
     'accuracy/top5': ('top5', 1.0),
     **{
         f'coco/{kind}_mAP_{iou}': (f'{kind}_mAP_{iou}', 100.0)
