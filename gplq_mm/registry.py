@@ -42,6 +42,7 @@ OBSERVERS = Registry('observer', scope='gplq_mm', locations=['gplq_mm.quant'])
 QUANTIZERS = Registry('quantizer', scope='gplq_mm', locations=['gplq_mm.quant'])
 WEIGHT_PTQ = Registry('weight ptq', scope='gplq_mm', locations=['gplq_mm.ptq'])
 COMPENSATORS = Registry('compensator', scope='gplq_mm', locations=['gplq_mm.layers'])
+FAMILIES = Registry('model family', scope='gplq_mm', locations=['gplq_mm.families'])
 
 
 def registered(registry: Registry) -> dict[str, type]:

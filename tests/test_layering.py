@@ -17,6 +17,7 @@ ALLOWED = {
     'quant': {'registry', 'distributed'},
     'ops': {'registry', 'quant'},
     'layers': {'registry', 'distributed', 'quant', 'ops'},
+    'families': LOW | {'ops', 'ptq', 'evaluation'},
     'ptq': LOW,
     'evaluation': LOW,
     'datasets': {'registry'},

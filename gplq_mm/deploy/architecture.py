@@ -22,12 +22,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..layers import DeployError
+from ..layers.family import scopes
 from ..registry import MODELS
 
 __all__ = ['build_architecture', 'check_config', 'decode', 'encode', 'inference_architecture']
 
-# Whose registries a file may name. Their import runs no code of the file.
-SCOPES = ('mmengine', 'mmpretrain', 'mmdet', 'gplq_mm')
 MODEL_REGISTRIES = (ROOT_MODELS, ROOT_TASK_UTILS)
 # Looked up in mmcv.ops by name, not in a registry.
 OPERATORS = ('RoIAlign', 'RoIPool', 'nms', 'soft_nms', 'nms_rotated')
@@ -127,9 +126,11 @@ def _candidates(registry: Registry, name: str, scope: str) -> Iterator[type]:
     """Registered classes that ``name`` may mean, without mmengine's search by import path."""
     given, _, plain = name.rpartition('.')
     scope = given or scope
-    if scope not in SCOPES and scope not in registry.children:
+    known = scopes()
+    if scope not in known and scope not in registry.children:
         return
-    if scope in SCOPES and scope != 'mmengine':
+    # The import runs no code of the file.
+    if scope in known and scope != 'mmengine':
         import_module(f'{scope}.registry')
     child = registry.children.get(scope)
     for owner in (child, registry):
@@ -154,7 +155,7 @@ def _check_type(name: Any, scope: str, registries: tuple[Registry, ...], where: 
                 )
             return
     raise DeployError(
-        f'{where}: {name!r} is in none of the registries of {", ".join(SCOPES)}. Install the '
+        f'{where}: {name!r} is in none of the registries of {", ".join(scopes())}. Install the '
         'package that defines it, import the module that registers it, or get another file.'
     )
 
@@ -211,8 +212,8 @@ def check_pipeline(pipeline: Any, scope: str) -> None:
 
 def check_scope(scope: str) -> None:
     """Raises DeployError unless a scope is one that a file may name."""
-    if scope not in SCOPES:
-        raise DeployError(f'scope {scope!r} is none of {", ".join(SCOPES)}.')
+    if scope not in scopes():
+        raise DeployError(f'scope {scope!r} is none of {", ".join(scopes())}.')
 
 
 class _Budget(TorchFunctionMode):

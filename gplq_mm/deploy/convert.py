@@ -7,8 +7,8 @@ from torch import nn
 
 from ..layers import QuantAttention, quant_layers
 from ..layers.compiled import PACKED
-from ..layers.fused_blocks import fuse_blocks
-from ..layers.int4_attention import pack_attention
+from ..layers.family import entry_of
+from ..layers.fused import fuse_blocks
 from ..layers.int4_weight import DeployError, Int4WeightLayer
 from ..layers.replace import set_module
 from ..models import GPLQ, QuantBackbone, Stage
@@ -91,7 +91,11 @@ def convert_in_place(model: nn.Module) -> DeployReport:
         report.layers.append(name)
     for name, module in list(model.named_modules()):
         if any(isinstance(child, QuantAttention) for child in module.children()):
-            reason = pack_attention(module)
+            kind = entry_of(module, 'attentions')
+            if kind is None or kind.pack is None:
+                reason = f'{type(module).__name__} has no packed form'
+            else:
+                reason = kind.pack(module)
             if reason is None:
                 report.attention.append(name)
             else:

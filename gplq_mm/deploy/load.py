@@ -14,7 +14,7 @@ from ..layers import (
     quant_layers,
 )
 from ..layers.attention import OPERANDS
-from ..layers.attention_adapters import attention_adapter_of
+from ..layers.family import entry_of
 from ..layers.replace import kind_of, set_module, twin_of
 from ..layers.reproducible import make_reproducible
 from ..ops.device import resolve_device
@@ -141,8 +141,8 @@ def _check_site(spec, kind: str, name: str) -> None:
 def _swap_attention(model: nn.Module, entries: dict) -> None:
     for name, entry in entries.items():
         module = _submodule(model, name)
-        adapter = attention_adapter_of(module)
-        if adapter is None or not isinstance(entry, dict) or set(entry) != set(OPERANDS):
+        known = entry_of(module, 'attentions')
+        if known is None or not isinstance(entry, dict) or set(entry) != set(OPERANDS):
             raise DeployError(f'{name} is no known attention of the architecture. {AGAIN}')
         specs = {}
         for operand, spec in entry.items():
@@ -151,7 +151,7 @@ def _swap_attention(model: nn.Module, entries: dict) -> None:
             if spec is not None:
                 _check_site(specs[operand], operand, site)
         try:
-            adapter(module, specs, name)
+            known.quantize(module, specs, name)
         except (PolicyError, ValueError) as error:
             raise DeployError(f'{error} {AGAIN}') from error
 

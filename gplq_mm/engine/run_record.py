@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..checkpoint import atomic_write_text
+from ..layers.family import headlines
 from ..version import __version__
 from .stage_clock import StageClock
 
@@ -93,14 +94,6 @@ class RunRecord:
         self.ptq_error.pop('without_stage1', None)
 
 
-# Metric of a data set's evaluator -> name in the summary, and what makes it percent or AP points.
-HEADLINES = {
-    'accuracy/top1': ('top1', 1.0),
-    'coco/bbox_mAP': ('bbox_mAP', 100.0),
-    'coco/segm_mAP': ('segm_mAP', 100.0),
-}
-
-
 def stage_bits(stage: str) -> str:
     """Widths that a stage computes with, such as ``'W4A4'`` of ``'ptq_w4a4'``."""
     quantized = re.search(r'w\d+a\d+', stage)
@@ -110,10 +103,11 @@ def stage_bits(stage: str) -> str:
 def headline_metrics(metrics: dict[str, dict]) -> dict[str, dict]:
     """``{'top1': {stage: value}, ...}`` from the metrics of every stage."""
     table: dict[str, dict] = {}
+    known = headlines()
     for stage, values in metrics.items():
         for key, value in values.items():
-            if key in HEADLINES:
-                name, factor = HEADLINES[key]
+            if key in known:
+                name, factor = known[key]
                 # CocoMetric gives fractions of three digits; the product would have sixteen.
                 table.setdefault(name, {})[stage] = round(value * factor, 9)
     return table
@@ -171,7 +165,7 @@ def result_rows(summary: dict) -> list[dict]:
         (top-1 of the linear probe), each a number or None.
     """
     titles = {**TITLES, **(DIRECT_TITLES if summary.get('direct') else {})}
-    headlines = headline_metrics(summary['metrics'])
+    values_of = headline_metrics(summary['metrics'])
     rows = []
     for row, stage in summary['stages'].items():
         if stage not in summary['metrics']:
@@ -180,7 +174,7 @@ def result_rows(summary: dict) -> list[dict]:
             {
                 'title': titles[row],
                 'bits': stage_bits(stage),
-                'metrics': {name: values[stage] for name, values in headlines.items()},
+                'metrics': {name: values[stage] for name, values in values_of.items()},
                 'feature_distance': summary['feature_distance'].get(stage, {}).get('relative_l2'),
                 'transfer': summary.get('transfer', {}).get(stage, {}).get('top1'),
             }

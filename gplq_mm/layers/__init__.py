@@ -1,12 +1,12 @@
-"""Quantized layers, attention adapters, compensation, and the in-place swap."""
+"""Quantized layers, compensation, the in-place swap, and what a model family is."""
 
 from .attention import QuantAttention
-from .attention_adapters import register_attention_adapter
 from .block_checkpoint import checkpoint_blocks
 from .compensation import Compensation, QwT, QwTv2, attach_compensation, build_compensation
 from .compiled import compiled_products
 from .conv import QuantConv2d
 from .conv_transpose import QuantConvTranspose2d
+from .family import AttentionKind, Family, with_mixin
 from .int4_attention import Int4Attention
 from .int4_conv import Int4Conv2d
 from .int4_conv_transpose import Int4ConvTranspose2d
@@ -27,13 +27,16 @@ from .lifecycle import (
     weights_disabled,
 )
 from .linear import QuantLinear
+from .mlp import QuantMlp, as_quant_mlp
 from .patching import patched_forward
 from .replace import QuantReport, find_blocks, quant_layers, quant_units, quantize_model
 from .weight_layer import QuantWeightLayer
 
 __all__ = [
+    'AttentionKind',
     'Compensation',
     'DeployError',
+    'Family',
     'Int4Attention',
     'Int4Conv2d',
     'Int4ConvTranspose2d',
@@ -43,11 +46,13 @@ __all__ = [
     'QuantConv2d',
     'QuantConvTranspose2d',
     'QuantLinear',
+    'QuantMlp',
     'QuantReport',
     'QuantWeightLayer',
     'QwT',
     'QwTv2',
     'act_quantizers',
+    'as_quant_mlp',
     'attach_compensation',
     'build_compensation',
     'calibrate',
@@ -64,9 +69,9 @@ __all__ = [
     'quant_units',
     'quantize_model',
     'quantizers_disabled',
-    'register_attention_adapter',
     'require_frozen',
     'set_saved_bytes',
     'weights_are_learned',
     'weights_disabled',
+    'with_mixin',
 ]

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .family import with_mixin
 from .replace import find_blocks
 
 __all__ = ['checkpoint_blocks']
@@ -20,13 +21,10 @@ class _CheckpointedBlock:
         return checkpoint(super().forward, *args, use_reentrant=False, **kwargs)
 
 
-_classes: dict[type, type] = {}
-
-
 def checkpoint_blocks(model: nn.Module) -> list[str]:
     """Lets every residual block with quantized layers keep its input alone for backward.
 
-    The blocks keep their parameters, keys, hooks and the name of their class.
+    The blocks keep their parameters, keys and hooks.
 
     Args:
         model: Quantized model; changed in place.
@@ -44,10 +42,5 @@ def checkpoint_blocks(model: nn.Module) -> list[str]:
             "False, or use the architecture's own switch (with_cp)."
         )
     for name in names:
-        block = model.get_submodule(name)
-        cls = type(block)
-        if cls not in _classes:
-            space = {'__module__': cls.__module__, '__qualname__': cls.__qualname__}
-            _classes[cls] = type(cls.__name__, (_CheckpointedBlock, cls), space)
-        block.__class__ = _classes[cls]
+        with_mixin(model.get_submodule(name), _CheckpointedBlock)
     return names

@@ -20,6 +20,15 @@ class QuantConv2d(QuantWeightLayer, nn.Conv2d):
     ``(out, in * kh * kw)``.
     """
 
+    @staticmethod
+    def supports(module: nn.Conv2d) -> bool:
+        """Whether it has no groups, and pads with explicit zeros."""
+        return (
+            module.groups == 1
+            and module.padding_mode == 'zeros'
+            and not isinstance(module.padding, str)
+        )
+
     @classmethod
     def from_float(cls, module: nn.Conv2d, spec: SiteSpec, name: str) -> 'QuantConv2d':
         """Quantized twin of ``module`` that shares its parameters.
@@ -30,7 +39,7 @@ class QuantConv2d(QuantWeightLayer, nn.Conv2d):
         Raises:
             PolicyError: For a grouped convolution or a padding other than explicit zeros.
         """
-        if module.groups != 1 or module.padding_mode != 'zeros' or isinstance(module.padding, str):
+        if not cls.supports(module):
             raise PolicyError(
                 f'{name}: a convolution with groups={module.groups}, padding={module.padding!r}, '
                 f'padding_mode={module.padding_mode!r} cannot be quantized; exclude it with '

@@ -1,7 +1,4 @@
-"""Attention products in one op, and the attention layers around it.
-
-As in :mod:`.attention`, classes are found by their full name and nothing is imported.
-"""
+"""Attention products in one op."""
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +6,10 @@ from torch import Tensor, nn
 from ..ops import library as _library  # noqa: F401  (defines the ops)
 from ..quant import QuantState
 from .attention import OPERANDS, QuantAttention
-from .attention_adapters import QuantWindowMSA, full_name
 from .int4_weight import DeployError, move_only
 
-__all__ = ['Int4Attention', 'Int4MultiheadAttention', 'Int4WindowMSA', 'pack_attention']
+__all__ = ['Int4Attention', 'unsupported']
 
-MULTIHEAD = 'mmpretrain.models.utils.attention.MultiheadAttention'
 _attention = torch.ops.gplq_mm.int4_attention.default
 
 
@@ -120,70 +115,3 @@ class Int4Attention(nn.Module):
 
     def extra_repr(self) -> str:
         return f'{self.num_heads} heads, code limits {self.limits}'
-
-
-class Int4MultiheadAttention:
-    """Mixin over mmpretrain's ``MultiheadAttention`` without a shortcut from the values."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, N, C)`` to ``(B, N, C)``."""
-        out = self.proj(self.scaled_dot_product_attention(self.qkv(x)))
-        return self.out_drop(self.gamma1(self.proj_drop(out)))
-
-
-class Int4WindowMSA:
-    """Mixin over mmpretrain's or mmdet's ``WindowMSA``."""
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``(windows * B, N, C)``, mask ``(windows, N, N)`` or None, to ``(windows * B, N, C)``."""
-        return self.proj_drop(self.proj(self.quant_attention(self.qkv(x), mask)))
-
-
-_classes: dict[tuple[type, type], type] = {}
-
-
-def with_mixin(module: nn.Module, mixin: type) -> None:
-    """Puts ``mixin`` in front of the module's class, in place: hooks and children stay."""
-    cls = type(module)
-    if (mixin, cls) not in _classes:
-        _classes[mixin, cls] = type(mixin.__name__, (mixin, cls), {'__module__': mixin.__module__})
-    module.__class__ = _classes[mixin, cls]
-
-
-def relative_position_bias(window_msa: nn.Module) -> Tensor:
-    """``(heads, N, N)`` of a Swin window attention."""
-    tokens = window_msa.window_size[0] * window_msa.window_size[1]
-    table = window_msa.relative_position_bias_table
-    bias = table[window_msa.relative_position_index.flatten()]
-    return bias.reshape(tokens, tokens, -1).permute(2, 0, 1)
-
-
-def pack_attention(module: nn.Module) -> str | None:
-    """Makes an attention layer compute with :class:`Int4Attention`, in place.
-
-    Args:
-        module: A layer that holds a :class:`QuantAttention` as a direct child.
-
-    Returns:
-        None, or why it stays a simulation with float products.
-    """
-    if isinstance(module, QuantWindowMSA):
-        simulated, key = module.quant_attention, 'quant_attention'
-    else:
-        if full_name(type(module)) != MULTIHEAD or module.v_shortcut:
-            return f'{type(module).__name__} has no packed form'
-        simulated, key = module.scaled_dot_product_attention, 'scaled_dot_product_attention'
-    reason = unsupported(simulated)
-    if reason is not None:
-        return reason
-    if key == 'quant_attention':
-        bias = relative_position_bias(module)
-        packed = Int4Attention.from_quantized(simulated, module.num_heads, module.scale, bias)
-        mixin = Int4WindowMSA
-    else:
-        scale = module.head_dims**-0.5
-        packed = Int4Attention.from_quantized(simulated, module.num_heads, scale)
-        mixin = Int4MultiheadAttention
-    setattr(module, key, packed)
-    with_mixin(module, mixin)
-    return None

@@ -16,9 +16,6 @@ class QuantLinear(QuantWeightLayer, nn.Linear):
     Input ``(..., in_features)``, output ``(..., out_features)``.
     """
 
-    # The MLP that the layer stands in, if training computes that as one (:mod:`.mlp`).
-    mlp = None
-
     @classmethod
     def from_float(cls, module: nn.Linear, spec: SiteSpec, name: str) -> 'QuantLinear':
         """Quantized twin of ``module`` that shares its parameters.
@@ -35,12 +32,6 @@ class QuantLinear(QuantWeightLayer, nn.Linear):
         channels = module.in_features if spec.activation.granularity == 'channel' else 1
         layer._add_quantizers(spec.activation, spec.weight, (channels,), name)
         return layer.train(module.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., in_features)`` to ``(..., out_features)``."""
-        if self.mlp is not None and self.mlp.takes_over(x):
-            return x if self is self.mlp.first else self.mlp.forward(x)
-        return super().forward(x)
 
     def column_grid(self) -> tuple[Tensor, Tensor]:
         scale, offset = self.act_quantizer.grid()

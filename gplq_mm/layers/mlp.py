@@ -1,89 +1,93 @@
-"""MLPs of transformers as one product of training: Linear, GELU, Linear.
+"""The MLP of a transformer, explicit: in training Linear, GELU and Linear are one product.
 
-The hidden layer is four times as wide as the rest. In training the last Linear computes all three
-steps and keeps one tensor of that width, not two (:func:`.saved_codes.coded_mlp`); the two before
-it hand their input on. Otherwise all compute as ever.
+The hidden layer is four times as wide as the rest. The product keeps one tensor of that width for
+backward, not two (:func:`.saved_codes.coded_mlp`).
 """
-
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..quant import ActQuantizer, WeightQuantizer
+from .family import entry_of, with_mixin
 from .linear import QuantLinear
+from .reproducible import ReproducibleGELU
 from .saved_codes import coded_mlp
 
-__all__ = ['CodedMlp', 'find_mlps']
+__all__ = ['QuantMlp', 'as_quant_mlp', 'make_mlps_explicit']
 
 
-class CodedMlp:
-    """The two layers of an MLP, which know each other through it.
+class QuantMlp:
+    """Mixin over the class of a module that computes ``(..., in)`` to ``(..., out)`` by two
+    Linears with a GELU between, under whatever names.
 
-    Args:
-        first, second: The Linears before and behind the GELU.
-        between: The modules between them.
+    While both keep codes of their inputs it computes all three at once, otherwise as ever. Made
+    by :func:`as_quant_mlp`.
     """
 
-    def __init__(self, first: QuantLinear, second: QuantLinear, between: list[nn.Module]):
-        self.first, self.second, self.between = first, second, between
-
-    def takes_over(self, x: Tensor) -> bool:
-        """Whether the second layer computes the MLP: both keep codes of inputs like ``x`` (all
-        modules see the same one then), and no hook waits for what lies between."""
-        return (
-            self.first.keeps_codes(x)
-            and self.second.keeps_codes(x)
-            and not any(
-                module._forward_hooks or module._forward_pre_hooks
-                for module in (self.first, self.second, *self.between)
-            )
-        )
+    # Names of the Linears, below the module.
+    linears: tuple[str, str]
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(..., in)``, the input of the first layer, to ``(..., out)``."""
-        layers = (self.first, self.second)
-        quantizers = tuple(layer.act_quantizer for layer in layers)
-        if any(quantizer.is_watched for quantizer in quantizers):
-            with torch.no_grad():
-                hidden = F.linear(quantizers[0](x), self.first.training_weight(), self.first.bias)
-                quantizers[1](F.gelu(hidden))
-        quantizers[0].check_shape(x)
+        """``(..., in)`` to ``(..., out)``."""
+        layers = tuple(map(self.get_submodule, self.linears))
+        if not self._is_one_product(x, layers):
+            return super().forward(x)
+        first, second = (layer.act_quantizer for layer in layers)
         weights = tuple(layer.training_weight() for layer in layers)
-        return coded_mlp(x, quantizers, weights, tuple(layer.bias for layer in layers))
+        if first.is_watched or second.is_watched:
+            with torch.no_grad():
+                second(F.gelu(F.linear(first(x), weights[0], layers[0].bias)))
+        first.check_shape(x)
+        return coded_mlp(x, (first, second), weights, tuple(layer.bias for layer in layers))
+
+    def _is_one_product(self, x: Tensor, layers: tuple[nn.Module, ...]) -> bool:
+        """Whether both layers keep codes of inputs like ``x`` (all modules see the same one
+        then), and no hook waits for what lies between."""
+        return all(
+            isinstance(layer, QuantLinear) and layer.keeps_codes(x) for layer in layers
+        ) and not any(
+            module._forward_hooks or module._forward_pre_hooks
+            for module in self.modules()
+            if module is not self and not isinstance(module, ActQuantizer | WeightQuantizer)
+        )
 
 
-def _is_sequence(module: nn.Module) -> bool:
-    """Whether a module runs its children one after the other (mmengine has a Sequential too)."""
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-
-
-def _steps(module: nn.Module) -> Iterator[nn.Module]:
-    """What a Sequential of Sequentials runs, in order."""
-    for child in module:
-        if _is_sequence(child):
-            yield from _steps(child)
-        elif not (isinstance(child, nn.Dropout) and child.p == 0):
-            yield child
-
-
-def find_mlps(model: nn.Module, gelu: type[nn.Module]) -> None:
-    """Lets the MLPs in the ``nn.Sequential`` of a model be computed as one in training, in place.
-
-    A Dropout that drops nothing may lie between the layers.
+def as_quant_mlp(module: nn.Module, first: str, gelu: str, second: str) -> bool:
+    """Makes a module an explicit :class:`QuantMlp`, in place; keys stay.
 
     Args:
-        model: With quantized layers.
-        gelu: Class of the GELUs that hand their input on.
+        module: What computes the MLP and nothing beside it. It may hold a Dropout that drops
+            nothing, and Identity.
+        first, gelu, second: Names of the three layers below it.
+
+    Returns:
+        Whether it is one: both Linears are quantized, and nothing acts between or behind them.
     """
+    known = {name: module.get_submodule(name) for name in (first, gelu, second)}
+    inside = tuple(f'{name}.' for name in known)
+    others = [
+        child
+        for name, child in module.named_modules()
+        if name not in known and not name.startswith(inside) and not any(child.children())
+    ]
+    if not (
+        isinstance(known[first], QuantLinear)
+        and type(known[gelu]) is ReproducibleGELU
+        and isinstance(known[second], QuantLinear)
+        and all(
+            isinstance(child, nn.Identity) or (isinstance(child, nn.Dropout) and child.p == 0)
+            for child in others
+        )
+    ):
+        return False
+    module.linears = (first, second)
+    return with_mixin(module, QuantMlp)
+
+
+def make_mlps_explicit(model: nn.Module) -> None:
+    """Makes the MLPs that the families know explicit, in place."""
     for module in model.modules():
-        if not _is_sequence(module):
-            continue
-        steps = list(_steps(module))
-        for first, middle, second in zip(steps, steps[1:], steps[2:], strict=False):
-            layers = isinstance(first, QuantLinear) and isinstance(second, QuantLinear)
-            if layers and type(middle) is gelu:
-                mlp = CodedMlp(first, second, [middle])
-                # Not as children: all three have their places already.
-                for member in (first, middle, second):
-                    member.__dict__['mlp'] = mlp
+        make = entry_of(module, 'mlps')
+        if make is not None:
+            make(module)

@@ -1,19 +1,22 @@
 """From a float model and a policy to a quantized model, in place."""
 
+import copy
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import nn
 
 from ..quant import PolicyError, QuantPolicy
-from .attention import OPERANDS, QuantAttention
-from .attention_adapters import attention_adapter_of, looks_like_attention
+from .attention import OPERANDS
 from .compensation import attach_compensation, build_compensation
 from .conv import QuantConv2d
 from .conv_transpose import QuantConvTranspose2d
+from .family import entry_of
 from .linear import QuantLinear
-from .mlp import find_mlps
-from .reproducible import ReproducibleGELU, make_reproducible
+from .mlp import make_mlps_explicit
+from .reproducible import make_reproducible
 from .weight_layer import QuantWeightLayer
 
 __all__ = ['QuantReport', 'find_blocks', 'quant_layers', 'quant_units', 'quantize_model']
@@ -30,8 +33,6 @@ UNSUPPORTED = (
     nn.RNNBase,
     nn.RNNCellBase,
 )
-# Residual blocks with one tensor in and one tensor out, by class name.
-BLOCK_CLASSES = ('TransformerEncoderLayer', 'SwinBlock', 'BasicBlock', 'Bottleneck')
 
 
 @dataclass(frozen=True)
@@ -79,39 +80,101 @@ def twin_of(module: nn.Module) -> type[QuantWeightLayer]:
 def _computes_something_else(module: nn.Module) -> bool:
     """Whether a subclass of Linear or Conv2d has a forward of its own (NormProduct, ConvAWS)."""
     cls = type(module)
-    plain = (
-        nn.Linear.forward,
-        nn.Conv2d.forward,
-        nn.ConvTranspose2d.forward,
-        QuantWeightLayer.forward,
-    )
+    plain = (nn.Linear.forward, nn.Conv2d.forward, nn.ConvTranspose2d.forward)
     # mmcv's wrappers differ for empty inputs only.
     return cls.forward not in plain and cls.__module__ != 'mmcv.cnn.bricks.wrappers'
 
 
 def _is_unknown_attention(module: nn.Module) -> bool:
-    """Whether nothing is known of the products of an attention."""
-    if not looks_like_attention(module) or attention_adapter_of(module):
+    """Whether a module, by its class name, multiplies activations, and no family knows how."""
+    if not type(module).__name__.endswith(('Attention', 'MSA', 'MSAV2')):
         return False
-    # A wrapper like ShiftWindowMSA is fine: the products are in its adapted child.
-    return not any(
-        attention_adapter_of(child) or isinstance(child, QuantAttention)
-        for child in module.modules()
-    ) and any(kind_of(child) for child in module.modules())
+    # A wrapper like ShiftWindowMSA is fine: the products are in a child that is known.
+    inside = list(module.modules())
+    return any(map(kind_of, inside)) and not any(entry_of(child, 'attentions') for child in inside)
 
 
-def _check_supported(name: str, module: nn.Module, policy: QuantPolicy) -> None:
-    unsupported = isinstance(module, UNSUPPORTED)
-    if isinstance(module, nn.ConvTranspose2d):
-        unsupported |= not QuantConvTranspose2d.supports(module)
-    unsupported |= bool(kind_of(module)) and _computes_something_else(module)
-    unsupported |= _is_unknown_attention(module)
-    if unsupported and policy.resolve(name, 'linear').weight is not None:
+def _is_unsupported(module: nn.Module) -> bool:
+    """Whether a module computes with weights or products in a way that has no quantized form."""
+    if isinstance(module, UNSUPPORTED) or _is_unknown_attention(module):
+        return True
+    if kind_of(module) == 'conv' and not twin_of(module).supports(module):
+        return True
+    return bool(kind_of(module)) and _computes_something_else(module)
+
+
+def _refuse(unsupported: dict[str, nn.Module]) -> None:
+    """Raises one PolicyError for all modules that a policy would have to exclude."""
+    groups: dict[str, list[str]] = {}
+    for name in unsupported:
+        parts = (r'\d+' if part.isdigit() else re.escape(part) for part in name.split('.'))
+        groups.setdefault(r'\.'.join(parts), []).append(name)
+    rules = [
+        f"    dict(pattern=r'^{pattern if names[1:] else re.escape(names[0])}$', exclude=True),"
+        f'  # {len(names)} x {type(unsupported[names[0]]).__name__}, such as {names[0]}'
+        for pattern, names in groups.items()
+    ]
+    raise PolicyError(
+        f'{len(unsupported)} layer(s) cannot be quantized. Exclude them with these rules of the '
+        'policy, or write a family for the attentions among them (docs/extending.md):\n'
+        + '\n'.join(rules)
+    )
+
+
+def _plan(model: nn.Module, policy: QuantPolicy) -> list[tuple]:
+    """All sites of a model as ``(name, kind, module, spec)``, ``spec`` None where it is excluded;
+    kind and spec of an attention are ``'attention'`` and a spec by operand. Changes nothing.
+
+    Raises:
+        PolicyError: See :func:`quantize_model`.
+    """
+    if quant_layers(model):
+        raise PolicyError('the model is quantized already; quantize a float model.')
+    plan, names, unsupported = [], [], {}
+    for name, module in model.named_modules():
+        # An attention that is unknown is no site, yet a rule may exclude it. The name of a known
+        # one stands for nothing: its products and layers are the sites.
+        if _is_unsupported(module):
+            names.append(name)
+            if policy.resolve(name, 'linear').weight is not None:
+                unsupported[name] = module
+        elif kind := kind_of(module):
+            names.append(name)
+            spec = policy.resolve(name, kind)
+            plan.append((name, kind, module, spec if spec.weight else None))
+        elif entry_of(module, 'attentions'):
+            names += [f'{name}.{operand}' for operand in OPERANDS]
+            specs = {key: policy.resolve(f'{name}.{key}', key).activation for key in OPERANDS}
+            plan.append((name, 'attention', module, specs if any(specs.values()) else None))
+    if not names:
+        raise PolicyError('the model has no Linear, Conv2d or known attention layer to quantize.')
+    policy.check_matched(names)
+    if unsupported:
+        _refuse(unsupported)
+    if not any(spec for *_, spec in plan):
         raise PolicyError(
-            f'{name}: a layer of type {type(module).__name__} cannot be quantized. Exclude it '
-            f'with dict(pattern={re.escape(name)!r}, exclude=True), or, for an attention, '
-            'register an adapter with gplq_mm.layers.register_attention_adapter.'
+            f'the policy excludes all {len(names)} layers of the model, so that there is nothing '
+            'to quantize; take back a rule with exclude=True.'
         )
+    return plan
+
+
+@contextmanager
+def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Context that leaves every module as it was, class and children, if it ends in an error."""
+    before = [
+        (module, type(module), {key: copy.copy(value) if isinstance(value, dict) else value
+                                for key, value in module.__dict__.items()})
+        for module in model.modules()
+    ]  # fmt: skip
+    try:
+        yield
+    except BaseException:
+        for module, cls, state in before:
+            module.__class__ = cls
+            module.__dict__.clear()
+            module.__dict__.update(state)
+        raise
 
 
 def quantize_model(
@@ -120,7 +183,8 @@ def quantize_model(
     """Swaps the layers of ``model`` for quantized twins that share their parameters.
 
     Names are those of ``model.named_modules()``, and parameter keys stay as they are. LayerNorm
-    and GELU become reproducible to the last bit (:mod:`.reproducible`).
+    and GELU become reproducible to the last bit (:mod:`.reproducible`), and the MLPs of known
+    families explicit (:mod:`.mlp`). After an error the model is what it was.
 
     Args:
         model: Float model; changed in place.
@@ -131,53 +195,27 @@ def quantize_model(
         What was replaced.
 
     Raises:
-        PolicyError: For a rule that matches nothing, a layer that cannot be quantized, or a
-            model without any layer to quantize.
+        PolicyError: For a rule that matches nothing, layers that cannot be quantized (all of them
+            in one message), a policy that excludes everything, or a model without any layer to
+            quantize.
     """
-    modules = list(model.named_modules())
-    sites: list[str] = []
-    for name, module in modules:
-        if kind_of(module):
-            sites.append(name)
-        elif attention_adapter_of(module):
-            sites.extend(f'{name}.{operand}' for operand in OPERANDS)
-        elif isinstance(module, UNSUPPORTED):
-            sites.append(name)
-    if not sites:
-        raise PolicyError('the model has no Linear, Conv2d or known attention layer to quantize.')
-    # An attention without adapter is no site, yet a rule may exclude it. The name of one with an
-    # adapter stands for nothing: its products and layers are the sites.
-    attentions = [name for name, module in modules if _is_unknown_attention(module)]
-    policy.check_matched(sites + attentions)
-    for name, module in modules:
-        _check_supported(name, module, policy)
-
+    plan = _plan(model, policy)
     done: dict[str, list[str]] = {'linear': [], 'conv': [], 'attention': [], 'excluded': []}
-    for name, module in modules:
-        kind = kind_of(module)
-        if kind:
-            spec = policy.resolve(name, kind)
-            if spec.weight is None:
-                done['excluded'].append(name)
+    with _unchanged_on_error(model):
+        for name, kind, module, spec in plan:
+            done[kind if spec else 'excluded'].append(name)
+            if not spec:
                 continue
-            twin = twin_of(module).from_float(module, spec, name)
-            set_module(model, name, twin)
-            done[kind].append(name)
-        adapter = attention_adapter_of(module)
-        if adapter:
-            specs = {key: policy.resolve(f'{name}.{key}', key).activation for key in OPERANDS}
-            if all(spec is None for spec in specs.values()):
-                done['excluded'].append(name)
-                continue
-            adapter(module, specs, name)
-            done['attention'].append(name)
-    make_reproducible(model)
-    find_mlps(model, ReproducibleGELU)
-    blocks = find_blocks(model)
-    if compensation is not None:
-        for name in blocks:
+            if kind == 'attention':
+                entry_of(module, 'attentions').quantize(module, spec, name)
+            else:
+                set_module(model, name, twin_of(module).from_float(module, spec, name))
+        make_reproducible(model)
+        make_mlps_explicit(model)
+        blocks = find_blocks(model)
+        for name in blocks if compensation is not None else ():
             block = model.get_submodule(name)
-            axis = 1 if type(block).__name__ in ('BasicBlock', 'Bottleneck') else -1
+            axis = entry_of(block, 'blocks')
             attach_compensation(block, build_compensation(compensation, axis))
     return QuantReport(**done, blocks=blocks)
 
@@ -187,7 +225,7 @@ def find_blocks(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if type(module).__name__ in BLOCK_CLASSES and quant_layers(module)
+        if entry_of(module, 'blocks') is not None and quant_layers(module)
     ]
 
 

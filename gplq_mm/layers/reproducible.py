@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import library as _library  # noqa: F401  (defines the ops)
-from .mlp import CodedMlp
 
 __all__ = ['ReproducibleGELU', 'ReproducibleLayerNorm', 'make_reproducible']
 
@@ -36,13 +35,8 @@ class ReproducibleLayerNorm(nn.LayerNorm):
 class ReproducibleGELU(nn.GELU):
     """``nn.GELU``, reproducible to the last bit where no gradient flows."""
 
-    # The MLP that it stands in, if training computes that as one (:mod:`.mlp`).
-    mlp: CodedMlp | None = None
-
     def forward(self, x: Tensor) -> Tensor:
         """Any shape."""
-        if self.mlp is not None and self.mlp.takes_over(x):
-            return x
         return super().forward(x) if _torch_computes(x) else _gelu(x)
 
 

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from ..layers.family import entry_of
+
 __all__ = ['FeatureTap', 'feature_layer_of', 'feature_width', 'tapped_outputs']
 
 
@@ -51,21 +53,24 @@ def tapped_outputs(model: nn.Module, tap: FeatureTap, images: Tensor) -> tuple:
 
 
 def feature_layer_of(model: nn.Module, name: str | None) -> nn.Module:
-    """The named layer, or the last Linear of the head, whose input is the penultimate feature."""
+    """The named layer, or what the model's family mimics (:attr:`.Family.features`), or the last
+    Linear of the head, whose input is the penultimate feature."""
     if name is not None:
         try:
             return model.get_submodule(name)
         except AttributeError as error:
             raise ValueError(f'feature_layer={name!r} is no layer of the architecture.') from error
-    head = getattr(model, 'head', None)
-    linears = [m for m in head.modules() if isinstance(m, nn.Linear)] if head is not None else []
-    if not linears:
+    of_family, head = entry_of(model, 'features'), getattr(model, 'head', None)
+    if of_family is not None:
+        layers = [of_family(model)]
+    else:
+        layers = [] if head is None else [m for m in head.modules() if isinstance(m, nn.Linear)]
+    if not layers or layers[-1] is None:
         raise ValueError(
-            'the architecture has no head with a Linear layer, so there are no penultimate '
-            "features to mimic; set feature_layer (for a detector 'neck'), or mimic=None and "
-            'distill=None.'
+            'the architecture has neither a head with a Linear layer nor a neck, so there are no '
+            'features to mimic; set feature_layer, or mimic=None and distill=None.'
         )
-    return linears[-1]
+    return layers[-1]
 
 
 def feature_width(layer: nn.Module, name: str | None, mimic: dict) -> int:

@@ -8,17 +8,20 @@ from packed_models import assert_close_but_for_flips
 from torch import nn
 
 from gplq_mm.layers import DeployError, Int4Attention, QuantAttention, calibrate, freeze_activations
-from gplq_mm.layers.attention_adapters import attention_adapter_of
-from gplq_mm.layers.int4_attention import pack_attention
+from gplq_mm.layers.family import entry_of
 from gplq_mm.quant import QuantPolicy
 
 HEADS, CHANNELS = 2, 16
 
 
+def pack_attention(module: nn.Module) -> str | None:
+    return entry_of(module, 'attentions').pack(module)
+
+
 def quantized(module: nn.Module, inputs: tuple, policy: dict | None = None, freeze=True):
     policy = QuantPolicy(**(policy or {}))
     specs = {key: policy.resolve(f'a.{key}', key).activation for key in ('q', 'k', 'v', 'probs')}
-    attention_adapter_of(module)(module, specs, 'a')
+    entry_of(module, 'attentions').quantize(module, specs, 'a')
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.3)
     module.eval()
@@ -115,7 +118,7 @@ def test_qk_scale_stays_simulated():
 def test_shortcut_stays_simulated():
     module, _ = vit()
     module.v_shortcut = True
-    assert 'no packed form' in pack_attention(module)
+    assert 'adds the values' in pack_attention(module)
 
 
 def test_not_frozen():

@@ -103,17 +103,72 @@ UNSUPPORTED = {
 @pytest.mark.parametrize('name', UNSUPPORTED)
 def test_layers_without_a_twin_are_refused_by_name_or_excluded(name):
     layers = {'fc': nn.Linear(3, 4), name: UNSUPPORTED[name]()}
-    with pytest.raises(PolicyError, match=rf'^{name}.*xclude'):
+    with pytest.raises(PolicyError, match=rf"r'\^{name}\$', exclude=True\)"):
         quantize_model(Net(**layers), QuantPolicy())
     report = quantize_model(Net(**layers), QuantPolicy(rules=[dict(pattern=name, exclude=True)]))
     assert report.linear == ['fc']
 
 
-def test_a_refused_model_is_unchanged():
-    model = Net(fc=nn.Linear(3, 4), up=nn.ConvTranspose2d(3, 4, 2))
-    with pytest.raises(PolicyError):
+def test_all_unsupported_layers_are_named_at_once_with_the_rules_that_exclude_them():
+    def build():
+        stages = [Net(conv=nn.Conv1d(3, 3, 1), fc=nn.Linear(3, 3)) for _ in range(12)]
+        return Net(stages=nn.ModuleList(stages), grouped=nn.Conv2d(4, 4, 3, groups=4))
+
+    with pytest.raises(PolicyError, match=r'^13 layer') as caught:
+        quantize_model(build(), QuantPolicy())
+    message = str(caught.value)
+    assert '12 x Conv1d, such as stages.0.conv' in message
+    # The rules as they stand in the message are enough.
+    rules = [
+        eval(line.partition('#')[0].strip().rstrip(','))
+        for line in message.splitlines()
+        if line.startswith('    dict(')
+    ]
+    assert len(rules) == 2
+    assert len(quantize_model(build(), QuantPolicy(rules=rules)).linear) == 12
+
+
+def state_of(model):
+    """Classes and children of all modules."""
+    return [(name, module, type(module)) for name, module in model.named_modules()]
+
+
+LATE_ERRORS = {
+    # The second layer of the first block, an attention, and what is built last.
+    'layer': (dict(rules=[dict(pattern='proj', activation=dict(granularity='head'))]), None),
+    'grid': (
+        dict(rules=[dict(pattern='layers.1.ffn', activation=dict(quantizer='log_sqrt2'))]),
+        None,
+    ),
+    'attention': (dict(q=dict(granularity='token')), None),
+    'compensation': ({}, dict(type='QwT', ridge='none')),
+}
+
+
+@pytest.mark.parametrize(('policy', 'compensation'), LATE_ERRORS.values(), ids=LATE_ERRORS)
+def test_a_refused_model_is_unchanged(policy, compensation):
+    model = build_float('vit')
+    before, expected = state_of(model), model(images())
+    with pytest.raises((PolicyError, ValueError)):
+        quantize_model(model, QuantPolicy(**policy), compensation)
+    assert state_of(model) == before
+    assert torch.equal(model(images()), expected)
+    assert quantize_model(model, QuantPolicy()).linear
+
+
+def test_a_policy_that_excludes_everything_is_refused():
+    model = build_float('vit')
+    before = state_of(model)
+    with pytest.raises(PolicyError, match=r'excludes all \d+ layers'):
+        quantize_model(model, QuantPolicy(exclude=['.']))
+    assert state_of(model) == before
+
+
+def test_a_quantized_model_is_not_quantized_again():
+    model = build_float('vit')
+    quantize_model(model, QuantPolicy())
+    with pytest.raises(PolicyError, match='quantized already'):
         quantize_model(model, QuantPolicy())
-    assert type(model.fc) is nn.Linear
 
 
 def test_mmcv_wrappers_are_convolutions():

@@ -17,7 +17,7 @@ from gplq_mm.layers import (
     checkpoint_blocks,
     set_saved_bytes,
 )
-from gplq_mm.layers.mlp import find_mlps
+from gplq_mm.layers.mlp import QuantMlp, as_quant_mlp
 from gplq_mm.layers.reproducible import ReproducibleGELU
 from gplq_mm.quant import ActSpec, SiteSpec, WeightSpec
 
@@ -178,38 +178,40 @@ def test_attention_with_dropout_or_powers_of_two_keeps_floats():
 
 
 def mlps(model):
-    """The MLPs that training computes as one."""
-    return [m.mlp for m in model.modules() if isinstance(m, ReproducibleGELU) and m.mlp]
+    """The explicit MLPs."""
+    return [module for module in model.modules() if isinstance(module, QuantMlp)]
 
 
 @pytest.mark.parametrize('kind', ['vit', 'swin'])
 def test_an_mlp_is_one_product_in_training_alone(kind):
     model = build_quantized(kind, freeze=False).train()
-    mlp = mlps(model)[0]
-    chain = nn.Sequential(mlp.first, *mlp.between, mlp.second)
-    x = torch.randn(2, 4, mlp.first.in_features)
-    above = torch.randn(2, 4, mlp.second.out_features)
-    assert mlp.first(x) is x
-    out, found = gradients(chain, x, above)
+    found_mlps = mlps(model)
+    assert len(found_mlps) == {'vit': 2, 'swin': 4}[kind]
+    mlp = found_mlps[0]
+    first, second = map(mlp.get_submodule, mlp.linears)
+    x = torch.randn(2, 4, first.in_features)
+    above = torch.randn(2, 4, second.out_features)
+    assert mlp(x).grad_fn.name() == '_CodedMlpBackward'
+    out, found = gradients(mlp, x, above)
     set_saved_bytes(model, None)
-    assert mlp.first(x) is not x
-    plain_out, plain = gradients(chain, x, above)
+    assert mlp(x).grad_fn.name() != '_CodedMlpBackward'
+    plain_out, plain = gradients(mlp, x, above)
     assert found.keys() == plain.keys()
     # Two GELUs decide a code differently now and then.
     limit = 2e-3 if distance(out, plain_out) < 1e-6 else 5e-2
     assert all(distance(grad, plain[name]) < limit for name, grad in found.items())
     set_saved_bytes(model, 2)
     with torch.no_grad():
-        assert distance(chain(x), plain_out) < 1e-5
+        assert distance(mlp(x), plain_out) < 1e-5
 
 
-def test_a_hook_within_an_mlp_sees_the_hidden_layer():
+@pytest.mark.parametrize('name', ['0', '0.0', '0.1', '0.2', '1', '2'])
+def test_a_hook_within_an_mlp_runs(name):
     mlp = mlps(build_quantized('vit', freeze=False).train())[0]
-    chain = nn.Sequential(mlp.first, *mlp.between, mlp.second)
     seen = []
-    mlp.first.register_forward_hook(lambda module, args, out: seen.append(out.shape[-1]))
-    chain(torch.randn(2, 4, mlp.first.in_features)).sum().backward()
-    assert seen == [mlp.first.out_features]
+    mlp.get_submodule(name).register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    mlp(torch.randn(2, 4, 32)).sum().backward()
+    assert len(seen) == 1
 
 
 def test_a_dropout_that_drops_keeps_an_mlp_apart():
@@ -217,13 +219,13 @@ def test_a_dropout_that_drops_keeps_an_mlp_apart():
         first = make('linear')[0]
         second = QuantLinear.from_float(nn.Linear(10, 3), SiteSpec(ActSpec(), WeightSpec()), 'fc2')
         model = nn.Sequential(first, ReproducibleGELU(), nn.Dropout(p), second)
-        find_mlps(model, ReproducibleGELU)
-        return model
+        return as_quant_mlp(model, '0', '1', '3'), model
 
-    assert chain(0.1)[1].mlp is None
-    assert chain(0.0)[1].mlp is not None
-    clone = copy.deepcopy(chain(0.0))
-    assert clone[1].mlp.first is clone[0]
+    assert not chain(0.1)[0]
+    made, model = chain(0.0)
+    assert made
+    # A copy computes with layers of its own.
+    assert copy.deepcopy(model).get_submodule(model.linears[0]) is not model[0]
 
 
 def loss_of(model, batch):

@@ -18,14 +18,10 @@ from packed_models import (
 from torch import nn
 
 from gplq_mm.deploy import convert
+from gplq_mm.families.swin import Int4PatchMerging, Int4SwinBlock, window_maps
+from gplq_mm.families.vit import Int4EncoderLayer
 from gplq_mm.layers import Int4Linear
-from gplq_mm.layers.fused_blocks import (
-    Int4EncoderLayer,
-    Int4PatchMerging,
-    Int4SwinBlock,
-    fuse_blocks,
-    window_maps,
-)
+from gplq_mm.layers.fused import fuse_blocks
 
 
 @pytest.fixture(scope='module')

@@ -1,0 +1,12 @@
+"""Model families: one file each, one entry in :data:`gplq_mm.registry.FAMILIES` each.
+
+Models are known by the names of their classes, and no package of models is imported.
+"""
+
+from .classifiers import Classifiers
+from .detectors import Detectors
+from .resnet import ResNet
+from .swin import Swin
+from .vit import ViT
+
+__all__ = ['Classifiers', 'Detectors', 'ResNet', 'Swin', 'ViT']

@@ -1,0 +1,140 @@
+"""What the package knows of a model family, and where it is looked up.
+
+Layers are found by what they are. What a model computes between them stands in its code, so it is
+written down by the class's name in full (``'package.module.Class'``): no package of models is
+imported here, and a model is never traced.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..registry import FAMILIES, registered
+
+__all__ = [
+    'AttentionKind',
+    'Family',
+    'entry_of',
+    'families',
+    'full_name',
+    'headlines',
+    'scopes',
+    'with_mixin',
+]
+
+
+@dataclass(frozen=True)
+class AttentionKind:
+    """How an attention class multiplies.
+
+    Attributes:
+        quantize: ``quantize(module, specs, name)`` makes the module multiply through a
+            :class:`.QuantAttention`, its direct child, in place; ``specs`` (operand -> spec or
+            None) and ``name`` are handed on to that.
+        pack: ``pack(module)`` makes the quantized module compute with an :class:`.Int4Attention`
+            in place and returns None, or returns why it stays a simulation. None: it has no
+            packed form.
+    """
+
+    quantize: Callable[[nn.Module, dict, str], None]
+    pack: Callable[[nn.Module], str | None] | None = None
+
+
+class Family:
+    """Base of the families. Every attribute is a table by class name in full, and may be empty.
+
+    A subclass is a :data:`gplq_mm.registry.FAMILIES` entry; of two that know a class, the one
+    registered last counts.
+
+    Attributes:
+        attentions: Attention class -> :class:`AttentionKind`.
+        blocks: Residual block, one tensor in and one out -> channel axis of both, -1 for tokens,
+            1 for feature maps. What compensation, Stage 2 and checkpointing go by.
+        mlps: Class with an MLP -> function that gives it an explicit :class:`.QuantMlp` once its
+            layers are quantized.
+        fused: Class -> ``fuse(module)`` that gives it a fused forward of packed layers, in place,
+            and returns whether there was anything to fuse.
+        features: Class of a whole model -> function of it that gives the layer with the features
+            to mimic (:class:`gplq_mm.models.feature_tap.FeatureTap`), or None.
+        outputs: Class of a whole model -> function of it that gives what the analysis compares: a
+            callable from a preprocessed batch to named groups of tensors.
+        headlines: Metric of a data set's evaluator -> its name in the summary, and the factor that
+            makes it percent or AP points.
+        scopes: Packages whose registries a packed file may name.
+    """
+
+    attentions: Mapping[str, AttentionKind] = {}
+    blocks: Mapping[str, int] = {}
+    mlps: Mapping[str, Callable[[nn.Module], Any]] = {}
+    fused: Mapping[str, Callable[[nn.Module], bool]] = {}
+    features: Mapping[str, Callable[[nn.Module], nn.Module | None]] = {}
+    outputs: Mapping[str, Callable[[nn.Module], Callable]] = {}
+    headlines: Mapping[str, tuple[str, float]] = {}
+    scopes: Iterable[str] = ()
+
+
+# What a subclass is as well. How it computes may differ.
+INHERITED = ('blocks', 'features', 'outputs')
+
+
+def full_name(cls: type) -> str:
+    """Module and name of a class."""
+    return f'{cls.__module__}.{cls.__qualname__}'
+
+
+def families() -> list[type[Family]]:
+    """All registered families."""
+    return list(registered(FAMILIES).values())
+
+
+def entry_of(module: nn.Module, table: str) -> Any | None:
+    """What the families say of a module.
+
+    Args:
+        module: Any module.
+        table: Attribute of :class:`Family`. Blocks and whole models count with their subclasses,
+            all else is of exactly the named class, since a subclass may compute something else.
+
+    Returns:
+        The entry, or None.
+    """
+    for cls in type(module).__mro__ if table in INHERITED else [type(module)]:
+        name = full_name(cls)
+        for family in reversed(families()):
+            if name in (entries := getattr(family, table)):
+                return entries[name]
+    return None
+
+
+def headlines() -> dict[str, tuple[str, float]]:
+    """Headline metrics of all families, see :class:`Family`."""
+    return {key: value for family in families() for key, value in family.headlines.items()}
+
+
+def scopes() -> tuple[str, ...]:
+    """Packages whose registries a packed file may name: mmengine's, ours and the families'."""
+    named = dict.fromkeys(scope for family in families() for scope in family.scopes)
+    return ('mmengine', *named, 'gplq_mm')
+
+
+_classes: dict[tuple[type, type], type] = {}
+
+
+def with_mixin(module: nn.Module, mixin: type) -> bool:
+    """Puts ``mixin`` in front of the module's class, in place: hooks, children and keys stay.
+
+    The class keeps its name, so that it is still found by it.
+
+    Returns:
+        False if it was there already.
+    """
+    cls = type(module)
+    if issubclass(cls, mixin):
+        return False
+    if (mixin, cls) not in _classes:
+        space = {'__module__': cls.__module__, '__qualname__': cls.__qualname__}
+        _classes[mixin, cls] = type(cls.__name__, (mixin, cls), space)
+    module.__class__ = _classes[mixin, cls]
+    return True
