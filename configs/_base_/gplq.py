@@ -9,7 +9,6 @@ gplq_compensation = dict(type='QwT')
 # A config may add to model:
 #   teacher_dtype='auto'    precision of the teacher's targets: bfloat16 where the device multiplies
 #                           it natively (sm_80 on; AMX or AVX512_BF16), else float32; or one by name
-#   teacher_cache=None      file that keeps the teacher's outputs by the content of the images
 
 gplq_train_cfg = dict(
     type='gplq_mm.GPLQTrainLoop',

@@ -5,7 +5,6 @@ from .class_count import ClassCountError, ClassCountHook, check_class_count
 from .errors import one_line_errors
 from .hooks import (
     CalibrationHook,
-    FeatureCacheHook,
     GPLQCheckpointHook,
     PCABasisHook,
     QuantStatsHook,
@@ -28,7 +27,6 @@ __all__ = [
     'ClassCountError',
     'ClassCountHook',
     'DirectQATLoop',
-    'FeatureCacheHook',
     'GPLQCheckpointHook',
     'GPLQOptimWrapperConstructor',
     'GPLQRunner',

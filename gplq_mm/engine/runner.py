@@ -16,7 +16,6 @@ from mmengine.runner import BaseLoop, Runner
 from ..checkpoint import atomic_write, read_checkpoint, to_plain
 from ..registry import RUNNERS
 from .class_count import ClassCountHook
-from .hooks import FeatureCacheHook
 from .mask_check import MaskCheckHook
 from .weights import load_run_weights
 
@@ -83,7 +82,6 @@ class GPLQRunner(Runner):
         self.register_hook(PlainCheckpointHook())
         self.register_hook(ClassCountHook())
         self.register_hook(MaskCheckHook())
-        self.register_hook(FeatureCacheHook())
 
     def setup_env(self, env_cfg: dict) -> None:
         """As in mmengine, and ``--launcher pytorch`` works on machines without a GPU, too.

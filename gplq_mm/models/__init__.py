@@ -1,7 +1,5 @@
 """Models: the GPLQ wrapper, the quantized backbone, the mimic loss."""
 
-from .feature_cache import FeatureCache
-from .feature_store import FeatureStore, FeatureStoreError, FeatureStoreUnavailableError
 from .feature_tap import FeatureTap
 from .gplq import GPLQ
 from .network_outputs import NetworkOutputs
@@ -14,10 +12,6 @@ from .training_losses import NonFiniteLossError
 
 __all__ = [
     'GPLQ',
-    'FeatureCache',
-    'FeatureStore',
-    'FeatureStoreError',
-    'FeatureStoreUnavailableError',
     'FeatureTap',
     'NetworkOutputs',
     'NonFiniteLossError',

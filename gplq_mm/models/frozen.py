@@ -4,15 +4,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 __all__ = [
     'DTYPES',
-    'autocast_dtype',
     'frozen_outputs',
     'has_fast_bf16',
     'resolve_dtype',
-    'state_of',
 ]
 
 DTYPES = ('auto', 'float32', 'bfloat16')
@@ -43,13 +41,6 @@ def resolve_dtype(setting: str, device: torch.device) -> torch.dtype:
     if setting == 'auto':
         setting = 'bfloat16' if has_fast_bf16(device) else 'float32'
     return getattr(torch, setting)
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype:
-    """The precision of products in the present autocast region; float32 outside of one."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return torch.float32
 
 
 def frozen_outputs(
@@ -85,8 +76,3 @@ def _clone(value: Any) -> Any:
     if type(value) in (tuple, list):
         return type(value)(_clone(item) for item in value)
     return value
-
-
-def state_of(network: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, those that are not saved included."""
-    return {**dict(network.named_parameters()), **dict(network.named_buffers())}

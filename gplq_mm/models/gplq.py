@@ -22,7 +22,6 @@ from ..layers import (
 )
 from ..quant import QuantPolicy
 from ..registry import MODELS
-from .feature_cache import FeatureCache
 from .feature_tap import FeatureTap, feature_layer_of, feature_width, tapped_outputs
 from .run_stage import Stage, check_order
 from .teacher import Teacher
@@ -71,9 +70,6 @@ class GPLQ(BaseModel):
             ``'float32'``, ``'bfloat16'`` (autocast), or ``'auto'`` (default): bfloat16 on devices
             that multiply it natively (CUDA from sm_80 on; CPUs with AMX or AVX512_BF16), else
             float32. The PCA basis and the feature distance are computed in float32 always.
-        teacher_cache: File that keeps the teacher's outputs by the content of the images, see
-            :class:`FeatureCache`, or None (default). Helps where images come again: with a
-            deterministic pipeline, and in another run of the same seed.
         feature_layer: Name of the layer with the features to mimic. Of a Linear it is the input,
             the penultimate feature of a classifier; of any other layer the output, one map or
             several ``(N, D, H, W)``, as ``'neck'`` gives the levels of a detector's pyramid.
@@ -103,7 +99,6 @@ class GPLQ(BaseModel):
         feature_layer: str | None = None,
         backbone_from: str | None = None,
         teacher_dtype: str = 'auto',
-        teacher_cache: str | None = None,
         data_preprocessor: dict | nn.Module | None = None,
         init_cfg: dict | None = None,
     ):
@@ -141,8 +136,6 @@ class GPLQ(BaseModel):
                 self.tap is not None,
                 feature_layer,
                 teacher_dtype,
-                teacher_cache,
-                architecture,
             )
         if not train_weights:
             learned = {id(parameter) for parameter in learned_parameters(student)}
@@ -212,11 +205,6 @@ class GPLQ(BaseModel):
     def has_teacher_features(self) -> bool:
         """Whether :meth:`teacher_outputs` can be asked for."""
         return self._teacher is not None and self._teacher.tap is not None
-
-    @property
-    def feature_cache(self) -> FeatureCache | None:
-        """The cache of the teacher's outputs, or None."""
-        return None if self._teacher is None else self._teacher.feature_cache
 
     def _apply(self, fn, *args, **kwargs):
         if self.teacher is not None:
@@ -361,7 +349,6 @@ class GPLQ(BaseModel):
 
         Raises:
             RuntimeError: If the model was built without a teacher.
-            FeatureStoreError: If ``teacher_cache`` cannot be used.
         """
         return self._need_teacher().outputs(inputs)
 

@@ -1,6 +1,5 @@
 """A quantized backbone as a part of any other model."""
 
-import torch
 from mmengine.model import BaseModule
 from torch import nn
 
@@ -14,8 +13,6 @@ from ..checkpoint import (
 from ..layers import is_calibrated, quant_layers, quantize_model, require_frozen
 from ..quant import QuantPolicy
 from ..registry import MODELS
-from .feature_cache import FeatureCache
-from .frozen import autocast_dtype
 
 __all__ = ['QuantBackbone']
 
@@ -34,14 +31,10 @@ class QuantBackbone(BaseModule):
         policy: Arguments of :class:`gplq_mm.quant.QuantPolicy`.
         compensation: As in :class:`GPLQ`.
         frozen: Whether the backbone stays as it is: no gradients, always in eval mode.
-        cache: File that keeps the outputs of a frozen backbone by the content of the images, see
-            :class:`FeatureCache`, or None (default). For classifiers: maps above 1 MiB an image
-            are refused.
         init_cfg: Not used; the weights come from ``checkpoint``.
 
     Raises:
         PolicyError: If the policy does not fit the backbone.
-        ValueError: For a cache of a backbone that is trained.
     """
 
     def __init__(
@@ -51,7 +44,6 @@ class QuantBackbone(BaseModule):
         policy: dict | None = None,
         compensation: dict | None = None,
         frozen: bool = False,
-        cache: str | None = None,
         init_cfg: dict | None = None,
     ):
         super().__init__(init_cfg)
@@ -62,16 +54,6 @@ class QuantBackbone(BaseModule):
         self.quant_report = quantize_model(self, self.policy, compensation)
         if frozen:
             self.requires_grad_(False)
-        self.feature_cache = None
-        if cache is not None:
-            if not frozen:
-                raise ValueError(
-                    'cache keeps what a frozen backbone computes, and this one is trained; set '
-                    'frozen=True or cache=None.'
-                )
-            self.feature_cache = FeatureCache(
-                cache, {**backbone, 'policy': self.policy.to_dict(), 'compensation': compensation}
-            )
 
     def init_weights(self) -> None:
         """Loads ``checkpoint``.
@@ -138,19 +120,5 @@ class QuantBackbone(BaseModule):
         return super().train(mode and not self.frozen)
 
     def forward(self, *args, **kwargs):
-        """The backbone's own forward.
-
-        Raises:
-            FeatureStoreError: If ``cache`` cannot be used, or its outputs cannot be kept.
-            TypeError: With a cache, for arguments beside the images.
-        """
-        if self.feature_cache is None:
-            return self.backbone(*args, **kwargs)
-        if kwargs or len(args) != 1 or not torch.is_tensor(args[0]):
-            raise TypeError(
-                'a QuantBackbone with cache takes one tensor of images and nothing else; set '
-                'cache=None.'
-            )
-        (images,) = args
-        dtype = autocast_dtype(images.device)
-        return self.feature_cache.outputs(self.backbone, self.backbone, images, dtype)
+        """The backbone's own forward."""
+        return self.backbone(*args, **kwargs)

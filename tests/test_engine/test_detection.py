@@ -154,15 +154,6 @@ def test_losses_of_every_level_are_weighed(data, pretrained, tmp_path):
         torch.testing.assert_close(weighed, [0.25 * part for part in values])
 
 
-def test_maps_are_not_cached(data, pretrained, tmp_path):
-    for cfg in (detection_config, lambda *args: mimicking(detection_config(*args))):
-        cfg = cfg(tmp_path, data, pretrained)
-        cfg.model.teacher_cache = str(tmp_path / 'features.sqlite')
-        with pytest.raises(ValueError, match=r'keeps feature vectors .* set teacher_cache=None'):
-            build_runner(cfg)
-    assert not list(tmp_path.glob('features*'))
-
-
 @pytest.mark.parametrize(
     ('settings', 'text'),
     [

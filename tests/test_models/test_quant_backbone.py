@@ -7,7 +7,7 @@ from mmengine.registry import MODELS
 
 from gplq_mm.checkpoint import CheckpointError
 from gplq_mm.layers import calibrate, freeze_activations, quant_layers
-from gplq_mm.models import GPLQ, FeatureStoreError, QuantBackbone
+from gplq_mm.models import GPLQ, QuantBackbone
 from gplq_mm.ptq import RoundToNearest, quantize_weights
 from gplq_mm.quant import NotCalibratedError
 
@@ -98,77 +98,6 @@ def test_as_the_backbone_of_a_classifier(finished):
         'head.layers.head.weight',
         'head.layers.head.bias',
     }
-
-
-def test_a_cache_changes_nothing(finished, tmp_path):
-    plain = backbone(finished[1], frozen=True)
-    cached = backbone(finished[1], frozen=True, cache=str(tmp_path / 'features.sqlite'))
-    wanted = plain(images())
-    for _ in range(2):
-        found = cached(images())
-        assert type(found) is type(wanted)
-        assert torch.equal(found[0], wanted[0])
-    # In another batch, images that are partly known.
-    mixed = torch.cat((images(2, seed=7), images()[1:3]))
-    torch.testing.assert_close(cached(mixed)[0], plain(mixed)[0])
-    assert cached.feature_cache.hits == 4 + 2
-    assert not any('cache' in key for key in cached.state_dict())
-
-
-def test_a_head_is_trained_on_what_the_cache_gives(finished, tmp_path):
-    gradients = []
-    for cache in (None, str(tmp_path / 'features.sqlite')):
-        cfg = vit_cfg(num_classes=3)
-        cfg['backbone'] = dict(
-            type='gplq_mm.QuantBackbone',
-            backbone=cfg['backbone'],
-            checkpoint=str(finished[1]),
-            compensation=dict(type='QwT'),
-            frozen=True,
-            cache=cache,
-        )
-        torch.manual_seed(1)
-        classifier = MODELS.build(cfg)
-        classifier.init_weights()
-        for _ in range(2):
-            classifier.zero_grad()
-            classifier.train()(images()).square().sum().backward()
-        gradients.append(classifier.head.layers.head.weight.grad)
-    assert classifier.backbone.feature_cache.hits == 4
-    assert torch.equal(*gradients)
-
-
-def test_a_cache_tells_precisions_and_networks_apart(finished, tmp_path):
-    path = str(tmp_path / 'features.sqlite')
-    cached = backbone(finished[1], frozen=True, cache=path)
-    exact = cached(images())[0]
-    with torch.autocast('cpu', dtype=torch.bfloat16):
-        short = cached(images())[0]
-        assert cached.feature_cache.hits == 0
-        assert torch.equal(cached(images())[0], short)
-    assert not torch.equal(short.float(), exact)
-    exclude_all = dict(policy=dict(rules=[dict(pattern='', exclude=True)]), compensation=None)
-    floating = backbone(finished[2], frozen=True, cache=path, **exclude_all)
-    assert not torch.equal(floating(images())[0], exact)
-    assert floating.feature_cache.hits == 0
-
-
-def test_what_cannot_be_cached_is_told(finished, tmp_path):
-    path = str(tmp_path / 'features.sqlite')
-    with pytest.raises(ValueError, match='set frozen=True or cache=None'):
-        backbone(finished[1], cache=path)
-    cached = backbone(finished[1], frozen=True, cache=path)
-    with pytest.raises(TypeError, match='one tensor of images and nothing else'):
-        cached(images(), mask=None)
-    exclude_all = dict(rules=[dict(pattern='', exclude=True)])
-    maps = QuantBackbone(
-        dict(type='mmpretrain.ResNet', depth=18, out_indices=(0,)),
-        policy=exclude_all,
-        frozen=True,
-        cache=path,
-    )
-    with pytest.raises(FeatureStoreError, match=r'1\.6 MiB, .* not for maps of detectors'):
-        maps(torch.zeros(1, 3, 320, 320))
 
 
 def test_under_a_feature_pyramid_with_the_swin_of_mmdet():

@@ -1,10 +1,8 @@
-"""The teacher: constants without a graph, a precision of its own, outputs from a file."""
-
-import copy
+"""The teacher: constants without a graph, in a precision of its own."""
 
 import pytest
 import torch
-from builders import images, randomize, resnet_cfg, vit_cfg
+from builders import images, randomize, vit_cfg
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS
 from mmpretrain.structures import DataSample
@@ -72,60 +70,6 @@ def test_gradients_are_those_of_ordinary_constants(checkpoint, temperature):
         assert torch.equal(parameter.grad, found[name]), name
 
 
-def test_a_cache_changes_nothing(checkpoint, tmp_path):
-    plain = build(checkpoint)
-    cached = build(checkpoint, teacher_cache=str(tmp_path / 'features.sqlite'))
-    cache = cached.feature_cache
-    before = cache.lookups
-    for _ in range(2):
-        for key, value in losses(plain, images()).items():
-            assert torch.equal(losses(cached, images())[key], value), key
-    assert cache.lookups - before == 2 * 3 * 4
-    assert cache.hits == cache.lookups - before - 4
-    one, two = train(plain), train(cached)
-    assert all(torch.equal(one[key], two[key]) for key in one)
-
-
-def test_what_comes_from_the_file_is_what_the_loss_reads(checkpoint, tmp_path):
-    """Not computed again beside it."""
-    model = build(checkpoint, teacher_cache=str(tmp_path / 'features.sqlite'))
-    wanted = losses(model, images())
-    model.teacher.forward = None
-    found = losses(model, images())
-    assert found.keys() == wanted.keys() >= {'loss_pca_mimic', 'loss_distill'}
-    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
-
-
-def test_another_run_and_a_copy_find_the_outputs(checkpoint, tmp_path):
-    path = str(tmp_path / 'features.sqlite')
-    wanted = build(checkpoint, teacher_cache=path).teacher_outputs(images())
-    again = build(checkpoint, teacher_cache=path)
-    for model in (again, copy.deepcopy(again)):
-        before = model.feature_cache.hits
-        found = model.teacher_outputs(images())
-        assert model.feature_cache.hits == before + 4
-        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-
-
-def test_teachers_of_another_checkpoint_or_layer_do_not_share(checkpoint, tmp_path):
-    path = str(tmp_path / 'features.sqlite')
-    build(checkpoint, teacher_cache=path).teacher_outputs(images())
-    other = tmp_path / 'other.pth'
-    state = torch.load(checkpoint, weights_only=True)['state_dict']
-    state['backbone.layers.1.ffn.layers.1.bias'][3] += 0.1
-    torch.save({'state_dict': state}, other)
-    model = build(other, teacher_cache=path)
-    model.teacher_outputs(images())
-    assert model.feature_cache.hits == 0
-    layer = 'backbone.layers.1.ffn.layers.1'
-    model = GPLQ(
-        vit_cfg(), str(checkpoint), policy=FAST, mimic={}, feature_layer=layer, teacher_cache=path
-    )
-    model.init_weights()
-    model.teacher_outputs(images())
-    assert model.feature_cache.hits == 0
-
-
 def test_bfloat16_is_for_the_losses_alone(checkpoint):
     exact, short = build(checkpoint), build(checkpoint, teacher_dtype='bfloat16')
     for a, b in zip(short.teacher_outputs(images()), exact.teacher_outputs(images()), strict=True):
@@ -156,30 +100,6 @@ def test_auto_asks_the_device(checkpoint, monkeypatch, fast):
     assert logits.dtype == (torch.bfloat16 if fast else torch.float32)
 
 
-def test_precisions_have_entries_of_their_own(checkpoint, tmp_path):
-    path = str(tmp_path / 'features.sqlite')
-    model = build(checkpoint, teacher_cache=path, teacher_dtype='bfloat16')
-    model._teacher.targets(images())
-    assert model.teacher_outputs(images())[1].dtype == torch.float32
-    assert model.feature_cache.hits == 0
-    assert model._teacher.targets(images())[1].dtype == torch.bfloat16
-    assert model.feature_cache.hits == 4
-
-
 def test_unknown_precision(checkpoint):
     with pytest.raises(ValueError, match="teacher_dtype='half' must be one of auto, float32"):
         GPLQ(vit_cfg(), str(checkpoint), teacher_dtype='half')
-
-
-def test_a_cache_without_features_is_refused(tmp_path):
-    path = str(tmp_path / 'features.sqlite')
-    detector_like = resnet_cfg()
-    detector_like['head'] = None
-    with pytest.raises(ValueError, match='no features are taken; set teacher_cache=None'):
-        GPLQ(detector_like, policy=FAST, teacher_cache=path)
-    maps = dict(mimic=dict(dim=16), feature_layer='backbone.layer2')
-    with pytest.raises(ValueError, match='the features are maps; set teacher_cache=None'):
-        GPLQ(resnet_cfg(), policy=FAST, teacher_cache=path, **maps)
-    # Evaluation builds the same config without a teacher.
-    assert GPLQ(vit_cfg(), policy=FAST, teacher=False, teacher_cache=path).feature_cache is None
-    assert not (tmp_path / 'features.sqlite').exists()

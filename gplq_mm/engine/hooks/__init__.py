@@ -2,14 +2,12 @@
 
 from .calibration_hook import CalibrationHook
 from .checkpoint_hook import GPLQCheckpointHook
-from .feature_cache_hook import FeatureCacheHook
 from .pca_basis_hook import PCABasisHook
 from .quant_stats_hook import QuantStatsHook
 from .weight_drift_hook import WeightDriftHook
 
 __all__ = [
     'CalibrationHook',
-    'FeatureCacheHook',
     'GPLQCheckpointHook',
     'PCABasisHook',
     'QuantStatsHook',
