@@ -8,19 +8,16 @@ from doc_pages import DOCS, ROOT, blocks, name_of
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
-from gplq_mm.layers import attention_adapters
 from gplq_mm.models import GPLQ
-from gplq_mm.registry import QUANTIZERS, WEIGHT_PTQ
+from gplq_mm.registry import FAMILIES, QUANTIZERS, WEIGHT_PTQ
 
 
 @pytest.fixture
 def own_registries(monkeypatch):
     """What the examples register is forgotten."""
-    for registry in (QUANTIZERS, WEIGHT_PTQ):
+    for registry in (FAMILIES, QUANTIZERS, WEIGHT_PTQ):
         registry.import_from_location()
         monkeypatch.setattr(registry, '_module_dict', dict(registry.module_dict))
-    known = dict(attention_adapters.ATTENTION_ADAPTERS)
-    monkeypatch.setattr(attention_adapters, 'ATTENTION_ADAPTERS', known)
 
 
 def run_page(page: Path) -> dict:
@@ -38,7 +35,7 @@ def test_extending(own_registries):
     space = run_page(DOCS / 'extending.md')
     assert {'power_of_two'} <= set(QUANTIZERS.module_dict)
     assert WEIGHT_PTQ.get('AdaRound') is space['AdaRound']
-    assert 'extending.SelfAttention' in attention_adapters.ATTENTION_ADAPTERS
+    assert FAMILIES.get('MyFamily') is space['MyFamily']
 
 
 def test_a_config_imports_a_quantizer_of_ones_own(own_registries, tmp_path, monkeypatch):
