@@ -207,10 +207,45 @@ class QuantAttention(nn.Module):
         value: Tensor,
         attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
+        is_causal: bool = False,
         scale: float | None = None,
+        enable_gqa: bool = False,
     ) -> Tensor:
-        """Takes the place of ``torch.nn.functional.scaled_dot_product_attention``."""
-        scale = scale or query.shape[-1] ** -0.5
+        """Takes the place of ``torch.nn.functional.scaled_dot_product_attention``.
+
+        Args:
+            query: ``(..., heads, N, d)``.
+            key: ``(..., heads, M, d)``; with ``enable_gqa`` of fewer heads.
+            value: ``(..., heads, M, e)``; likewise.
+            attn_mask: Broadcast to ``(..., heads, N, M)``: a boolean one is True where a query may
+                look, any other is added to the scores. A query that may look nowhere gives zeros.
+            dropout_p: Dropout of probabilities.
+            is_causal: Whether query i may look at keys 0 to i alone.
+            scale: Factor on the scores. Defaults to ``1 / sqrt(d)``.
+            enable_gqa: Whether several heads of the queries share one of keys and values.
+
+        Returns:
+            ``(..., heads, N, e)``.
+
+        Raises:
+            ValueError: For a mask together with ``is_causal``.
+        """
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if enable_gqa:
+            heads = query.shape[-3]
+            key, value = (x.repeat_interleave(heads // x.shape[-3], -3) for x in (key, value))
+        if is_causal:
+            if attn_mask is not None:
+                raise ValueError('is_causal=True is a mask already; give it or attn_mask.')
+            shape = (query.shape[-2], key.shape[-2])
+            attn_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
         if attn_mask is None:
             return self.attend(query, key, value, scale, dropout_p=dropout_p)
-        return self.mix(self.scores(query, key, scale) + attn_mask, value, dropout_p)
+        scores = self.scores(query, key, scale)
+        if attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, -torch.inf)
+        else:
+            scores = scores + attn_mask
+        nowhere = (scores == -torch.inf).all(-1, keepdim=True)
+        out = self.mix(scores.masked_fill(nowhere, 0), value, dropout_p)
+        return out.masked_fill(nowhere, 0)

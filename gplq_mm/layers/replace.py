@@ -121,7 +121,7 @@ def _refuse(unsupported: dict[str, nn.Module]) -> None:
     )
 
 
-def _plan(model: nn.Module, policy: QuantPolicy) -> list[tuple]:
+def _plan(model: nn.Module, policy: QuantPolicy, may_stay_float: bool) -> list[tuple]:
     """All sites of a model as ``(name, kind, module, spec)``, ``spec`` None where it is excluded;
     kind and spec of an attention are ``'attention'`` and a spec by operand. Changes nothing.
 
@@ -151,7 +151,7 @@ def _plan(model: nn.Module, policy: QuantPolicy) -> list[tuple]:
     policy.check_matched(names)
     if unsupported:
         _refuse(unsupported)
-    if not any(spec for *_, spec in plan):
+    if not (may_stay_float or any(spec for *_, spec in plan)):
         raise PolicyError(
             f'the policy excludes all {len(names)} layers of the model, so that there is nothing '
             'to quantize; take back a rule with exclude=True.'
@@ -178,7 +178,10 @@ def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def quantize_model(
-    model: nn.Module, policy: QuantPolicy, compensation: dict | None = None
+    model: nn.Module,
+    policy: QuantPolicy,
+    compensation: dict | None = None,
+    may_stay_float: bool = False,
 ) -> QuantReport:
     """Swaps the layers of ``model`` for quantized twins that share their parameters.
 
@@ -190,6 +193,7 @@ def quantize_model(
         model: Float model; changed in place.
         policy: Which site gets which spec.
         compensation: Config of the compensation that blocks can take, or None.
+        may_stay_float: Whether the policy may exclude everything.
 
     Returns:
         What was replaced.
@@ -199,7 +203,7 @@ def quantize_model(
             in one message), a policy that excludes everything, or a model without any layer to
             quantize.
     """
-    plan = _plan(model, policy)
+    plan = _plan(model, policy, may_stay_float)
     done: dict[str, list[str]] = {'linear': [], 'conv': [], 'attention': [], 'excluded': []}
     with _unchanged_on_error(model):
         for name, kind, module, spec in plan:

@@ -67,8 +67,8 @@ def feature_layer_of(model: nn.Module, name: str | None) -> nn.Module:
         layers = [] if head is None else [m for m in head.modules() if isinstance(m, nn.Linear)]
     if not layers or layers[-1] is None:
         raise ValueError(
-            'the architecture has neither a head with a Linear layer nor a neck, so there are no '
-            'features to mimic; set feature_layer, or mimic=None and distill=None.'
+            'the architecture has neither a head with a Linear layer nor a neck of a detector, '
+            'so there are no features to mimic; set feature_layer, or mimic=None and distill=None.'
         )
     return layers[-1]
 

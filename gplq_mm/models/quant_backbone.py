@@ -51,7 +51,7 @@ class QuantBackbone(BaseModule):
         self.checkpoint = checkpoint
         self.frozen = frozen
         self.policy = QuantPolicy(**(policy or {}))
-        self.quant_report = quantize_model(self, self.policy, compensation)
+        self.quant_report = quantize_model(self, self.policy, compensation, may_stay_float=frozen)
         if frozen:
             self.requires_grad_(False)
 

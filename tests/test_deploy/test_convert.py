@@ -87,6 +87,50 @@ def test_copies_and_states(models, kind):
     assert torch.equal(deployed.to('cpu').to(torch.device('cpu'))(x), expected)
 
 
+def reachable_tensors(value, seen=None):
+    """Every tensor that an object holds, also where ``state_dict`` and ``to`` do not look."""
+    seen = {} if seen is None else seen
+    if id(value) in seen:
+        return
+    # Kept, so that the id is not given to another object.
+    seen[id(value)] = value
+    if torch.is_tensor(value):
+        yield value
+        children = []
+    elif isinstance(value, dict):
+        children = [*value.keys(), *value.values()]
+    elif isinstance(value, list | tuple | set):
+        children = value
+    else:
+        children = [getattr(value, '__dict__', {}), getattr(value, '__self__', None)]
+    for child in children:
+        yield from reachable_tensors(child, seen)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_no_float_weight_stays_in_memory(models, kind):
+    simulated = models[kind]
+    deployed = convert(simulated)
+    own = {tensor.data_ptr(): tensor for tensor in deployed.state_dict().values()}
+    held = list(reachable_tensors(deployed))
+    hidden = [tensor for tensor in held if tensor.numel() and tensor.data_ptr() not in own]
+    # What is beside the state: Swin's masks and indices, none of them as large as a weight.
+    assert len(held) >= len(own)
+    shapes = {layer.weight.shape for layer in quant_layers(simulated).values()}
+    assert not [tensor.shape for tensor in hidden if tensor.shape in shapes]
+    bytes_of = [
+        sum(t.untyped_storage().nbytes() for t in tensors) for tensors in (hidden, own.values())
+    ]
+    assert bytes_of[0] < 0.05 * bytes_of[1]
+
+
+def test_a_weight_that_stays_in_memory_is_noticed(models):
+    deployed = convert(models['vit'])
+    before = len(list(reachable_tensors(deployed)))
+    deployed.backbone.layers[0].__dict__['kept'] = [nn.Linear(8, 8)]
+    assert len(list(reachable_tensors(deployed))) == before + 2
+
+
 def test_attention_that_stays_simulated_is_reported():
     policy = dict(exclude=[r'layers\.1\.attn\.probs'])
     simulated = quantized_classifier('vit', policy)

@@ -157,7 +157,6 @@ def test_losses_of_every_level_are_weighed(data, pretrained, tmp_path):
 @pytest.mark.parametrize(
     ('settings', 'text'),
     [
-        (dict(mimic={}), "set feature_layer .for a detector 'neck'"),
         (dict(mimic={}, feature_layer='second_neck'), 'no layer of the architecture'),
         (dict(mimic={}, feature_layer='backbone'), r'set mimic\.dim'),
         (dict(distill={}, feature_layer='neck'), 'distill=None'),
@@ -168,6 +167,14 @@ def test_mimicking_of_what_there_is_not(settings, text, data, pretrained, tmp_pa
     cfg.model.update(settings)
     with pytest.raises(ValueError, match=text):
         build_runner(cfg)
+
+
+def test_a_detector_mimics_its_neck_unless_told_otherwise(data, pretrained, tmp_path):
+    cfg = mimicking(detection_config(tmp_path, data, pretrained))
+    cfg.model.pop('feature_layer')
+    model = build_runner(cfg).model
+    assert model.taps_maps
+    assert model.mimic_loss is not None
 
 
 def test_two_ranks_have_the_basis_of_one(data, pretrained, tmp_path):

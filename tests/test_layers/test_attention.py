@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from mmdet.models.backbones.swin import WindowMSA as MMDetWindowMSA
 from mmpretrain.models.utils.attention import MultiheadAttention, ShiftWindowMSA, WindowMSA
 from torch import nn
@@ -321,3 +323,68 @@ def test_dropout_acts_on_the_probabilities():
     dropped = attention(q, q, ones, dropout_p=0.5)
     assert dropped.std() > 5 * attention(q, q, ones).std()
     assert not torch.equal(dropped, attention(q, q, ones, dropout_p=0.5))
+
+
+def operands(row_relative=False):
+    specs = dict.fromkeys(('q', 'k', 'v'), ActSpec(granularity='head'))
+    specs['probs'] = ActSpec(
+        granularity='head', zero_point='none', signed=False, row_relative=row_relative
+    )
+    return QuantAttention(specs, HEADS, None, 'attn')
+
+
+@st.composite
+def sdpa_arguments(draw):
+    """Arguments of scaled_dot_product_attention."""
+    queries, keys, width = (draw(st.integers(1, 6)) for _ in range(3))
+    grouped = draw(st.booleans())
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    shapes = ((HEADS, queries, 4), *((1 if grouped else HEADS, keys, n) for n in (4, width)))
+    args = [torch.randn(2, *shape, generator=generator) for shape in shapes]
+    kwargs = dict(
+        scale=draw(st.none() | st.floats(0, 2)), enable_gqa=grouped, is_causal=draw(st.booleans())
+    )
+    kind = draw(st.sampled_from(['none', 'boolean', 'added']))
+    if kind != 'none' and not kwargs['is_causal']:
+        shape = draw(st.sampled_from([(queries, keys), (2, 1, queries, keys), (1, HEADS, 1, keys)]))
+        mask = torch.randn(shape, generator=generator)
+        kwargs['attn_mask'] = mask > 0 if kind == 'boolean' else mask.masked_fill(mask > 1, -1e9)
+    return args, kwargs
+
+
+@given(call=sdpa_arguments(), row_relative=st.booleans())
+def test_without_quantizers_it_is_torchs_attention(call, row_relative):
+    args, kwargs = call
+    attention = operands(row_relative)
+    with quantizers_disabled(attention):
+        found = attention(*args, **kwargs)
+    expected = nn.functional.scaled_dot_product_attention(*args, **kwargs)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['boolean', 'is_causal'])
+@pytest.mark.parametrize('row_relative', [False, True])
+def test_quantized_queries_do_not_see_what_is_masked(kind, row_relative):
+    attention = operands(row_relative)
+    query, key, value = (torch.randn(2, HEADS, 6, 4) for _ in range(3))
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()
+    if kind == 'boolean':
+        mask[2] = False
+    kwargs = dict(is_causal=True) if kind == 'is_causal' else dict(attn_mask=mask)
+    with torch.no_grad():
+        calibrate(attention, lambda _index, _passes: attention(query, key, value, **kwargs))
+    query.requires_grad_()
+    before = attention(query, key, value, **kwargs)
+    before.sum().backward()
+    assert query.grad.isfinite().all()
+    value[:, :, 4:] += 1
+    after = attention(query, key, value, **kwargs)
+    assert torch.equal(before[:, :, :4], after[:, :, :4])
+    assert not torch.equal(before[:, :, 4:], after[:, :, 4:])
+    assert (before[:, :, 2] == 0).all() == (kind == 'boolean')
+
+
+def test_a_mask_beside_is_causal_is_refused():
+    x = torch.randn(1, HEADS, 3, 4)
+    with pytest.raises(ValueError, match='give it or attn_mask'):
+        operands()(x, x, x, attn_mask=torch.ones(3, 3), is_causal=True)

@@ -162,6 +162,9 @@ def test_a_policy_that_excludes_everything_is_refused():
     with pytest.raises(PolicyError, match=r'excludes all \d+ layers'):
         quantize_model(model, QuantPolicy(exclude=['.']))
     assert state_of(model) == before
+    report = quantize_model(model, QuantPolicy(exclude=['.']), may_stay_float=True)
+    assert not quant_layers(model)
+    assert len(report.excluded) == 12
 
 
 def test_a_quantized_model_is_not_quantized_again():
