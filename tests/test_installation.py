@@ -78,12 +78,14 @@ class FakeStep:
         """Keeps the line."""
         self.said.append(text)
 
+    def pip_install(self, *arguments):
+        """Installs the wheel."""
+        self.calls.append('install')
+        self.installed = Path(arguments[-1]).read_text()
+
     def pip(self, command, *arguments, **options):
-        """Downloads the sources, or writes the wheel, or installs it; its content is its kind."""
+        """Downloads the sources, or writes the wheel, whose content is its kind."""
         self.calls.append(command)
-        if command == 'install':
-            self.installed = Path(arguments[-1]).read_text()
-            return
         self.env = options['env']
         if command == 'download':
             folder = Path(arguments[arguments.index('-d') + 1])

@@ -146,7 +146,7 @@ def create_environment(step, level):
     made_from = digest(*pinned(*BUILD_TOOLS))
     if finished().get('environment') == made_from:
         return UNCHANGED
-    step.pip('install', '-c', 'constraints.txt', *BUILD_TOOLS)
+    step.pip_install('-c', 'constraints.txt', *BUILD_TOOLS)
     remember('environment', made_from)
     return DONE
 
@@ -158,7 +158,7 @@ def install_torch(step, level):
     made_from = digest(*(packages + pinned('torch', 'torchvision', 'numpy')))
     result = UNCHANGED
     if finished().get('torch') != made_from:
-        step.pip('install', '-c', 'constraints.txt', *packages)
+        step.pip_install('-c', 'constraints.txt', *packages)
         remember('torch', made_from)
         result = DONE
     version = ask('import importlib.metadata as m; print(m.version("torch"))')
@@ -249,7 +249,7 @@ def install_mmcv(step, level):
 
 def install_wheel(step, wheel):
     """Installs an mmcv wheel and returns whether its operators load."""
-    step.pip('install', '--no-deps', '--force-reinstall', wheel)
+    step.pip_install('--no-deps', '--force-reinstall', wheel)
     return ask(LOAD_MMCV_OPS) is not None
 
 
@@ -312,11 +312,11 @@ def install_libraries(step, level):
         return UNCHANGED
     jobs = {'MAX_JOBS': os.environ.get('MAX_JOBS') or str(compile_jobs())}
     package = f'.{extras}'
-    step.pip('install', '--no-build-isolation', '-c', 'constraints.txt', '-e', package, env=jobs)
+    step.pip_install('--no-build-isolation', '-c', 'constraints.txt', '-e', package, env=jobs)
     # imaug asks for both OpenCV packages, which write the same files. The one without a
     # display has to come last, or `import cv2` needs libGL.
     if ask('import cv2; assert cv2.version.headless') is None:
-        step.pip('install', '--no-deps', '--force-reinstall', *pinned('opencv-python-headless'))
+        step.pip_install('--no-deps', '--force-reinstall', *pinned('opencv-python-headless'))
     remember('libraries', made_from)
     remember('extras', extras)
     return DONE
