@@ -1,11 +1,14 @@
-# The first target that is called creates .venv and installs everything;
-# later calls install again only after one of INSTALL_INPUTS changed.
+# The first target that is called creates .venv and installs what it needs: classifiers need no
+# operator of mmcv, detectors a few that are compiled, the rest the tools of development too.
+# Later calls install again only after one of INSTALL_INPUTS changed.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-INSTALLED := $(VENV)/.installed
+FOR_CLASSIFIERS := $(VENV)/.classifiers
+FOR_DETECTORS := $(VENV)/.detectors
+INSTALLED := $(VENV)/.development
 INSTALL_INPUTS := requirements.txt constraints.txt setup.py gplq_mm/version.py \
-	tools/dev/install.py tools/dev/steps.py \
+	$(addprefix tools/dev/,install.py steps.py mmcv_sources.py mmcv_ext.py) \
 	$(wildcard gplq_mm/ops/csrc/*.h gplq_mm/ops/csrc/cpu/*.h gplq_mm/ops/csrc/cpu/*.cpp)
 
 .DEFAULT_GOAL := help
@@ -15,17 +18,19 @@ help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | \
 		while IFS='|' read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
 
-$(INSTALLED): $(INSTALL_INPUTS)
-	@$(PYTHON) tools/dev/install.py
+$(FOR_CLASSIFIERS) $(FOR_DETECTORS) $(INSTALLED): $(INSTALL_INPUTS)
+	@$(PYTHON) tools/dev/install.py $(patsubst .%,%,$(notdir $@))
 	@touch $@
 
-install: $(INSTALLED) ## Create .venv and install everything into it.
-	@:
+# Always looks, since variables such as GPLQ_MM_MMCV_OPS decide too.
+install: ## Create .venv and install everything into it.
+	@$(PYTHON) tools/dev/install.py development
+	@touch $(INSTALLED)
 
-quickstart: $(INSTALLED) ## Train FP32, then GPLQ, on the embedded data set; print the table.
+quickstart: $(FOR_CLASSIFIERS) ## Train FP32, then GPLQ, on the embedded data set; print the table.
 	@$(RUN) tools/quickstart.py $(ARGS)
 
-quickstart-det: $(INSTALLED) ## The same with a detector, on scenes of the digits.
+quickstart-det: $(FOR_DETECTORS) ## The same with a detector, on scenes of the digits.
 	@$(RUN) tools/quickstart.py --model mask-rcnn $(ARGS)
 
 test: $(INSTALLED) ## Run the tests that are not slow (more options: ARGS='-k name').

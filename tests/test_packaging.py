@@ -30,10 +30,13 @@ PACKAGING_FILES = (
     '.pre-commit-config.yaml',
     'tools/dev/install.py',
     'tools/dev/steps.py',
+    'tools/dev/mmcv_sources.py',
+    'tools/dev/mmcv_ext.py',
     'tools/dist_train.sh',
     'tools/dist_test.sh',
     'tools/slurm_train.sh',
 )
+DEV_MODULES = ('install', 'steps', 'mmcv_sources')
 
 
 def read_requirements(name):
@@ -60,10 +63,10 @@ def pins_for(python_version):
 def load_tool(monkeypatch):
     """A function that imports a module of ``tools/dev``, which is no package."""
     monkeypatch.syspath_prepend(ROOT / 'tools' / 'dev')
-    for name in ('install', 'steps'):
+    for name in DEV_MODULES:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield importlib.import_module
-    for name in ('install', 'steps'):
+    for name in DEV_MODULES:
         sys.modules.pop(name, None)
 
 
@@ -253,59 +256,6 @@ def test_a_step_prints_one_line_or_the_reason(load_tool, tmp_path, monkeypatch, 
     assert lines[0] == '[2/2] second ... failed'
     assert lines[1].strip() == 'ReadTimeout: no answer'
     assert lines[-1].startswith('The package index cannot be reached')
-
-
-class FakePip:
-    """Stands for a step whose pip compiles at once; keeps what it was asked to do."""
-
-    title = 'mmcv'
-
-    def __init__(self):
-        self.calls = []
-
-    def say(self, text):
-        """Prints nothing."""
-
-    def pip(self, command, *arguments, **options):
-        """Writes the wheel that ``pip wheel`` would; its content tells which it is."""
-        self.calls.append(command)
-        if command == 'wheel':
-            assert options['env']['MMCV_WITH_OPS'] == '1'
-            assert options['env']['CUDA_VISIBLE_DEVICES'] == ''
-            folder = Path(arguments[arguments.index('-w') + 1])
-            (folder / 'onedl_mmcv-2.whl').write_text('new')
-        else:
-            self.installed = Path(arguments[-1]).read_text()
-
-
-def test_mmcv_is_compiled_once_and_again_if_the_kept_wheel_is_broken(
-    load_tool, tmp_path, monkeypatch
-):
-    install = load_tool('install')
-    step = FakePip()
-
-    def ask(code):
-        if code == install.MMCV_TARGET:
-            return '2.12.1+cu130 cp311 cpu'
-        return '' if step.installed == 'new' else None
-
-    monkeypatch.setattr(install, 'ask', ask)
-    monkeypatch.setattr(install, 'CACHE', tmp_path / 'cache')
-    monkeypatch.setattr(install, 'STATE', tmp_path / 'first.json')
-    assert install.install_mmcv(step) == install.DONE
-    assert step.calls == ['wheel', 'install']
-    assert install.install_mmcv(step) == install.UNCHANGED
-    (kept,) = (tmp_path / 'cache').rglob('*.whl')
-
-    monkeypatch.setattr(install, 'STATE', tmp_path / 'second.json')
-    assert 'compiled earlier' in install.install_mmcv(step)
-    assert step.calls == ['wheel', 'install', 'install']
-
-    kept.write_text('made for another machine')
-    monkeypatch.setattr(install, 'STATE', tmp_path / 'third.json')
-    assert install.install_mmcv(step) == install.DONE
-    assert kept.read_text() == 'new'
-    assert list(kept.parent.iterdir()) == [kept], 'the scratch folder stayed'
 
 
 @pytest.mark.parametrize('name', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh'])

@@ -139,6 +139,10 @@ class Step:
         """Runs the environment's pip."""
         self.run(PYTHON, '-m', 'pip', *arguments, **options)
 
+    def pip_install(self, *arguments, **options):
+        """Installs packages; Python compiles a module when it is imported, which few are."""
+        self.pip('install', '--no-compile', *arguments, **options)
+
     def _alive(self, progress):
         if self._live:
             text = f'{self.head} {self.title} ... {progress}'
