@@ -40,12 +40,14 @@ NO_COMPILER = (
     '`apt-get install build-essential`) or name it in CXX; or set GPLQ_MM_NO_EXT=1 to install '
     'without kernels (the int4 ops then run in plain torch, slowly).'
 )
+DETECTION_REQUIREMENTS = ['onedl-mmdetection>=3.5.1,<4.0']
 ONNX_REQUIREMENTS = ['onnx>=1.18', 'onnxscript>=0.5']
 # What tools/benchmark.py measures beside our own kernels.
 BENCH_REQUIREMENTS = [*ONNX_REQUIREMENTS, 'nncf>=3.0', 'onnxruntime>=1.20', 'openvino>=2026.0']
 DOCS_REQUIREMENTS = ['mkdocs>=1.6,<2.0', 'mkdocs-material>=9.7', 'mkdocstrings[python]>=1.0']
 TENSORBOARD_REQUIREMENTS = ['tensorboard>=2.15']
 DEV_REQUIREMENTS = [
+    *DETECTION_REQUIREMENTS,
     *DOCS_REQUIREMENTS,
     *ONNX_REQUIREMENTS,
     *TENSORBOARD_REQUIREMENTS,
@@ -172,6 +174,7 @@ setup(
     install_requires=read_requirements(),
     extras_require={
         'bench': BENCH_REQUIREMENTS,
+        'detection': DETECTION_REQUIREMENTS,
         'dev': DEV_REQUIREMENTS,
         'docs': DOCS_REQUIREMENTS,
         'onnx': ONNX_REQUIREMENTS,

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from mmdet.models import BaseDetector
-from mmdet.structures import DetDataSample
 from mmengine.config import Config, DictAction
 from mmengine.registry import DefaultScope
 from mmpretrain.models import BaseClassifier
@@ -22,6 +20,7 @@ from gplq_mm import deploy
 from gplq_mm.checkpoint import read_checkpoint
 from gplq_mm.deploy.verify import compare, tensors_in
 from gplq_mm.engine import headline_metrics, load_run_weights, one_line_errors
+from gplq_mm.layers.family import entry_of
 from gplq_mm.registry import MODELS
 
 
@@ -76,8 +75,11 @@ def outputs(model: nn.Module, images: Tensor):
     """Logits of a classifier, maps and heads' outputs of a detector, features of other models."""
     if isinstance(model, BaseClassifier):
         return model(images, mode='tensor')
-    if not isinstance(model, BaseDetector):
+    if entry_of(model, 'outputs') is None:
         return model.extract_feat(images)
+    # Installed where there are detectors only.
+    from mmdet.structures import DetDataSample
+
     meta = dict(img_shape=tuple(images.shape[-2:]), scale_factor=(1.0, 1.0))
     samples = [DetDataSample(metainfo=meta) for _ in images]
     with DefaultScope.overwrite_default_scope('mmdet'):

@@ -1,8 +1,8 @@
 """Installs everything that gplq_mm needs into ``.venv``; the Makefile calls it.
 
-The argument says what the environment is for: ``classifiers`` need no operator of mmcv,
-``detectors`` a few, and ``development`` the tools of tests and documentation too. What is there
-already stays there.
+The argument says what the environment is for: ``classifiers`` need neither mmdet nor an operator
+of mmcv, ``detectors`` mmdet and a few operators, and ``development`` the tools of tests and
+documentation too. What is there already stays there.
 
 Every step remembers what it was made from, so a second call repeats only the steps whose
 inputs changed. mmcv's operators are compiled against the installed torch; the wheel is kept in
@@ -37,7 +37,13 @@ KERNELS = ROOT / 'gplq_mm' / 'ops' / 'csrc'
 DONE = 'ok ({seconds} s)'
 UNCHANGED = 'unchanged'
 
-LEVELS = ('classifiers', 'detectors', 'development')
+# Level -> extra of setup.py, and a module that needs what the level adds. A level has what those
+# before it have.
+LEVELS = {
+    'classifiers': ('', 'mmpretrain.models'),
+    'detectors': ('[detection]', 'mmcv.ops, mmdet.models'),
+    'development': ('[dev]', 'pytest'),
+}
 
 # Prints what decides about mmcv's operators: torch, Python, a GPU's architecture, and whether
 # there is a compiler of the CUDA version that torch was made with.
@@ -114,6 +120,11 @@ def remember(name, made_from):
     new = STATE.with_suffix('.new')
     new.write_text(json.dumps(dict(finished(), **{name: made_from}), indent=1))
     os.replace(str(new), str(STATE))
+
+
+def at_least(level):
+    """Returns the level that was installed before, if it has more than the given one."""
+    return max(level, finished().get('level', level), key=list(LEVELS).index)
 
 
 def use_supported_python():
@@ -307,18 +318,18 @@ def install_libraries(step, level):
     made_from = digest(str(ROOT), torch_version, without_kernels, *inputs)
     built = without_kernels or list((ROOT / 'gplq_mm').glob('_C.*so'))
     done = finished()
-    extras = '[dev]' if level == 'development' or done.get('extras') else ''
-    if done.get('libraries') == made_from and extras == done.get('extras', '') and built:
+    level = at_least(level)
+    if done.get('libraries') == made_from and level == done.get('level') and built:
         return UNCHANGED
     jobs = {'MAX_JOBS': os.environ.get('MAX_JOBS') or str(compile_jobs())}
-    package = f'.{extras}'
+    package = f'.{LEVELS[level][0]}'
     step.pip_install('--no-build-isolation', '-c', 'constraints.txt', '-e', package, env=jobs)
     # imaug asks for both OpenCV packages, which write the same files. The one without a
     # display has to come last, or `import cv2` needs libGL.
     if ask('import cv2; assert cv2.version.headless') is None:
         step.pip_install('--no-deps', '--force-reinstall', *pinned('opencv-python-headless'))
     remember('libraries', made_from)
-    remember('extras', extras)
+    remember('level', level)
     return DONE
 
 
@@ -329,7 +340,9 @@ def check_imports(step, level):
     )
     if finished().get('imports') == made_from:
         return UNCHANGED
-    step.run(PYTHON, '-c', 'import mmcv.ops, mmdet.models, mmpretrain.models, gplq_mm')
+    names = list(LEVELS)[: list(LEVELS).index(at_least(level)) + 1]
+    modules = ', '.join(LEVELS[name][1] for name in names)
+    step.run(PYTHON, '-c', f'import gplq_mm, {modules}')
     remember('imports', made_from)
     return DONE
 
@@ -339,7 +352,7 @@ def main():
     use_supported_python()
     level = sys.argv[1]
     if level not in LEVELS:
-        sys.exit(f'{level} is none of {LEVELS}.')
+        sys.exit(f'{level} is none of {", ".join(LEVELS)}.')
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     steps = (
         ('environment', 'environment .venv', create_environment),
