@@ -135,6 +135,16 @@ def test_a_classifier_compiles_nothing_and_a_detector_then_what_it_calls(install
     assert len(step.calls) == calls
 
 
+def test_a_level_is_installed_once_and_never_taken_back(install, machine, monkeypatch):
+    step, extras = machine.step, []
+    monkeypatch.setattr(step, 'pip_install', lambda *arguments, **_: extras.append(arguments[-1]))
+    monkeypatch.setattr(install, 'ask', lambda code: '')
+    install.remember('libraries', '')
+    for level in ('classifiers', 'detectors', 'classifiers', 'development', 'detectors'):
+        install.install_libraries(step, level)
+    assert extras == ['.', '.[detection]', '.[dev]']
+
+
 def test_the_wheel_is_kept_and_made_again_if_it_is_broken(install, machine, tmp_path, monkeypatch):
     step = machine.step
     install.install_mmcv(step, 'detectors')
