@@ -50,8 +50,8 @@ test-asan: $(INSTALLED) ## Run the kernels' tests under AddressSanitizer and UBS
 	@LD_PRELOAD='$(call CXX_FILE,libasan.so) $(call CXX_FILE,libstdc++.so)' \
 		ASAN_OPTIONS=detect_leaks=0 GPLQ_MM_LIBRARY='$(CURDIR)/build/asan/gplq_mm/_C.abi3.so' \
 		$(RUN) -m pytest -p no:cacheprovider -k 'not environment and not unknown' \
-		$(wildcard tests/test_ops/test_int4_linear.py tests/test_ops/test_fused.py \
-		tests/test_ops/test_attention.py) $(ARGS)
+		tests/test_ops/test_int4_linear.py tests/test_ops/test_fused.py \
+		tests/test_ops/test_attention.py tests/test_families/test_fused.py $(ARGS)
 
 lint: $(INSTALLED) ## Check the code with ruff.
 	@$(RUN) -m ruff check .

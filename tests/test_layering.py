@@ -25,7 +25,7 @@ ALLOWED = {
     'deploy': LOW | BASE | {'ops', 'ptq', 'models'},
     'engine': LOW | BASE | {'ops', 'ptq', 'evaluation', 'models', 'datasets'},
     'analysis': LOW | BASE | {'ptq', 'evaluation', 'models', 'engine'},
-    'benchmark': {'checkpoint', 'deploy'},
+    'benchmark': LOW | BASE | {'ops', 'ptq', 'evaluation', 'models', 'engine', 'deploy'},
     '__init__': {'version'},
 }
 FRAMEWORKS = {'mmpretrain', 'mmdet'}

@@ -1,26 +1,5 @@
-"""What tools/benchmark.py measures, and how it shows that."""
+"""What tools/benchmark.py and benchmarks/gpu.py measure; one file for each thing.
 
-from .candidates import (
-    LINEAR_IMPLS,
-    MODEL_IMPLS,
-    OURS,
-    PeerUnavailable,
-    count_operations,
-    linear_candidates,
-    model_candidates,
-)
-from .report import show, show_ptq, show_training, write
-
-__all__ = [
-    'LINEAR_IMPLS',
-    'MODEL_IMPLS',
-    'OURS',
-    'PeerUnavailable',
-    'count_operations',
-    'linear_candidates',
-    'model_candidates',
-    'show',
-    'show_ptq',
-    'show_training',
-    'write',
-]
+``linear``, ``model``, ``train``, ``ptq``, ``kernels`` and ``gpu``. ``timing`` is their clock,
+``report`` their tables, files and pictures; ``peers`` and ``synthetic`` make what is measured.
+"""

@@ -7,7 +7,7 @@ import torch
 from builders import build_quantized, images
 from torch import nn
 
-from gplq_mm.engine.train_cost import saved_megabytes
+from gplq_mm.benchmark.train import saved_megabytes
 from gplq_mm.layers import (
     QuantAttention,
     QuantConv2d,

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
+from gplq_mm.benchmark import gpu, report
 from gplq_mm.ops import reference, triton_layer, triton_ops
 from gplq_mm.quant.packing import pack_multiplier_panels, pack_panels
 
@@ -97,6 +99,13 @@ def test_weights_may_be_unpacked_before_or_within_the_product(group_size, act_bi
         out = torch.empty(17, 70, dtype=torch.int32)
         triton_ops._multiply(codes, prepared, out, unpack_in_loop=in_loop)
         assert torch.equal(out, expected)
+
+
+def test_the_benchmark_times_every_form_of_the_product():
+    bench = report.Bench(Console(), 1, lambda call: lambda: float(call() is not None) + 1)
+    gpu.linear(bench, [1, 2], [('odd', 3, 33, 65)], CPU)
+    assert {row['shape'] for row in bench.rows} == {'3x33x65', '6x33x65'}
+    assert len({row['impl'] for row in bench.rows}) * 2 == len(bench.rows) == 10
 
 
 @few

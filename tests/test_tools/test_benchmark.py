@@ -10,7 +10,9 @@ from builders import NUM_CLASSES, build_float, images, vit_cfg
 from mmengine.config import Config
 from tiny_runs import load_tool
 
-from gplq_mm.benchmark import LINEAR_IMPLS, OURS, PeerUnavailable, candidates, count_operations
+from gplq_mm.benchmark import linear, model
+from gplq_mm.benchmark.peers import PeerUnavailable
+from gplq_mm.benchmark.report import OURS
 
 ROW = {'name', 'threads', 'impl', 'median_ms', 'gops', 'times_ours', 'rounds'}
 
@@ -62,7 +64,7 @@ def by_impl(rows: list[dict], **subject) -> dict[str, dict]:
 def test_linear(tool, tmp_path, config, capsys):
     result = run(tool, tmp_path / 'a' / 'b.json', 'linear', '--shapes', '24x64x48', config)
     first = by_impl(result['rows'], shape='24x64x48')
-    assert set(first) == set(LINEAR_IMPLS)
+    assert set(first) == set(linear.IMPLS)
     for row in first.values():
         assert row['gops'] == pytest.approx(2 * 24 * 64 * 48 / row['median_ms'] / 1e6)
         ratio = row['median_ms'] / first[OURS]['median_ms']
@@ -115,7 +117,7 @@ def test_absent_peer_is_named(tool, tmp_path, config, capsys, monkeypatch):
     def build(name, *_args):
         raise PeerUnavailable(f'{name} needs what is not here')
 
-    monkeypatch.setattr(candidates, 'build_peer', build)
+    monkeypatch.setattr(model, 'build_peer', build)
     arguments = ('--impls', 'openvino_int8', '--batch', 1)
     result = run(tool, tmp_path / 'r.json', 'model', '--model', config, *arguments)
     # Ours is there without being asked for: ratios are those to ours.
@@ -129,14 +131,14 @@ def test_operations_are_those_of_the_model(tool):
     patches = 16 * 3 * 8 * 8 * width
     block = tokens * width * (3 * width + width + 2 * hidden) + 2 * tokens**2 * width
     expected = 2 * (patches + layers * block + width * NUM_CLASSES)
-    assert count_operations(build_float('vit'), images(1)) == expected
-    assert count_operations(build_float('vit'), images(3)) == 3 * expected
+    assert model.count_operations(build_float('vit'), images(1)) == expected
+    assert model.count_operations(build_float('vit'), images(3)) == 3 * expected
 
 
 @pytest.mark.parametrize('name', ['vit-tiny', 'deit-small', 'swin-tiny'])
 def test_named_models_have_the_layers_of_the_papers(tool, name):
     width, classes = {'vit-tiny': 192, 'deit-small': 384, 'swin-tiny': 96}[name], 1000
-    shapes = tool.layer_shapes(name, 2)
+    shapes = tool.parse_shapes([name], [2])
     rows = 2 * (3136 if name == 'swin-tiny' else 197)
     assert shapes[:3] == [
         (rows, width, 3 * width),

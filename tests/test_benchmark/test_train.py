@@ -5,7 +5,7 @@ import torch
 from builders import swin_cfg, vit_cfg
 from torch import nn
 
-from gplq_mm.engine.train_cost import IMPLS, build_step, saved_megabytes, training_memory
+from gplq_mm.benchmark.train import IMPLS, build_step, saved_megabytes, training_memory
 
 IMAGE = (3, 32, 32)
 
@@ -41,7 +41,7 @@ def test_ours_keeps_less_than_float_and_plain_more(architecture):
 
 
 def test_memory_is_measured_in_a_process_of_its_own():
-    found = training_memory('gplq', vit_cfg(), IMAGE, 8, 1)
+    found = training_memory('gplq', vit_cfg(), IMAGE, 8)
     step = build_step('gplq', vit_cfg(), IMAGE, 8)
     assert found['saved_mb'] == pytest.approx(saved_megabytes(step.loss, step.model), rel=0.02)
     # Besides: at least weights, their gradients and two moments of each.

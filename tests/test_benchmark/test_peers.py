@@ -1,14 +1,14 @@
 """Every peer of the benchmark computes the model that it stands for."""
 
-import importlib.util
+import copy
+import sys
 
 import pytest
 import torch
 from builders import build_float, images
 
-from gplq_mm.deploy import peers
-from gplq_mm.deploy.peers import PEERS, PeerUnavailable, build_peer
-from gplq_mm.deploy.synthetic import synthetic_linear, synthetic_model
+from gplq_mm.benchmark.peers import PEERS, PeerUnavailable, build_peer
+from gplq_mm.benchmark.synthetic import synthetic_model
 from gplq_mm.layers import Compensation, Int4Linear
 
 # Largest error relative to the output of FP32.
@@ -32,7 +32,7 @@ def relative_error(output, expected: torch.Tensor) -> float:
 def test_peer_computes_the_model(name):
     model, batch = build_float('vit'), images(2)
     try:
-        call = build_peer(name, model, batch, threads=1)
+        call = build_peer(name, model, batch)
     except PeerUnavailable as error:
         pytest.skip(str(error))
     expected = model(batch)
@@ -45,24 +45,22 @@ def test_peer_computes_the_model(name):
 
 @pytest.mark.parametrize('name', [name for name in PEERS if not name.startswith('torch')])
 def test_absent_package_is_named_with_the_mend(name, monkeypatch):
-    find = importlib.util.find_spec
-    absent = ('openvino', 'onnxruntime')
-    monkeypatch.setattr(
-        peers.importlib.util, 'find_spec', lambda n: None if n in absent else find(n)
-    )
-    with pytest.raises(PeerUnavailable, match=r'not installed; run `pip install "\.\[bench\]"`'):
-        build_peer(name, build_float('vit'), images(1), threads=1)
+    for package in ('openvino', 'onnxruntime'):
+        monkeypatch.setitem(sys.modules, package, None)
+    mend = r'(openvino|onnxruntime) not installed; run `pip install "\.\[bench\]"`'
+    with pytest.raises(PeerUnavailable, match=mend):
+        build_peer(name, build_float('vit'), images(1))
 
 
 def test_unknown_peer():
     with pytest.raises(KeyError):
-        build_peer('tensorrt', build_float('vit'), images(1), threads=1)
+        build_peer('tensorrt', build_float('vit'), images(1))
 
 
 @torch.no_grad()
 def test_synthetic_layer_stands_for_the_float_one():
     linear, x = torch.nn.Linear(64, 48), torch.randn(200, 64)
-    packed = synthetic_linear(linear, x)
+    packed = synthetic_model(torch.nn.Sequential(copy.deepcopy(linear)), x)[0]
     assert isinstance(packed, Int4Linear)
     assert packed.bits == (4, 4)
     assert relative_error(packed(x), linear(x)) < 0.3
@@ -71,7 +69,7 @@ def test_synthetic_layer_stands_for_the_float_one():
 @pytest.mark.parametrize(
     ('kind', 'compensation', 'maps'),
     [
-        ('vit', None, 0),
+        ('vit', 'none', 0),
         ('vit', 'QwT', 2),
         # Of four blocks, two change the resolution with the merging behind them, or not at all.
         ('swin', 'QwTv2', 4),

@@ -1,49 +1,48 @@
-"""Deployed layers and models with random weights: what a benchmark needs, without any training.
+"""Float and deployed models with random weights: what a benchmark needs, without any training.
 
 Grids come from random data by their range, weights are rounded to nearest. Speed does not depend
 on either.
 """
 
+import copy
+
 import torch
+from mmengine.config import Config
 from torch import Tensor, nn
 
-from ..layers import (
-    Int4Linear,
-    QuantLinear,
-    QwT,
-    calibrate,
-    freeze_activations,
-    quantize_model,
-)
+from ..deploy import convert
+from ..layers import QwT, calibrate, freeze_activations, quantize_model
 from ..layers.compensation import block_input
 from ..ptq import RoundToNearest, round_weights
-from ..quant import ActSpec, QuantPolicy, SiteSpec, WeightSpec
-from .convert import convert
+from ..quant import QuantPolicy
+from ..registry import MODELS
 
-__all__ = ['synthetic_linear', 'synthetic_model']
+__all__ = ['architecture_of', 'float_model', 'synthetic_model']
 
 
-@torch.no_grad()
-def synthetic_linear(linear: nn.Linear, x: Tensor) -> Int4Linear:
-    """Packed W4A4 twin of a layer.
+def architecture_of(cfg: Config) -> tuple[dict, tuple[int, int, int]]:
+    """Config of a float model, and the shape ``(C, H, W)`` of its images.
 
     Args:
-        linear: The float layer.
-        x: Input ``(..., K)`` for the activation grid.
+        cfg: Config of a GPLQ run or of a float model.
     """
-    spec = SiteSpec(ActSpec(observer='minmax'), WeightSpec(observer='minmax'))
-    layer = QuantLinear.from_float(linear, spec, 'linear').eval()
-    calibrate(layer, lambda _index, _passes: layer(x))
-    freeze_activations(layer)
-    matrix, order = layer.foldable()
-    layer.set_quantized_weight(
-        RoundToNearest()(matrix, layer.weight_quantizer.spec, order, None), None
-    )
-    return Int4Linear.from_quantized(layer)
+    architecture = copy.deepcopy(cfg.model.get('architecture', cfg.model))
+    # Training only, and it says so in the log.
+    architecture.pop('train_cfg', None)
+    size = architecture.backbone.get('img_size', 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    return architecture, (architecture.backbone.get('in_channels', 3), height, width)
+
+
+def float_model(cfg: Config) -> tuple[nn.Module, tuple[int, int, int]]:
+    """Float model of a config with random weights, and the shape of its images."""
+    architecture, image = architecture_of(cfg)
+    torch.manual_seed(0)
+    return MODELS.build(architecture).eval().requires_grad_(False), image
 
 
 @torch.no_grad()
-def synthetic_model(model: nn.Module, x: Tensor, compensation: str | None = None) -> nn.Module:
+def synthetic_model(model: nn.Module, x: Tensor, compensation: str = 'none') -> nn.Module:
     """Deployed W4A4 twin of a float model, with the default policy.
 
     Args:
@@ -51,12 +50,9 @@ def synthetic_model(model: nn.Module, x: Tensor, compensation: str | None = None
         x: Input for the activation grids.
         compensation: ``'QwT'`` or ``'QwTv2'`` puts a random map beside every block that can
             have one, as if all of them had been fitted and kept.
-
-    Returns:
-        The deployed model.
     """
     policy = QuantPolicy(activation={'observer': 'minmax'}, weight={'observer': 'minmax'})
-    quantize_model(model, policy, None if compensation is None else {'type': compensation})
+    quantize_model(model, policy, None if compensation == 'none' else {'type': compensation})
     model.eval()
     handles = [
         module.register_forward_hook(_fill_compensation, with_kwargs=True)

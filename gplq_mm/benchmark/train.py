@@ -1,7 +1,7 @@
 """What a training step costs: bytes kept for backward, peak memory, time."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import accumulate
 from multiprocessing import get_context
 
@@ -12,18 +12,20 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from ..engine.stage_clock import StageClock
 from ..layers import calibrate
 from ..models import GPLQ, Stage
 from ..ptq import init_learned_weights
 from ..registry import MODELS
-from .stage_clock import StageClock
+from .report import Bench, show
 
-__all__ = ['IMPLS', 'TrainingStep', 'build_step', 'saved_megabytes', 'training_memory']
+__all__ = ['IMPLS', 'TrainingStep', 'build_step', 'measure', 'saved_megabytes', 'training_memory']
 
-# Training in FP32; ours, with two bytes an activation and with one; the same arithmetic as plain
-# autograd keeps it; and direct QAT, which fake-quantizes weights too.
-IMPLS = ('fp32', 'gplq', 'gplq_1byte', 'plain', 'direct')
-_SETTINGS = {
+# Settings of the model by implementation. Training in FP32; ours, with two bytes an activation
+# and with one; the same arithmetic as plain autograd keeps it; and direct QAT, which
+# fake-quantizes weights too.
+IMPLS = {
+    'fp32': None,
     'gplq': {},
     'gplq_1byte': dict(saved_bytes=1),
     'plain': dict(saved_bytes=None),
@@ -31,6 +33,12 @@ _SETTINGS = {
 }
 LEARNING_RATE = 1e-6
 MEGABYTE = 2**20
+COLUMNS = {
+    'implementation': '{impl}',
+    'kept for backward': '{saved_ratio:.2f}  ({saved_mb:.0f} MB)',
+    'peak memory': '{peak_ratio:.2f}  ({peak_mb:.0f} MB)',
+    'step': '{step_ratio:.2f}  ({step_ms:.0f} ms)',
+}
 # Steps before one is measured: optimizer states and buffers of libraries are made in the first.
 WARM_UP = 2
 
@@ -89,7 +97,7 @@ def build_step(impl: str, architecture: dict, image: tuple[int, ...], batch: int
     """Training step of one of :data:`IMPLS`, with random weights, images and labels.
 
     Args:
-        impl: Which.
+        impl: Which of them.
         architecture: Config of an ImageClassifier of mmpretrain.
         image: Shape of an image ``(C, H, W)``.
         batch: Images a step.
@@ -100,9 +108,9 @@ def build_step(impl: str, architecture: dict, image: tuple[int, ...], batch: int
     images = torch.randn(batch, *image, device=device)
     labels = torch.randint(architecture['head']['num_classes'], (batch,), device=device)
     architecture = copy.deepcopy(architecture)
-    if impl == 'fp32':
+    if IMPLS[impl] is None:
         return TrainingStep(MODELS.build(architecture).to(device), None, images, labels)
-    model = _quantized(architecture, _SETTINGS[impl], images.cpu()).to(device)
+    model = _quantized(architecture, IMPLS[impl], images.cpu()).to(device)
     return TrainingStep(model, 'gplq_mm.GPLQOptimWrapperConstructor', images, labels)
 
 
@@ -132,9 +140,7 @@ def saved_megabytes(forward: Callable[[], Tensor], model: nn.Module) -> float:
 
 def _live_megabytes(step: TrainingStep) -> float:
     """What lives from one step to the next: images, weights, optimizer, teacher."""
-    models = [step.model]
-    if isinstance(step.model, GPLQ) and step.model.teacher is not None:
-        models.append(step.model.teacher)
+    models = [step.model, *filter(None, [getattr(step.model, 'teacher', None)])]
     tensors = [step.images, *(t for m in models for t in (*m.parameters(), *m.buffers()))]
     for state in step.optimizer.optimizer.state.values():
         tensors += [value for value in state.values() if torch.is_tensor(value)]
@@ -157,12 +163,11 @@ def _peak_megabytes(step: TrainingStep) -> float:
     return _live_megabytes(step) + highest / MEGABYTE
 
 
-def _memory(impl: str, architecture: dict, image: tuple, batch: int, threads: int) -> dict:
+def _memory(threads: int, *args) -> dict[str, float]:
     torch.set_num_threads(threads)
-    step = build_step(impl, architecture, image, batch)
+    step, clock = build_step(*args), StageClock()
     for _ in range(WARM_UP):
         step()
-    clock = StageClock()
     with clock.stage('step'):
         step()
     return {
@@ -172,14 +177,11 @@ def _memory(impl: str, architecture: dict, image: tuple, batch: int, threads: in
     }
 
 
-def training_memory(
-    impl: str, architecture: dict, image: tuple[int, ...], batch: int, threads: int
-) -> dict[str, float]:
+def training_memory(*args) -> dict[str, float]:
     """Memory of a training step, measured in a process of its own.
 
     Args:
-        impl, architecture, image, batch: As in :func:`build_step`.
-        threads: Of torch.
+        *args: Those of :func:`build_step`.
 
     Returns:
         ``saved_mb``, what is kept for backward; ``peak_mb``, the highest sum of the tensors that
@@ -188,4 +190,38 @@ def training_memory(
         the C library has not given back. Megabytes of 2**20 bytes.
     """
     with get_context('spawn').Pool(1) as pool:
-        return pool.apply(_memory, (impl, architecture, image, batch, threads))
+        return pool.apply(_memory, (torch.get_num_threads(), *args))
+
+
+def measure(
+    bench: Bench,
+    name: str,
+    architecture: dict,
+    image: tuple[int, ...],
+    batch: int,
+    impls: Iterable[str],
+) -> None:
+    """Measures the training steps of a model: memory, and time in turns.
+
+    Args:
+        bench: Takes the rows.
+        name: Of the model, for the report.
+        architecture, image, batch: As in :func:`build_step`.
+        impls: Which of :data:`IMPLS`, FP32 among them.
+    """
+    memory, threads = {}, torch.get_num_threads()
+    for impl in impls:
+        with bench.console.status(f'{name}, batch {batch}: memory of {impl}'):
+            memory[impl] = training_memory(impl, architecture, image, batch)
+    steps = {impl: build_step(impl, architecture, image, batch) for impl in impls}
+    title = f'{name}, batch {batch}, {threads} threads, in multiples of FP32'
+    timings, rows = bench.time(steps, title), []
+    for impl, (step, first, third, rounds) in timings.items():
+        row = {'name': 'train', 'model': name, 'batch': batch, 'threads': threads, 'impl': impl}
+        row |= {**memory[impl], 'step_ms': step}
+        for key in ('saved', 'peak'):
+            row[f'{key}_ratio'] = memory[impl][f'{key}_mb'] / memory['fp32'][f'{key}_mb']
+        row['step_ratio'] = step / timings['fp32'].median_ms
+        rows.append(row | {'quartile1_ms': first, 'quartile3_ms': third, 'rounds': rounds})
+    bench.rows += rows
+    show(rows, title, COLUMNS, bench.console)

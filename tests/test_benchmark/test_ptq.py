@@ -7,7 +7,7 @@ from builders import build_float, vit_cfg
 from mmengine.config import Config
 from PIL import Image
 
-from gplq_mm.engine.ptq_cost import weight_ptq_cost
+from gplq_mm.benchmark.ptq import weight_ptq_cost
 
 PIPELINE = [
     dict(type='LoadImageFromFile'),

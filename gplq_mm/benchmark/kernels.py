@@ -1,0 +1,163 @@
+"""The ops on random operands, and whether a device gives what the reference gives."""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from ..ops import reference, training_reference
+from ..quant.packing import pack_multiplier_panels, pack_panels
+from .timing import Call
+
+__all__ = ['check', 'random_layer', 'training_calls']
+
+# Code range of four bits, and bits of the rounding residual beside a code.
+TRAINING_GRID = [0, 15, 12]
+
+
+def random_layer(
+    columns: int, rows: int, bits: int = 4, act_bits: int = 4
+) -> tuple[list[Tensor], list[int]]:
+    """Operands of a packed layer in groups of 32, on the CPU."""
+    limit = min(2 ** (bits - 1), 127)
+    codes = torch.randint(-limit, 2 ** (bits - 1), (rows, columns), dtype=torch.int8)
+    largest = max(1, min(15, 127 // limit))
+    factors = torch.randint(1, largest + 1, (rows, -(-columns // 32)), dtype=torch.uint8)
+    levels = 2**act_bits
+    layer = [
+        torch.full((columns,), levels / 5),
+        torch.full((columns,), levels / 2) + torch.rand(columns),
+        pack_panels(codes, bits),
+        pack_multiplier_panels(factors),
+        torch.randperm(columns).int(),
+        torch.rand(rows) * 1e-3,
+        torch.randn(rows),
+        torch.randint(-1000, 1000, (rows,), dtype=torch.int32),
+    ]
+    return layer, [0, levels - 1, 32]
+
+
+def _moved(value, device: torch.device | str):
+    """Tensors of nested lists and tuples on a device."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_moved(item, device) for item in value)
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+@torch.inference_mode()
+def check(shapes: Iterable[tuple[int, int, int]], device: torch.device | str) -> list[str]:
+    """Compares every op on a device with the reference on the CPU, and prints a line of each.
+
+    Args:
+        shapes: Tokens an image, inputs, outputs of linear layers.
+        device: Whose kernels are checked.
+
+    Returns:
+        What differs.
+    """
+    problems = []
+    ops = torch.ops.gplq_mm
+
+    def compare(name: str, actual: Tensor, expected: Tensor, flipped: float = 0.0) -> None:
+        """Equal but for a fraction of values that rounding in front of a code moved."""
+        actual, expected = actual.float().cpu(), expected.float()
+        off = (actual - expected).abs() > 1e-3 * (1 + expected.abs()) * (flipped > 0)
+        fraction = off.float().mean().item()
+        worst = (actual - expected).abs().max().item()
+        verdict = 'ok' if fraction <= flipped else 'DIFFERS'
+        print(f'  {verdict:8}{name}: {fraction:.2%} differ, by {worst:.3g} at most', flush=True)
+        if verdict != 'ok':
+            problems.append(name)
+
+    def run(op: str, label: str, *args, flipped: float = 0.0) -> None:
+        actual = getattr(ops, op)(*_moved(args, device))
+        compare(f'{op} {label}', actual, getattr(reference, op)(*args), flipped)
+
+    for tokens, columns, rows in shapes:
+        for bits, act_bits in ((4, 4), (8, 8), (3, 6)):
+            layer, grid = random_layer(columns, rows, bits, act_bits)
+            for images in (1, 4):
+                x = torch.randn(tokens * images, columns, dtype=torch.bfloat16)
+                # Every other value on a tie.
+                ties = torch.randint(0, 16, x[:, ::2].shape) + 0.5 - layer[1][::2]
+                x[:, ::2] = (ties / layer[0][::2]).bfloat16()
+                label = f'{tuple(x.shape)} x {rows}, W{bits}A{act_bits}'
+                run('int4_accumulate', label, x, layer, grid)
+                run('int4_linear', label, x, layer, grid)
+    x = torch.randn(2 * 197, 384)
+    (layer1, grid1), (layer2, grid2) = random_layer(384, 1536), random_layer(1536, 384)
+    norm = torch.rand(384) + 0.5, torch.randn(384), 1e-6
+    # The hidden values must meet the second grid.
+    layer1[5] /= 30
+    for given, name in ((x, 'float32'), (x.half(), 'float16')):
+        mlp = (*norm, layer1, grid1, layer2, grid2, None)
+        run('int4_mlp', name, given, *mlp, flipped=0.02)
+    patches, geometry = random_layer(768, 768, 8, 8), [16, 16, 16, 16, 0, 0, 1, 1]
+    run('int4_conv2d', 'of patches', torch.randn(2, 3, 224, 224), *patches, geometry)
+    for tokens, heads, depth in ((197, 12, 64), (49, 6, 32), (144, 6, 32)):
+        grids = torch.zeros(4, 2, heads)
+        grids[:3, 0], grids[:3, 1], grids[3, 0] = 0.3, -2.2, 1 / 15
+        qkv, bias = torch.randn(4, tokens, 3 * heads * depth), torch.randn(heads, tokens, tokens)
+        rest = heads, depth**-0.5, grids, [0, 15] * 4, True, bias, None, None, 0
+        run('int4_attention', f'of {tokens} tokens', qkv, *rest, flipped=0.02)
+    for name, call in training_calls(2).items():
+        host = call(training_reference, 'cpu')()
+        for i, actual in enumerate(call(ops, device)()):
+            compare(f'{name}, result {i}', actual, host[i], 0.01)
+    return problems
+
+
+def training_calls(batch: int) -> dict[str, Callable[..., Call]]:
+    """The ops of training at the shapes of DeiT-S, forward and backward.
+
+    Returns:
+        Name to a function of the ops and a device, which gives a call without arguments.
+    """
+
+    def numbers(shape: tuple[int, ...], low: float, high: float) -> tuple[Tensor, Tensor]:
+        step = torch.linspace(0.9, 1.1, math.prod(shape)).view(shape) * (high - low) / 15
+        return step, torch.full(shape, low)
+
+    def input_of(shape: tuple[int, ...], scale_shape: tuple[int, ...], gelu: bool = False):
+        def make(ops, device: torch.device | str) -> Call:
+            torch.manual_seed(0)
+            low = -0.2 if gelu else -2.0
+            tensors = torch.randn(shape), torch.randn(shape), *numbers(scale_shape, low, 2.0)
+            x, grad, scale, offset = (tensor.to(device) for tensor in tensors)
+            grid = (scale, offset, TRAINING_GRID)
+
+            def call():
+                if gelu:
+                    x_hat = ops.gelu_fake_quant(x, *grid)
+                    return x_hat, *ops.gelu_fake_quant_backward(grad, x, *grid)
+                x_hat, state = ops.fake_quant(x, *grid)
+                again = ops.fake_quant_values(state, *grid)
+                return x_hat, again, *ops.fake_quant_backward(grad, state, *grid)
+
+            return call
+
+        return make
+
+    def softmax(ops, device: torch.device | str) -> Call:
+        torch.manual_seed(0)
+        scores, grad = (torch.randn(batch, 6, 197, 197) for _ in range(2))
+        scores, grad = (4 * scores).to(device), grad.to(device)
+        scale, offset = (tensor.to(device) for tensor in numbers((6, 1, 1), 0.0, 0.8))
+        rest = (0.5, None, None, scale, offset, TRAINING_GRID, True)
+
+        def call():
+            # In place: what is timed includes these copies.
+            probs, again, above = scores.clone(), scores.clone(), grad.clone()
+            total = ops.softmax_fake_quant_(probs, *rest)
+            sums = ops.softmax_fake_quant_backward_(above, again, *rest)
+            return probs, total, above, again, *sums
+
+        return call
+
+    return {
+        'input a channel': input_of((batch, 197, 384), (384,)),
+        'q, k or v a head': input_of((batch, 6, 197, 64), (6, 1, 1)),
+        'gelu a channel': input_of((batch, 197, 1536), (1536,), gelu=True),
+        'softmax a head': softmax,
+    }
