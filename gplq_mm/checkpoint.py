@@ -14,6 +14,8 @@ import torch
 from mmengine.logging import HistoryBuffer
 from torch import nn
 
+from .errors import GPLQError
+
 __all__ = [
     'CheckpointError',
     'adopt_biases',
@@ -34,7 +36,7 @@ QUANTIZER_KEYS = (
 )
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(GPLQError, RuntimeError):
     """A checkpoint that cannot be read or does not belong to the model."""
 
 

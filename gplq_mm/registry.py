@@ -4,6 +4,9 @@ Children of mmengine's registries, so that ``type='gplq_mm.X'`` works in any Ope
 without ``custom_imports``: the first look-up imports the modules named in ``locations``.
 """
 
+import inspect
+from typing import Any
+
 from mmengine.registry import DATA_SAMPLERS as MMENGINE_DATA_SAMPLERS
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
@@ -17,6 +20,8 @@ from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import RUNNERS as MMENGINE_RUNNERS
 from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
+
+from .errors import SettingError
 
 MODELS = Registry('model', parent=MMENGINE_MODELS, locations=['gplq_mm.models'])
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, locations=['gplq_mm.engine'])
@@ -53,3 +58,26 @@ def registered(registry: Registry) -> dict[str, type]:
     """
     registry.import_from_location()
     return registry.module_dict
+
+
+def build_registered(registry: Registry, cfg: dict) -> Any:
+    """Builds what a config asks for of a registry that mmengine does not know.
+
+    Args:
+        registry: One without a parent.
+        cfg: ``dict(type=NAME, ...)`` with options. Not changed.
+
+    Raises:
+        SettingError: For an unknown type or option.
+    """
+    made = registry.get(cfg['type'])
+    if made is None:
+        names = ', '.join(registered(registry))
+        raise SettingError(f'{registry.name} {cfg["type"]!r} is not one of {names}.')
+    try:
+        inspect.signature(made).bind(**{key: cfg[key] for key in cfg if key != 'type'})
+    except TypeError as error:
+        raise SettingError(f'{registry.name} {cfg["type"]!r}: {error}.') from error
+    # A runner's default scope (mmpretrain, mmdet) has no such registry; without a scope of its
+    # own the look-up would warn about that on every build.
+    return registry.build({'_scope_': 'gplq_mm', **cfg})

@@ -19,7 +19,7 @@ from gplq_mm.analysis import AnalysisSettings, analyze, policy_source, read_run
 from gplq_mm.analysis.report import FIGURES, draw_figures, render_page, shorten
 from gplq_mm.checkpoint import atomic_write
 from gplq_mm.distributed import one_of_the_ranks
-from gplq_mm.engine import one_line_errors
+from gplq_mm.errors import SettingError, one_line_errors
 
 WORST = 10
 POLICY_FILES = ('suggested_policy.py', 'suggested_policy.json')
@@ -93,7 +93,7 @@ def read_config(args: argparse.Namespace) -> Config:
         cfg.merge_from_dict(args.cfg_options)
     missing = [key for key in ('model', 'train_dataloader', 'val_dataloader') if not cfg.get(key)]
     if missing:
-        raise ValueError(
+        raise SettingError(
             f'{args.config} has no {", ".join(missing)}; the analysis needs the config of a whole '
             'GPLQ run, such as tools/train.py takes.'
         )

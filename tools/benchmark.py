@@ -20,7 +20,7 @@ from rich.console import Console
 from gplq_mm.benchmark import linear, model, ptq, train
 from gplq_mm.benchmark.report import Bench, environment, write
 from gplq_mm.benchmark.synthetic import architecture_of, float_model
-from gplq_mm.engine import one_line_errors
+from gplq_mm.errors import one_line_errors
 
 CONFIGS = Path(__file__).resolve().parent.parent / 'configs'
 ARCHITECTURES = {

@@ -7,7 +7,6 @@ Either file may be .safetensors or .pth. mmengine's ``load_from`` and ``Pretrain
 
 import argparse
 import os
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from gplq_mm.errors import DataError, SettingError, one_line_errors
 from gplq_mm.models.timm_conversion import convert_timm_vit_state_dict
 
 _FORMATS = ('.safetensors', '.pth')
@@ -27,10 +27,10 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         path (Path): A .safetensors or .pth file.
 
     Raises:
-        ValueError: If the file is missing, truncated or holds no state dict; names the file.
+        DataError: If the file is missing, truncated or holds no state dict; names the file.
     """
     if not path.is_file():
-        raise ValueError(f'{path} does not exist: give the file with the timm weights.')
+        raise DataError(f'{path} does not exist: give the file with the timm weights.')
     try:
         if path.suffix == '.safetensors':
             return load_file(path)
@@ -38,7 +38,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     # The readers have many kinds of errors, from SafetensorError to UnpicklingError and EOFError.
     except Exception as error:
         reason = str(error).partition('\n')[0]
-        raise ValueError(
+        raise DataError(
             f'{path} cannot be read as weights ({type(error).__name__}: {reason}): it is '
             'truncated or of another format, fetch it again.'
         ) from error
@@ -48,7 +48,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(content, Mapping) or not all(
         isinstance(value, torch.Tensor) for value in content.values()
     ):
-        raise ValueError(f'{path} holds no state dict: give a file that maps names to tensors.')
+        raise DataError(f'{path} holds no state dict: give a file that maps names to tensors.')
     return dict(content)
 
 
@@ -84,20 +84,18 @@ def main() -> None:
     parser.add_argument('src', type=Path, help='timm weights, .safetensors or .pth')
     parser.add_argument('dst', type=Path, help='file to write, .safetensors or .pth')
     args = parser.parse_args()
-    try:
+    with one_line_errors():
         for path in (args.src, args.dst):
             if path.suffix not in _FORMATS:
-                raise ValueError(f'{path} ends in neither .safetensors nor .pth: rename it.')
+                raise SettingError(f'{path} ends in neither .safetensors nor .pth: rename it.')
         if not args.dst.parent.is_dir():
-            raise ValueError(f'The folder {args.dst.parent} does not exist: create it first.')
+            raise SettingError(f'The folder {args.dst.parent} does not exist: create it first.')
         source = read_state_dict(args.src)
         try:
             state_dict = convert_timm_vit_state_dict(source)
-        except ValueError as error:
-            raise ValueError(f'{args.src}: {error}') from error
+        except DataError as error:
+            raise DataError(f'{args.src}: {error}') from error
         write_state_dict(state_dict, args.dst)
-    except (ValueError, OSError) as error:
-        sys.exit(f'convert_timm: {error}')
     count = sum(tensor.numel() for tensor in state_dict.values())
     print(f'Wrote {len(state_dict)} tensors, {count:,} parameters, to {args.dst}.')
 

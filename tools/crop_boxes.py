@@ -9,11 +9,12 @@ their name read. A crop is the square around a box, moved into the image where i
 import argparse
 import json
 import random
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 from PIL import Image
+
+from gplq_mm.errors import DataError, SettingError, one_line_errors
 
 Crops = dict[str, list[tuple[int, str, tuple[int, int, int, int]]]]
 
@@ -42,7 +43,7 @@ def read_crops(annotations: Path, min_size: int) -> Crops:
     """Crops by class: number of the annotation, file of the image, and the square.
 
     Raises:
-        ValueError: If the file is missing or not in COCO's format.
+        DataError: If the file is missing or not in COCO's format.
     """
     try:
         content = json.loads(annotations.read_text(encoding='utf-8'))
@@ -56,7 +57,7 @@ def read_crops(annotations: Path, min_size: int) -> Crops:
             place = square(item['bbox'], image['width'], image['height'])
             crops[names[item['category_id']]].append((item['id'], image['file_name'], place))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise DataError(
             f"{annotations} cannot be read as annotations in COCO's format "
             f'({type(error).__name__}: {error}): correct the path or the file.'
         ) from error
@@ -67,7 +68,7 @@ def write_crops(crops: Crops, images: Path, out: Path) -> int:
     """Cuts them out, and returns how many.
 
     Raises:
-        ValueError: If an image is missing or damaged.
+        DataError: If an image is missing or damaged.
     """
     count = 0
     for name, items in crops.items():
@@ -77,7 +78,7 @@ def write_crops(crops: Crops, images: Path, out: Path) -> int:
                 with Image.open(images / file) as image:
                     image.convert('RGB').crop(place).save(out / name / f'{number}.png')
             except OSError as error:
-                raise ValueError(f'{images / file} cannot be cut ({error}): repair it.') from error
+                raise DataError(f'{images / file} cannot be cut ({error}): repair it.') from error
             count += 1
     return count
 
@@ -95,9 +96,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument('--max-images', type=int, help='of a class; drawn at random, seed 0')
     args = parser.parse_args(argv)
-    try:
+    with one_line_errors():
         if args.out.exists():
-            raise ValueError(f'{args.out} exists already: give a new folder.')
+            raise SettingError(f'{args.out} exists already: give a new folder.')
         splits = {s: read_crops(vars(args)[s][1], args.min_size) for s in ('train', 'val')}
         # Labels are numbered by folder, so that both sets must have the same folders.
         names = sorted(
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
             if all(len(crops.get(name, ())) >= args.min_images for crops in splits.values())
         )
         if not names:
-            raise ValueError(
+            raise SettingError(
                 f'no class has {args.min_images} box(es) of {args.min_size} pixels in both sets: '
                 'lower --min-images or --min-size.'
             )
@@ -118,8 +119,6 @@ def main(argv: list[str] | None = None) -> None:
             }
             count = write_crops(kept, vars(args)[split][0], args.out / split)
             print(f'{args.out / split}: {count} images of {len(names)} classes')
-    except (ValueError, OSError) as error:
-        sys.exit(f'crop_boxes: {error}')
 
 
 if __name__ == '__main__':

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from gplq_mm import deploy
 from gplq_mm.checkpoint import read_checkpoint
 from gplq_mm.deploy.verify import compare, tensors_in
-from gplq_mm.engine import headline_metrics, load_run_weights, one_line_errors
+from gplq_mm.engine import headline_metrics, load_run_weights
+from gplq_mm.errors import one_line_errors
 from gplq_mm.layers.family import entry_of
 from gplq_mm.registry import MODELS
 

@@ -6,7 +6,7 @@ from gplq_mm import deploy
 from gplq_mm.deploy.architecture import decode
 from gplq_mm.deploy.exported import export_program, save_program
 from gplq_mm.deploy.onnx_export import export_onnx
-from gplq_mm.engine import one_line_errors
+from gplq_mm.errors import one_line_errors
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

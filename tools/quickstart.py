@@ -8,7 +8,6 @@ Every step is an ordinary call of tools/train.py; the commands are printed.
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from mmengine.config import Config
 from rich.console import Console
 
 from gplq_mm.engine import print_summary
-from gplq_mm.engine.launch import RunFailedError, follow, shown, telling, train_command
+from gplq_mm.engine.launch import follow, shown, telling, train_command
+from gplq_mm.errors import one_line_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 # Model -> folder of its configs, name of its FP32 config, folder of its results.
@@ -40,12 +40,10 @@ def run(config: Path, work_dir: Path, options: list[str], resume: bool, console:
             elapsed = f'{time.monotonic() - start:4.0f} s'
             console.print(f'  {elapsed}  {message}', highlight=False, markup=False)
 
-    try:
-        follow(command, log, show, cwd=ROOT)
-    except RunFailedError as error:
-        sys.exit(str(error))
+    follow(command, log, show, cwd=ROOT)
 
 
+@one_line_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--model', choices=list(MODELS), default='vit')

@@ -12,7 +12,8 @@ from mmengine.registry import RUNNERS
 
 from gplq_mm.checkpoint import atomic_write_text
 from gplq_mm.distributed import one_of_the_ranks
-from gplq_mm.engine import headline_metrics, one_line_errors, unwrap
+from gplq_mm.engine import headline_metrics, unwrap
+from gplq_mm.errors import one_line_errors
 from gplq_mm.layers import quantizers_disabled
 from gplq_mm.models import GPLQ, Stage
 

@@ -10,7 +10,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from gplq_mm.distributed import one_of_the_ranks
-from gplq_mm.engine import one_line_errors
+from gplq_mm.errors import one_line_errors
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

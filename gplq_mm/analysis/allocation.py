@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from ..errors import SettingError
+
 __all__ = ['BudgetError', 'allocate']
 
 # Enough for hundreds of layers; a limit in seconds would make results depend on the machine.
@@ -15,7 +17,7 @@ TOLERANCE = 1e-6
 ROW_SCALE = 1e4
 
 
-class BudgetError(ValueError):
+class BudgetError(SettingError):
     """A budget that no choice of widths can meet."""
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..engine import CalibrationHook, CalibrationSet, unwrap
 from ..engine.progress import show_steps
+from ..errors import SettingError
 from ..models import GPLQ, NetworkOutputs, Stage
 from ..ptq import RoundToNearest, round_weights
 from .activations import activation_statistics, scale_histogram
@@ -85,12 +86,12 @@ def analyze(runner, path: str, settings: AnalysisSettings) -> dict:
 
     Raises:
         CheckpointError: If it cannot be read or is of another model.
-        TypeError: If the config is not that of a GPLQ model.
+        SettingError: If the config is not that of a GPLQ model.
         BudgetError: If a budget is out of reach.
     """
     model = unwrap(runner.model)
     if not isinstance(model, GPLQ):
-        raise TypeError(
+        raise SettingError(
             'the analysis needs the config of a GPLQ run (model.type=gplq_mm.GPLQ), which says '
             'what is quantized; this one builds a float model.'
         )

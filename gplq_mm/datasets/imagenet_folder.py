@@ -12,6 +12,8 @@ from mmpretrain.datasets.categories import IMAGENET_CATEGORIES
 
 from gplq_mm.registry import DATASETS
 
+from ..errors import DataError, SettingError
+
 _EXTENSIONS = ('.jpg', '.jpeg', '.png')
 _WNID = re.compile(r'n\d{8}')
 
@@ -105,7 +107,7 @@ class ImageNetFolder(BaseDataset):
         unknown = [folder.name for folder in folders if folder.name not in wnid_to_index()]
         if unknown:
             names = ', '.join(unknown[:5]) + (', ...' if len(unknown) > 5 else '')
-            raise ValueError(
+            raise DataError(
                 f'{len(unknown)} subfolder(s) of {root} are no ImageNet-1k class ({names}): '
                 'rename them to their WordNet id or move them away.'
             )
@@ -115,7 +117,7 @@ class ImageNetFolder(BaseDataset):
         if self.max_images is None:
             return data_list
         if not 1 <= self.max_images <= len(data_list):
-            raise ValueError(
+            raise SettingError(
                 f'max_images={self.max_images} is not in 1..{len(data_list)}, the number of '
                 f'images in {self.img_prefix}.'
             )

@@ -7,6 +7,8 @@ from mmpretrain.datasets import BaseDataset
 
 from gplq_mm.registry import DATASETS
 
+from ..errors import SettingError
+
 # Of the 500 digits of each class the last 100 are for validation. The package lists the digits
 # of a class in MNIST's own order, which is random, so that a fixed cut is a fair split.
 _TRAIN_PER_CLASS = 400
@@ -44,14 +46,14 @@ class MNIST5k(BaseDataset):
             ``indices``.
 
     Raises:
-        ValueError: If ``split`` is neither ``'train'`` nor ``'val'``.
+        SettingError: If ``split`` is neither ``'train'`` nor ``'val'``.
     """
 
     METAINFO = {'classes': tuple(str(digit) for digit in range(10))}
 
     def __init__(self, split: str, pipeline=(), metainfo: dict | None = None, **kwargs) -> None:
         if split not in ('train', 'val'):
-            raise ValueError(f"MNIST5k has the splits 'train' and 'val', got split={split!r}.")
+            raise SettingError(f"MNIST5k has the splits 'train' and 'val', got split={split!r}.")
         self.split = split
         kwargs.setdefault('test_mode', split == 'val')
         super().__init__(ann_file='', metainfo=metainfo, pipeline=pipeline, **kwargs)

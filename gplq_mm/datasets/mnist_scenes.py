@@ -7,6 +7,7 @@ from pycocotools import mask as coco_mask
 
 from gplq_mm.registry import DATASETS
 
+from ..errors import SettingError
 from .mnist5k import MNIST5k
 
 _SPLITS = {'train': 0, 'val': 1}
@@ -48,7 +49,7 @@ class MNISTScenes(BaseDataset):
         **kwargs: Further arguments of :class:`mmengine.dataset.BaseDataset`, such as ``indices``.
 
     Raises:
-        ValueError: If ``split`` is unknown or a number is out of range.
+        SettingError: If ``split`` is unknown or a number is out of range.
     """
 
     METAINFO = {'classes': tuple(str(digit) for digit in range(10))}
@@ -65,9 +66,11 @@ class MNISTScenes(BaseDataset):
         **kwargs,
     ) -> None:
         if split not in _SPLITS:
-            raise ValueError(f"MNISTScenes has the splits 'train' and 'val', got split={split!r}.")
+            raise SettingError(
+                f"MNISTScenes has the splits 'train' and 'val', got split={split!r}."
+            )
         if num_scenes < 1 or size < 32 or max_digits < 1 or seed < 0:
-            raise ValueError(
+            raise SettingError(
                 'MNISTScenes needs num_scenes >= 1, size >= 32, max_digits >= 1 and seed >= 0, '
                 f'got {num_scenes}, {size}, {max_digits} and {seed}.'
             )

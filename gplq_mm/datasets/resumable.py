@@ -24,6 +24,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.dist import get_dist_info, sync_random_seed
 from torch.utils.data import Dataset, Sampler
 
+from gplq_mm.errors import DataError, SettingError, StateError
 from gplq_mm.registry import DATA_SAMPLERS, DATASETS
 
 
@@ -108,12 +109,12 @@ class SeededDataset(Dataset):
 
         Raises:
             IndexError: If ``number`` is negative.
-            RuntimeError: If no seed is known.
+            StateError: If no seed is known.
         """
         if number < 0:
             raise IndexError(f'A sample number is not negative, got {number}.')
         if self.seed is None:
-            raise RuntimeError(
+            raise StateError(
                 'SeededDataset has no seed: give it one (seed=0) or read it with '
                 'gplq_mm.ResumableSampler, which hands over its own.'
             )
@@ -145,7 +146,7 @@ class ResumableSampler(Sampler[int]):
             Defaults to True.
 
     Raises:
-        TypeError: If the data set does not understand sample numbers.
+        SettingError: If the data set does not understand sample numbers.
     """
 
     def __init__(
@@ -156,7 +157,7 @@ class ResumableSampler(Sampler[int]):
         round_up: bool = True,
     ) -> None:
         if not hasattr(dataset, 'sample_number'):
-            raise TypeError(
+            raise SettingError(
                 f'ResumableSampler yields sample numbers, which {type(dataset).__name__} does not '
                 "understand: wrap it as dict(type='gplq_mm.SeededDataset', dataset=...)."
             )
@@ -226,10 +227,10 @@ class ResumableSampler(Sampler[int]):
                 iterations x batch size x world size of the run that is resumed.
 
         Raises:
-            ValueError: If a number is negative or the epoch has fewer samples.
+            DataError: If a number is negative or the epoch has fewer samples.
         """
         if epoch < 0 or not 0 <= start_sample <= len(self.dataset):
-            raise ValueError(
+            raise DataError(
                 f'No position (epoch={epoch}, start_sample={start_sample}) in a data set of '
                 f'{len(self.dataset)} samples: resume with the data set the run began with.'
             )

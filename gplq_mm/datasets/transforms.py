@@ -4,6 +4,8 @@ from mmcv.transforms import LoadImageFromFile
 
 from gplq_mm.registry import TRANSFORMS
 
+from ..errors import DataError
+
 
 @TRANSFORMS.register_module()
 class LoadImageOrFail(LoadImageFromFile):
@@ -31,14 +33,14 @@ class LoadImageOrFail(LoadImageFromFile):
             dict: With ``img`` (uint8, shape (H, W, 3), BGR), ``img_shape`` and ``ori_shape``.
 
         Raises:
-            ValueError: If the file is missing, truncated or no image; names the file.
+            DataError: If the file is missing, truncated or no image; names the file.
         """
         try:
             return super().transform(results)
         # Each decoder has its own errors: OSError, SyntaxError (broken PNG), AssertionError,
         # cv2.error, struct.error, Image.DecompressionBombError.
         except Exception as error:
-            raise ValueError(
+            raise DataError(
                 f'{results["img_path"]} cannot be read as an image ({error}): replace the file '
                 'or take it out of the data set.'
             ) from error

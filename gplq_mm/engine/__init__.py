@@ -2,7 +2,6 @@
 
 from .calibration_set import CalibrationError, CalibrationSet
 from .class_count import ClassCountError, ClassCountHook, check_class_count
-from .errors import one_line_errors
 from .hooks import (
     CalibrationHook,
     GPLQCheckpointHook,
@@ -42,7 +41,6 @@ __all__ = [
     'check_class_count',
     'headline_metrics',
     'load_run_weights',
-    'one_line_errors',
     'print_summary',
     'result_rows',
     'track',

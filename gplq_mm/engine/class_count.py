@@ -5,12 +5,13 @@ import re
 from mmengine.hooks import Hook
 from torch import nn
 
+from ..errors import SettingError
 from .weights import unwrap
 
 __all__ = ['ClassCountError', 'ClassCountHook', 'check_class_count']
 
 
-class ClassCountError(ValueError):
+class ClassCountError(SettingError):
     """A head predicts another number of classes than the data set has."""
 
 

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from ..errors import GPLQError
+
 __all__ = ['RunFailedError', 'follow', 'shown', 'telling', 'train_command']
 
 # Lines of the log that tell a reader how far it is.
@@ -19,7 +21,7 @@ LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
 
 
-class RunFailedError(RuntimeError):
+class RunFailedError(GPLQError, RuntimeError):
     """A run that ended with an error."""
 
 

@@ -2,10 +2,12 @@
 
 from mmengine.hooks import Hook
 
+from ..errors import DataError
+
 __all__ = ['MaskCheckHook', 'MaskError']
 
 
-class MaskError(ValueError):
+class MaskError(DataError):
     """An annotation whose mask has no three points."""
 
 

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from torch import Tensor
 
 from ..distributed import rank_and_world_size
+from ..errors import SettingError
 from ..evaluation import feature_distance
 from .output_pairs import OutputPairs
 from .run_record import RunRecord
@@ -25,7 +26,7 @@ class StageEvaluation:
         transfer: Arguments of :class:`TransferProbe` beside the model, or None.
 
     Raises:
-        ValueError: If there is no image for the feature distance, or ``transfer`` lacks a part.
+        SettingError: If there is no image for the feature distance, or ``transfer`` lacks a part.
         TransferError: If ``transfer`` cannot be probed.
     """
 
@@ -33,14 +34,14 @@ class StageEvaluation:
         self, runner, record: RunRecord, num_diagnostic_images: int, transfer: dict | None
     ):
         if num_diagnostic_images < 1:
-            raise ValueError(f'num_diagnostic_images={num_diagnostic_images} must be at least 1.')
+            raise SettingError(f'num_diagnostic_images={num_diagnostic_images} must be at least 1.')
         self.runner, self.record = runner, record
         self.num_diagnostic_images = num_diagnostic_images
         self.transfer = None
         if transfer is not None:
             wanted = {'train_dataloader', 'val_dataloader'}
             if set(transfer) != wanted:
-                raise ValueError(
+                raise SettingError(
                     f'train_cfg.transfer must have {sorted(wanted)}, and has {sorted(transfer)}.'
                 )
             self.transfer = TransferProbe(unwrap(runner.model), **transfer)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..distributed import rank_and_world_size
+from ..errors import DataError
 from ..evaluation import feature_distance, linear_probe
 from ..models import GPLQ
 from .output_pairs import OutputPairs
@@ -21,7 +22,7 @@ __all__ = ['TransferError', 'TransferProbe']
 LOADER_KEYS = {'dataset', 'batch_size', 'num_workers'}
 
 
-class TransferError(ValueError):
+class TransferError(DataError):
     """A transfer data set that cannot be probed."""
 
 

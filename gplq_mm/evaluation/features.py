@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import all_reduce_sum
+from ..errors import DataError
 
 __all__ = ['feature_distance']
 
@@ -37,7 +38,7 @@ def feature_distance(pairs: Iterable[tuple[tuple[Tensor, Tensor], tuple[Tensor, 
         ).cpu()
     difference, energy, cosine, same, count = all_reduce_sum(sums).tolist()
     if count == 0:
-        raise ValueError('feature_distance needs at least one image.')
+        raise DataError('feature_distance needs at least one image.')
     return {
         'relative_l2': (difference / max(energy, 1e-30)) ** 0.5,
         'cosine': cosine / count,

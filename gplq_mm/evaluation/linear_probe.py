@@ -6,6 +6,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from ..distributed import gather_objects, gather_rows, rank_and_world_size
+from ..errors import DataError
 
 __all__ = ['linear_probe']
 
@@ -32,13 +33,13 @@ def linear_probe(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor]) -> di
         ``top1`` in percent, ``num_train`` and ``num_val``; the same on all ranks.
 
     Raises:
-        ValueError: If a feature is not finite, or all training images are of one class.
+        DataError: If a feature is not finite, or all training images are of one class.
     """
     features, labels, others, truth = (gather_rows(part).numpy() for part in (*train, *val))
     if not (np.isfinite(features).all() and np.isfinite(others).all()):
-        raise ValueError('a feature for the linear probe is not finite; check the images.')
+        raise DataError('a feature for the linear probe is not finite; check the images.')
     if len(np.unique(labels)) < 2:
-        raise ValueError('a linear probe needs training images of two classes at least.')
+        raise DataError('a linear probe needs training images of two classes at least.')
     result = None
     if rank_and_world_size()[0] == 0:
         scaler = StandardScaler().fit(features.astype(np.float64))

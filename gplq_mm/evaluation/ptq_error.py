@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import StateError
 from ..layers import (
     QuantWeightLayer,
     quant_layers,
@@ -42,13 +43,13 @@ def layer_output_error(
         units of the layer's output.
 
     Raises:
-        RuntimeError: If a weight is not quantized.
+        StateError: If a weight is not quantized.
     """
     layers = quant_layers(model)
     sums = {name: ErrorSums() for name in layers}
     for name, layer in layers.items():
         if not layer.weight_quantizer.is_quantized:
-            raise RuntimeError(f'{name} has no quantized weight; run Stage 2 first.')
+            raise StateError(f'{name} has no quantized weight; run Stage 2 first.')
 
     def compare(layer: QuantWeightLayer, args: tuple, output: torch.Tensor, name: str) -> None:
         layer.weight_quantizer.enabled, before = True, layer.act_quantizer.enabled

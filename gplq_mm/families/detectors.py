@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import SettingError
 from ..layers.family import Family
 from ..registry import FAMILIES
 
@@ -23,7 +24,7 @@ class DetectorOutputs:
         model: Detector.
 
     Raises:
-        ValueError: If its head does not read the maps alone (DETR).
+        SettingError: If its head does not read the maps alone (DETR).
     """
 
     def __init__(self, model: nn.Module):
@@ -34,7 +35,7 @@ class DetectorOutputs:
         try:
             signature(self.dense_head.forward).bind(())
         except (AttributeError, TypeError) as error:
-            raise ValueError(
+            raise SettingError(
                 'the analysis calls the dense head of a detector with the maps of the neck, and '
                 f'{type(self.dense_head).__name__} needs more than these ({error}).'
             ) from error

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import DataError
 from ..layers.attention import QuantAttention
 from ..layers.family import AttentionKind, Family, with_mixin
 from ..layers.fused import (
@@ -183,7 +184,7 @@ class Int4SwinBlock:
         # shift a map of one window otherwise.
         if not getattr(attn, 'pad_small_map', True):
             if min(height, width) < window:
-                raise ValueError(
+                raise DataError(
                     f'the feature map of {height} x {width} tokens is smaller than a window of '
                     f'{window}. Use larger images, or a model with pad_small_map=True.'
                 )

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import SettingError
 from ..quant import ActQuantizer, ActSpec, PolicyError, QuantState, arithmetic
 from ..quant.quantizers import build_act_quantizer
 from .saved_codes import coded_attention
@@ -228,7 +229,7 @@ class QuantAttention(nn.Module):
             ``(..., heads, N, e)``.
 
         Raises:
-            ValueError: For a mask together with ``is_causal``.
+            SettingError: For a mask together with ``is_causal``.
         """
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         if enable_gqa:
@@ -236,7 +237,7 @@ class QuantAttention(nn.Module):
             key, value = (x.repeat_interleave(heads // x.shape[-3], -3) for x in (key, value))
         if is_causal:
             if attn_mask is not None:
-                raise ValueError('is_causal=True is a mask already; give it or attn_mask.')
+                raise SettingError('is_causal=True is a mask already; give it or attn_mask.')
             shape = (query.shape[-2], key.shape[-2])
             attn_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
         if attn_mask is None:

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..errors import SettingError
 from .family import with_mixin
 from .replace import find_blocks
 
@@ -33,11 +34,11 @@ def checkpoint_blocks(model: nn.Module) -> list[str]:
         Names of the blocks.
 
     Raises:
-        ValueError: If the model has no block of a known class.
+        SettingError: If the model has no block of a known class.
     """
     names = find_blocks(model)
     if not names:
-        raise ValueError(
+        raise SettingError(
             'gradient_checkpointing=True finds no residual block in this architecture; set it to '
             "False, or use the architecture's own switch (with_cp)."
         )

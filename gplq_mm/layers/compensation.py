@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import all_reduce_sum, rank_and_world_size
-from ..registry import COMPENSATORS
+from ..errors import DataError, SettingError
+from ..registry import COMPENSATORS, build_registered
 
 __all__ = ['Compensation', 'QwT', 'QwTv2', 'attach_compensation', 'build_compensation']
 
@@ -38,7 +39,7 @@ class Compensation(nn.Module):
     def __init__(self, ridge: float | str = 'auto', axis: int = -1):
         super().__init__()
         if ridge != 'auto' and not (isinstance(ridge, (int, float)) and ridge >= 0):
-            raise ValueError(f'compensation.ridge={ridge!r} must be "auto" or a number >= 0.')
+            raise SettingError(f'compensation.ridge={ridge!r} must be "auto" or a number >= 0.')
         self.ridges = RIDGES if ridge == 'auto' else (float(ridge),)
         self.axis = axis
         self.enabled = True
@@ -111,10 +112,10 @@ class Compensation(nn.Module):
             against no compensation). At or below 0 the map is dropped.
 
         Raises:
-            ValueError: If no data was seen.
+            DataError: If no data was seen.
         """
         if not self._folds or not any(self._folds):
-            raise ValueError('compensation saw no calibration data; give it at least one image.')
+            raise DataError('compensation saw no calibration data; give it at least one image.')
         zeros = {key: torch.zeros_like(value) for key, value in max(self._folds, key=len).items()}
         folds = [fold or zeros for fold in self._folds]
         for fold in folds:
@@ -239,8 +240,7 @@ class QwTv2(Compensation):
 
 def build_compensation(cfg: dict, axis: int) -> Compensation:
     """Compensation of ``dict(type='QwT' | 'QwTv2', ridge=...)``."""
-    # Without a scope of its own the look-up warns under every other package's default scope.
-    return COMPENSATORS.build({'_scope_': 'gplq_mm', **cfg, 'axis': axis})
+    return build_registered(COMPENSATORS, {**cfg, 'axis': axis})
 
 
 def block_input(args: tuple, kwargs: dict) -> Tensor:

@@ -7,6 +7,7 @@ under ``.half()``: a code must not depend on the precision around it.
 import torch
 from torch import Tensor, nn
 
+from ..errors import GPLQError
 from ..ops.reference import LAYER_FIELDS
 from ..quant import QuantState
 from ..quant.packing import pack_multiplier_panels, pack_panels
@@ -18,7 +19,7 @@ __all__ = ['DeployError', 'Int4WeightLayer', 'check_packable', 'move_only']
 LARGEST_SUM = 2**31 - 1
 
 
-class DeployError(RuntimeError):
+class DeployError(GPLQError, RuntimeError):
     """A model or a file that cannot be deployed; the message says what to change."""
 
 

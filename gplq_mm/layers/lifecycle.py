@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from ..errors import GPLQError, SettingError
 from ..quant import (
     ActQuantizer,
     LearnedQuantizer,
@@ -65,10 +66,10 @@ def set_saved_bytes(model: nn.Module, saved_bytes: int | None) -> None:
             that plain autograd keeps.
 
     Raises:
-        ValueError: For another number.
+        SettingError: For another number.
     """
     if saved_bytes not in (None, 1, 2):
-        raise ValueError(f'saved_bytes={saved_bytes!r} must be 1, 2 or None.')
+        raise SettingError(f'saved_bytes={saved_bytes!r} must be 1, 2 or None.')
     for module in model.modules():
         if isinstance(module, (QuantWeightLayer, QuantAttention)):
             module.saves_codes = saved_bytes is not None
@@ -93,8 +94,7 @@ def calibrate(
             observing: the caller makes a grid of what their observers have seen.
 
     Raises:
-        ValueError: If a quantizer saw nothing, or something that is not finite.
-        RuntimeError: If a quantizer is frozen.
+        GPLQError: If a quantizer is frozen, or saw nothing, or something that is not finite.
     """
     observers = observers or {}
     by_name = act_quantizers(model)
@@ -109,8 +109,8 @@ def calibrate(
             if quantizer.observer.finished_passes < quantizer.observer.num_passes:
                 try:
                     quantizer.observer.end_pass()
-                except ValueError as error:
-                    raise ValueError(f'{quantizer.site}: {error}') from None
+                except GPLQError as error:
+                    raise type(error)(f'{quantizer.site}: {error}') from None
     for name, quantizer in by_name.items():
         if name not in observers:
             quantizer.finish_observing()

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from ..errors import SettingError
 from ..layers.family import entry_of
 
 __all__ = ['FeatureTap', 'feature_layer_of', 'feature_width', 'tapped_outputs']
@@ -59,14 +60,16 @@ def feature_layer_of(model: nn.Module, name: str | None) -> nn.Module:
         try:
             return model.get_submodule(name)
         except AttributeError as error:
-            raise ValueError(f'feature_layer={name!r} is no layer of the architecture.') from error
+            raise SettingError(
+                f'feature_layer={name!r} is no layer of the architecture.'
+            ) from error
     of_family, head = entry_of(model, 'features'), getattr(model, 'head', None)
     if of_family is not None:
         layers = [of_family(model)]
     else:
         layers = [] if head is None else [m for m in head.modules() if isinstance(m, nn.Linear)]
     if not layers or layers[-1] is None:
-        raise ValueError(
+        raise SettingError(
             'the architecture has neither a head with a Linear layer nor a neck of a detector, '
             'so there are no features to mimic; set feature_layer, or mimic=None and distill=None.'
         )
@@ -78,7 +81,7 @@ def feature_width(layer: nn.Module, name: str | None, mimic: dict) -> int:
     key = 'in_features' if isinstance(layer, nn.Linear) else 'out_channels'
     width = mimic.get('dim', getattr(layer, key, None))
     if not isinstance(width, int):
-        raise ValueError(
+        raise SettingError(
             f'feature_layer={name!r} does not tell the width of its features; set mimic.dim.'
         )
     return width

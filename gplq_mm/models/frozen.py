@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import SettingError
+
 __all__ = [
     'DTYPES',
     'frozen_outputs',
@@ -34,10 +36,10 @@ def resolve_dtype(setting: str, device: torch.device) -> torch.dtype:
     """``'float32'`` and ``'bfloat16'`` by name, ``'auto'`` by :func:`has_fast_bf16`.
 
     Raises:
-        ValueError: For another setting.
+        SettingError: For another setting.
     """
     if setting not in DTYPES:
-        raise ValueError(f'teacher_dtype={setting!r} must be one of {", ".join(DTYPES)}.')
+        raise SettingError(f'teacher_dtype={setting!r} must be one of {", ".join(DTYPES)}.')
     if setting == 'auto':
         setting = 'bfloat16' if has_fast_bf16(device) else 'float32'
     return getattr(torch, setting)

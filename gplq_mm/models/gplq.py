@@ -7,6 +7,7 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from ..checkpoint import adopt_biases, load_float_weights
+from ..errors import DataError, SettingError, StateError
 from ..layers import (
     checkpoint_blocks,
     freeze_activations,
@@ -79,7 +80,7 @@ class GPLQ(BaseModel):
 
     Raises:
         PolicyError: If the policy does not fit the architecture.
-        ValueError: For settings that contradict each other.
+        SettingError: For settings that contradict each other.
     """
 
     def __init__(
@@ -154,9 +155,9 @@ class GPLQ(BaseModel):
         if self.backbone_from is None:
             return
         if self.pretrained is not None:
-            raise ValueError('set pretrained or backbone_from, not both.')
+            raise SettingError('set pretrained or backbone_from, not both.')
         if mimic is not None or distill is not None:
-            raise ValueError(
+            raise SettingError(
                 'backbone_from starts a new task, for which there is no teacher; set mimic=None '
                 'and distill=None.'
             )
@@ -170,12 +171,12 @@ class GPLQ(BaseModel):
         if not self.taps_maps:
             return
         if self.distill is not None:
-            raise ValueError(
+            raise SettingError(
                 f'distill needs class logits, and feature_layer={feature_layer!r} gives maps; set '
                 'distill=None.'
             )
         if not hasattr(self.architecture, 'extract_feat'):
-            raise ValueError(
+            raise SettingError(
                 f'feature_layer={feature_layer!r} gives maps, but the architecture has no '
                 'extract_feat that computes them; mimic=None trains without.'
             )
@@ -186,9 +187,9 @@ class GPLQ(BaseModel):
             return None
         unknown = set(direct) - {'granularity', 'init'}
         if unknown:
-            raise ValueError(f'direct has unknown key(s) {sorted(unknown)}.')
+            raise SettingError(f'direct has unknown key(s) {sorted(unknown)}.')
         if compensation is not None:
-            raise ValueError(
+            raise SettingError(
                 'direct QAT ends with the weights it has learned, and fits no compensation to '
                 'them; set compensation=None.'
             )
@@ -248,15 +249,15 @@ class GPLQ(BaseModel):
         """Enters ``stage``.
 
         Raises:
-            RuntimeError: If that would go back, skip the calibration, or belongs to the other
+            StateError: If that would go back, skip the calibration, or belongs to the other
                 method.
         """
         stage = Stage(stage)
         check_order(self.stage, stage, self.direct is not None)
         if stage != Stage.FLOAT and not is_calibrated(self.architecture):
-            raise RuntimeError(f'{stage.name} needs calibrated activation quantizers first.')
+            raise StateError(f'{stage.name} needs calibrated activation quantizers first.')
         if stage == Stage.DIRECT_QAT and not weights_are_learned(self.architecture):
-            raise RuntimeError(f'{stage.name} needs initialized weight quantizers first.')
+            raise StateError(f'{stage.name} needs initialized weight quantizers first.')
         if stage == Stage.WEIGHT_PTQ:
             require_frozen(self.architecture)
             pending = [
@@ -265,7 +266,7 @@ class GPLQ(BaseModel):
                 if not layer.weight_quantizer.is_quantized
             ]
             if pending:
-                raise RuntimeError(f'{len(pending)} weights are not quantized yet: {pending[0]}.')
+                raise StateError(f'{len(pending)} weights are not quantized yet: {pending[0]}.')
         self.stage_code.fill_(int(stage))
 
     def freeze_activations(self) -> None:
@@ -282,7 +283,7 @@ class GPLQ(BaseModel):
         """Loads ``pretrained`` or ``backbone_from`` into student and teacher.
 
         Raises:
-            ValueError: If there is neither.
+            SettingError: If there is neither.
             CheckpointError: If it cannot be read or is of another architecture.
         """
         if self.backbone_from is not None:
@@ -297,7 +298,7 @@ class GPLQ(BaseModel):
             self._is_init = True
             return
         if self.pretrained is None:
-            raise ValueError(
+            raise SettingError(
                 'GPLQ quantizes a trained model: set model.pretrained to its checkpoint, for '
                 'example --cfg-options model.pretrained=PATH.'
             )
@@ -317,16 +318,14 @@ class GPLQ(BaseModel):
             mode: ``'tensor'``, ``'predict'`` or ``'loss'``.
 
         Raises:
-            ValueError: For a NaN or an infinity in an image.
-            RuntimeError: When asked to train after Stage 2.
+            DataError: For a NaN or an infinity in an image.
+            StateError: When asked to train after Stage 2.
         """
         self._check_images(inputs, data_samples)
         if mode != 'loss':
             return self.architecture(inputs, data_samples, mode=mode)
         if self.stage == Stage.WEIGHT_PTQ:
-            raise RuntimeError(
-                'the weights are quantized and frozen; this model cannot be trained.'
-            )
+            raise StateError('the weights are quantized and frozen; this model cannot be trained.')
         if self.tap is None:
             losses = self.architecture(inputs, data_samples, mode='loss')
             return weigh_task(losses, self.task_weight)
@@ -348,15 +347,13 @@ class GPLQ(BaseModel):
         In float32 on every device, so that what is measured with them can be compared.
 
         Raises:
-            RuntimeError: If the model was built without a teacher.
+            StateError: If the model was built without a teacher.
         """
         return self._need_teacher().outputs(inputs)
 
     def _need_teacher(self) -> Teacher:
         if not self.has_teacher_features:
-            raise RuntimeError(
-                'this step needs the FP32 teacher; build the model with teacher=True.'
-            )
+            raise StateError('this step needs the FP32 teacher; build the model with teacher=True.')
         return self._teacher
 
     @torch.no_grad()
@@ -385,4 +382,4 @@ class GPLQ(BaseModel):
             return
         names = [str(getattr(sample, 'img_path', '?')) for sample in data_samples or []]
         named = ', '.join(names[i] for i in bad) if names else f'position {bad} of the batch'
-        raise ValueError(f'image with NaN or infinite pixels: {named}. Remove or repair it.')
+        raise DataError(f'image with NaN or infinite pixels: {named}. Remove or repair it.')

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from ..errors import SettingError
 from ..layers.family import entry_of
 from .feature_tap import FeatureTap, feature_layer_of, tapped_outputs
 from .gplq import GPLQ
@@ -19,7 +20,7 @@ class NetworkOutputs:
         model: Classifier, or a model of a family with outputs, such as a detector.
 
     Raises:
-        ValueError: If it is neither, or a detector whose head does not read the maps alone (DETR).
+        SettingError: If it is neither, or a detector whose head reads more than maps (DETR).
     """
 
     def __init__(self, model: GPLQ):
@@ -28,7 +29,7 @@ class NetworkOutputs:
         self._outputs = None if build is None else build(self.model)
         if build is None:
             if getattr(self.model, 'head', None) is None:
-                raise ValueError(
+                raise SettingError(
                     'the analysis compares the outputs of classifiers and detectors, and the '
                     'architecture has neither a head nor a known class of detectors.'
                 )

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..errors import DataError, SettingError, StateError
 from ..registry import MODELS
 
 __all__ = ['PCAMimicLoss', 'feature_rows']
@@ -47,7 +48,7 @@ class PCAMimicLoss(nn.Module):
         num_components: Fixed number of components.
 
     Raises:
-        ValueError: For settings outside their range.
+        SettingError: For settings outside their range.
     """
 
     def __init__(
@@ -60,11 +61,11 @@ class PCAMimicLoss(nn.Module):
     ):
         super().__init__()
         if not 0 < explained <= 1:
-            raise ValueError(f'mimic.explained={explained} must lie in (0, 1].')
+            raise SettingError(f'mimic.explained={explained} must lie in (0, 1].')
         if multiple < 1:
-            raise ValueError(f'mimic.multiple={multiple} must be at least 1.')
+            raise SettingError(f'mimic.multiple={multiple} must be at least 1.')
         if num_components is not None and not 1 <= num_components <= dim:
-            raise ValueError(
+            raise SettingError(
                 f'mimic.num_components={num_components} must lie in 1..{dim}, the feature width.'
             )
         self.dim = dim
@@ -94,13 +95,13 @@ class PCAMimicLoss(nn.Module):
             ``spectrum`` (share of every component, descending).
 
         Raises:
-            ValueError: If the features do not vary.
+            DataError: If the features do not vary.
         """
         values, vectors = torch.linalg.eigh(covariance.double())
         values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
         total = values.sum()
         if not bool(total > 0):
-            raise ValueError(
+            raise DataError(
                 'the teacher gives the same features for all images; check its weights.'
             )
         share = values / total
@@ -131,10 +132,10 @@ class PCAMimicLoss(nn.Module):
             teacher: Features of the same shapes.
 
         Raises:
-            RuntimeError: Before :meth:`fit`.
+            StateError: Before :meth:`fit`.
         """
         if not self.is_fitted:
-            raise RuntimeError('PCAMimicLoss has no basis; add the PCABasisHook to the config.')
+            raise StateError('PCAMimicLoss has no basis; add the PCABasisHook to the config.')
         basis = self.components[:, : int(self.num_components)]
         pairs = list(zip(feature_rows(student), feature_rows(teacher), strict=True))
         # mu_t cancels in the difference.

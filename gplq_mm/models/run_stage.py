@@ -2,6 +2,8 @@
 
 from enum import IntEnum
 
+from ..errors import StateError
+
 __all__ = ['Stage', 'check_order']
 
 
@@ -29,14 +31,14 @@ def check_order(current: Stage, wanted: Stage, direct: bool) -> None:
         direct: Whether it is quantized by direct QAT.
 
     Raises:
-        RuntimeError: If that step must not be made.
+        StateError: If that step must not be made.
     """
     training = Stage.DIRECT_QAT if direct else Stage.ACT_QAT
     order = (Stage.FLOAT, Stage.CALIBRATED, training, Stage.WEIGHT_PTQ)
     if wanted not in order:
-        raise RuntimeError(
+        raise StateError(
             f'{wanted.name} is no stage of this model; with direct={direct} they are '
             f'{", ".join(stage.name for stage in order)}.'
         )
     if order.index(wanted) < order.index(current):
-        raise RuntimeError(f'the model is at {current.name} and cannot go back to {wanted.name}.')
+        raise StateError(f'the model is at {current.name} and cannot go back to {wanted.name}.')

@@ -4,6 +4,7 @@ from mmcv.cnn import ConvModule, build_norm_layer
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from ..errors import SettingError
 from ..registry import MODELS
 
 __all__ = ['SimpleFeaturePyramid']
@@ -28,7 +29,7 @@ class SimpleFeaturePyramid(BaseModule):
         init_cfg: Defaults to Xavier, as mmdet's FPN.
 
     Raises:
-        ValueError: For ``in_channels`` or ``num_outs`` that do not fit.
+        SettingError: For ``in_channels`` or ``num_outs`` that do not fit.
     """
 
     def __init__(
@@ -43,9 +44,9 @@ class SimpleFeaturePyramid(BaseModule):
             init_cfg = dict(type='Xavier', layer='Conv2d', distribution='uniform')
         super().__init__(init_cfg)
         if in_channels < 4 or in_channels % 4:
-            raise ValueError(f'in_channels={in_channels} must be a multiple of 4.')
+            raise SettingError(f'in_channels={in_channels} must be a multiple of 4.')
         if num_outs < 4:
-            raise ValueError(f'num_outs={num_outs} must be at least 4.')
+            raise SettingError(f'num_outs={num_outs} must be at least 4.')
         norm_cfg = norm_cfg or dict(type='mmpretrain.LN2d', eps=1e-6)
         self.out_channels = out_channels
         self.num_outs = num_outs
@@ -84,12 +85,12 @@ class SimpleFeaturePyramid(BaseModule):
             ``(.., H/2, W/2)``, ... rounded up.
 
         Raises:
-            ValueError: If the input is no feature map of the right width.
+            SettingError: If the input is no feature map of the right width.
         """
         x = inputs[-1]
         wanted = self.lateral_convs[-1].in_channels
         if x.dim() != 4 or x.shape[1] != wanted:
-            raise ValueError(
+            raise SettingError(
                 f'SimpleFeaturePyramid needs maps (N, {wanted}, H, W) and got {tuple(x.shape)}; '
                 "set backbone.out_type='featmap' and neck.in_channels to the transformer's width."
             )

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ..errors import SettingError
 from .feature_tap import FeatureTap, feature_layer_of, tapped_outputs
 from .frozen import DTYPES, frozen_outputs, resolve_dtype
 
@@ -20,7 +21,7 @@ class Teacher:
             ``'auto'``, which is bfloat16 where :func:`has_fast_bf16`, and float32 elsewhere.
 
     Raises:
-        ValueError: For another ``dtype``.
+        SettingError: For another ``dtype``.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class Teacher:
         dtype: str = 'auto',
     ):
         if dtype not in DTYPES:
-            raise ValueError(f'teacher_dtype={dtype!r} must be one of {", ".join(DTYPES)}.')
+            raise SettingError(f'teacher_dtype={dtype!r} must be one of {", ".join(DTYPES)}.')
         self.network = network.eval().requires_grad_(False)
         self.dtype = dtype
         self.tap = FeatureTap(feature_layer_of(network, feature_layer)) if taps else None

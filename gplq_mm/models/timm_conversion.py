@@ -5,6 +5,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from ..errors import DataError
+
 _BLOCK_LAYERS = {
     'norm1': 'ln1',
     'attn.qkv': 'attn.qkv',
@@ -58,7 +60,7 @@ def convert_timm_vit_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, T
         dict[str, Tensor]: The same tensors as ``backbone.*`` and ``head.layers.*``.
 
     Raises:
-        ValueError: If a key is missing, or has no counterpart; names the keys.
+        DataError: If a key is missing, or has no counterpart; names the keys.
     """
     blocks = {int(found[1]) for key in state_dict if (found := _BLOCK_KEY.match(key))}
     # At least one block, so that a foreign file is reported with the names expected of it.
@@ -68,7 +70,7 @@ def convert_timm_vit_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, T
     if missing or unknown:
         faults = [f'missing keys: {_listing(missing)}'] if missing else []
         faults += [f'unknown keys: {_listing(unknown)}'] if unknown else []
-        raise ValueError(
+        raise DataError(
             f'These are not the weights of a plain timm ViT or DeiT with a classifier '
             f'({"; ".join(faults)}): give the state dict of a model such as vit_tiny_patch16_224.'
         )

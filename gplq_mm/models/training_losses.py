@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..distributed import is_finite_everywhere
+from ..errors import GPLQError, SettingError
 
 __all__ = [
     'NonFiniteLossError',
@@ -16,7 +17,7 @@ __all__ = [
 ]
 
 
-class NonFiniteLossError(FloatingPointError):
+class NonFiniteLossError(GPLQError, FloatingPointError):
     """The loss became NaN or infinite; the update was not made."""
 
 
@@ -24,13 +25,13 @@ def distill_settings(distill: Mapping | None) -> dict | None:
     """``loss_weight`` and ``temperature`` of the distillation, completed; None without.
 
     Raises:
-        ValueError: For an unknown key.
+        SettingError: For an unknown key.
     """
     if distill is None:
         return None
     unknown = set(distill) - {'loss_weight', 'temperature'}
     if unknown:
-        raise ValueError(f'distill has unknown key(s) {sorted(unknown)}.')
+        raise SettingError(f'distill has unknown key(s) {sorted(unknown)}.')
     return {'loss_weight': 1.0, 'temperature': 1.0, **distill}
 
 

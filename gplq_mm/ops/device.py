@@ -5,6 +5,8 @@ import logging
 
 import torch
 
+from ..errors import SettingError
+
 __all__ = ['resolve_device']
 
 _logger = logging.getLogger(__name__)
@@ -25,21 +27,21 @@ def resolve_device(device: str | torch.device) -> torch.device:
         device: ``'cpu'``, ``'cuda'``, ``'cuda:1'`` or a torch device.
 
     Raises:
-        ValueError: If a GPU is named by a number that this machine does not have, or the device
+        SettingError: If a GPU is named by a number that this machine does not have, or the device
             is neither a CPU nor a CUDA one.
     """
     try:
         device = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f'{device!r} is not a device: {error}') from error
+        raise SettingError(f'{device!r} is not a device: {error}') from error
     if device.type == 'cpu':
         return device
     if device.type != 'cuda':
-        raise ValueError(f"packed models run on 'cpu' or 'cuda', got {str(device)!r}.")
+        raise SettingError(f"packed models run on 'cpu' or 'cuda', got {str(device)!r}.")
     if not torch.cuda.is_available():
         _warn_no_cuda()
         return torch.device('cpu')
     count = torch.cuda.device_count()
     if (device.index or 0) >= count:
-        raise ValueError(f'this machine has {count} CUDA devices, {str(device)!r} is not one.')
+        raise SettingError(f'this machine has {count} CUDA devices, {str(device)!r} is not one.')
     return device

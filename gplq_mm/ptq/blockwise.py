@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..distributed import broadcast_
+from ..errors import DataError
 from ..layers import (
     Compensation,
     QuantWeightLayer,
@@ -65,10 +66,10 @@ def round_weights(model: nn.Module, method: Callable) -> None:
         method: PTQ method that needs no statistics.
 
     Raises:
-        ValueError: If the method needs statistics.
+        DataError: If the method needs statistics.
     """
     if method.needs_second_moment:
-        raise ValueError(f'{type(method).__name__} needs calibration images; use quantize_weights.')
+        raise DataError(f'{type(method).__name__} needs calibration images; use quantize_weights.')
     for layer in quant_layers(model).values():
         _round(layer, method, None)
 
@@ -97,7 +98,7 @@ def quantize_weights(
 
     Raises:
         NotCalibratedError: If an activation quantizer is not frozen.
-        ValueError: If there is no batch, or the model cannot be cut into units.
+        DataError: If there is no batch, or the model cannot be cut into units.
     """
     require_frozen(model)
     memory = Memory(memory_bytes)
@@ -105,7 +106,7 @@ def quantize_weights(
     for batch in batches:
         kept.append(batch)
     if not len(kept):
-        raise ValueError('Stage 2 got no calibration images; give at least one.')
+        raise DataError('Stage 2 got no calibration images; give at least one.')
     for layer in quant_layers(model).values():
         layer.weight_quantizer.clear()
     for module in model.modules():

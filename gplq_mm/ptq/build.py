@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from ..registry import WEIGHT_PTQ
+from ..registry import WEIGHT_PTQ, build_registered
 
 __all__ = ['build_weight_ptq']
 
@@ -18,9 +18,6 @@ def build_weight_ptq(cfg: dict) -> Callable:
         ``needs_second_moment`` says whether the last argument may be None.
 
     Raises:
-        KeyError: For an unknown type.
-        ValueError, TypeError: For an option out of range or unknown.
+        SettingError: For an unknown type, or an option out of range or unknown.
     """
-    # A runner's default scope (mmpretrain, mmdet) has no PTQ methods; without a scope of its own
-    # the look-up would warn about that on every build.
-    return WEIGHT_PTQ.build({'_scope_': 'gplq_mm', **cfg})
+    return build_registered(WEIGHT_PTQ, cfg)

@@ -11,6 +11,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from ..errors import DataError, SettingError
 from ..quant.functional import round_steps_
 from ..quant.quantized_weight import QuantizedWeight
 from ..quant.spec import WeightSpec
@@ -27,7 +28,7 @@ DAMPING_TRIES = 6
 
 def _check_order(order: str) -> None:
     if order not in ORDERS:
-        raise ValueError(f'order={order!r} is not one of {", ".join(ORDERS)}.')
+        raise SettingError(f'order={order!r} is not one of {", ".join(ORDERS)}.')
 
 
 def damped_hessian(second_moment: Tensor, damp: float = 0.1) -> Tensor:
@@ -57,7 +58,7 @@ def damped_hessian(second_moment: Tensor, damp: float = 0.1) -> Tensor:
         )
     hessian = second_moment.double()
     if not hessian.isfinite().all():
-        raise ValueError('the second moment has non-finite values; check the calibration data.')
+        raise DataError('the second moment has non-finite values; check the calibration data.')
     diagonal = hessian.diagonal()
     if (diagonal < 0).any():
         raise ValueError('the second moment has a negative diagonal, so it is none.')
@@ -78,7 +79,7 @@ def damped_hessian(second_moment: Tensor, damp: float = 0.1) -> Tensor:
                     stacklevel=2,
                 )
             return damped.div_(damped.diagonal().mean())
-    raise ValueError(
+    raise DataError(
         f'the second moment is not positive definite even with a damping of {amount:g}; '
         'use more calibration images or a larger "damp".'
     )
@@ -184,7 +185,7 @@ class GPTQ:
             True.
 
     Raises:
-        ValueError: For an option out of range.
+        SettingError: For an option out of range.
     """
 
     needs_second_moment = True
@@ -199,9 +200,9 @@ class GPTQ:
         refine_scale: bool = True,
     ):
         if not damp > 0:
-            raise ValueError(f'damp={damp!r} must be positive.')
+            raise SettingError(f'damp={damp!r} must be positive.')
         if block_size < 1 or sweeps < 0:
-            raise ValueError(f'{block_size=} must be at least 1 and {sweeps=} at least 0.')
+            raise SettingError(f'{block_size=} must be at least 1 and {sweeps=} at least 0.')
         _check_order(order)
         self.damp = damp
         self.block_size = block_size
@@ -234,7 +235,7 @@ class GPTQ:
             ValueError: If the second moment is missing or unusable, or shapes do not agree.
         """
         if second_moment is None:
-            raise ValueError(
+            raise DataError(
                 'GPTQ needs the second moment of the layer input; collect it over calibration '
                 'images, or use RoundToNearest.'
             )

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import broadcast_
+from ..errors import SettingError
 from ..layers import quant_layers
 from ..quant import WeightSpec
 from .rounding import to_stored_order
@@ -36,16 +37,16 @@ def init_learned_weights(model: nn.Module, init: str = 'observer') -> None:
             rounding to nearest; ``'lsq'``: LSQ's own rule, for the raw layout only.
 
     Raises:
-        ValueError: For an unknown rule, or LSQ's in the folded layout.
+        SettingError: For an unknown rule, or LSQ's in the folded layout.
     """
     if init not in ('observer', 'lsq'):
-        raise ValueError(f'direct.init={init!r} is not one of observer, lsq.')
+        raise SettingError(f'direct.init={init!r} is not one of observer, lsq.')
     for name, layer in quant_layers(model).items():
         learned = layer.weight_quantizer.learned
         matrix, permutation = layer.foldable()
         spec, multiplier = learned.spec, learned.multiplier
         if init == 'lsq' and layer.is_folded:
-            raise ValueError(
+            raise SettingError(
                 f'{name}: LSQ knows no groups; set direct.init="observer", or '
                 'policy.weight.layout="raw".'
             )

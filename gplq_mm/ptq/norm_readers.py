@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import gather_objects
+from ..errors import DataError
 from ..layers.reproducible import ReproducibleLayerNorm
 from .stream import same_values
 
@@ -69,7 +70,7 @@ def find_norm_readers(
             change.
 
     Raises:
-        ValueError: If there is no batch.
+        DataError: If there is no batch.
     """
     found = None
     for batch in batches:
@@ -77,7 +78,7 @@ def find_norm_readers(
         found = one if found is None else found.agree(one)
     for other in gather_objects(found):
         if found is None or other is None:
-            raise ValueError('the readers of LayerNorms are looked for without an image; give one.')
+            raise DataError('the readers of LayerNorms are looked for without an image; give one.')
         found = found.agree(other)
     return found
 

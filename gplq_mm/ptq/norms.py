@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import broadcast_
+from ..errors import StateError
 from ..layers import QuantLinear, calibrate, quant_layers, quantizers_disabled
 from ..quant import ActSpec, MinMaxObserver, PolicyError, build_observer
 from .norm_readers import find_norm_readers
@@ -78,8 +79,8 @@ def calibrate_with_norms(
 
     Raises:
         PolicyError: If readers of one LayerNorm have different specs.
-        RuntimeError: If the model has been reparametrized before, or a quantizer is frozen.
-        ValueError: As in ``calibrate``.
+        StateError: If the model has been reparametrized before, or a quantizer is frozen.
+        StateError: As in ``calibrate``.
     """
     layers = {
         name: layer
@@ -91,7 +92,7 @@ def calibrate_with_norms(
         return NormReport()
     for name, layer in layers.items():
         if layer.act_quantizer.channel_scale is not None:
-            raise RuntimeError(
+            raise StateError(
                 f'{name}: the LayerNorm in front is reparametrized already; start from the FP32 '
                 'weights to calibrate again.'
             )

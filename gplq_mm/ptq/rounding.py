@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..errors import DataError
 from ..quant.functional import quantize
 from ..quant.quantized_weight import QuantizedWeight
 from ..quant.spec import WeightSpec
@@ -93,7 +94,7 @@ class RoundToNearest:
                 no second moment.
         """
         if self.use_importance and second_moment is None:
-            raise ValueError(
+            raise DataError(
                 'RoundToNearest(use_importance=True) needs the second moment of the layer input; '
                 'collect it over calibration images, or set use_importance=False.'
             )

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import DataError
 from ..quant.quantized_weight import multiplier_dtype
 from ..quant.spec import WeightSpec
 from .group_steps import LEAST_RATIO, cover_steps, search_float, search_two_level
@@ -121,7 +122,7 @@ def _check(weight: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor | 
         raise ValueError(f'a weight must be a matrix (out, K), got shape {tuple(weight.shape)}.')
     weight = weight.detach().float()
     if not weight.isfinite().all():
-        raise ValueError('the weight has non-finite values; it cannot be quantized.')
+        raise DataError('the weight has non-finite values; it cannot be quantized.')
     if importance is None:
         return weight, None
     importance = importance.detach().to(weight.device, torch.float64)

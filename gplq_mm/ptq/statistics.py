@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import all_reduce_sum
+from ..errors import DataError
 
 __all__ = ['SecondMoment']
 
@@ -68,7 +69,7 @@ class SecondMoment:
         # A non-finite value makes its column's sum non-finite: a cheap test, before any harm.
         total = sum(chunk.sum(0, dtype=torch.float64) for chunk in self._chunks(rows))
         if not total.isfinite().all():
-            raise ValueError('the input of the statistics has non-finite values.')
+            raise DataError('the input of the statistics has non-finite values.')
         self.count += len(rows)
         self._sum = self._sum.to(x.device).add_(total)
         if self._outer is None:
@@ -112,7 +113,7 @@ class SecondMoment:
 
     def _require_rows(self) -> None:
         if not self.count:
-            raise ValueError('the statistics are empty: no row was seen.')
+            raise DataError('the statistics are empty: no row was seen.')
 
     @property
     def mean(self) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import SettingError
 from ..layers import compiled_products, patched_forward, quant_units
 from .tensor_store import Memory, TensorStore
 
@@ -55,7 +56,7 @@ def trace_units(model: nn.Module, run_one: Callable[[], Any]) -> Trace:
         run_one: Sends one batch through it.
 
     Raises:
-        ValueError: If a unit is not reached, or gives something else than one tensor.
+        SettingError: If a unit is not reached, or gives something else than one tensor.
     """
     units = quant_units(model)
     trace = Trace()
@@ -66,7 +67,9 @@ def trace_units(model: nn.Module, run_one: Callable[[], Any]) -> Trace:
 
     def leave(_module, _args, output, name: str) -> None:
         if not torch.is_tensor(output):
-            raise ValueError(f'{name}: Stage 2 handles units with a single tensor as output only.')
+            raise SettingError(
+                f'{name}: Stage 2 handles units with a single tensor as output only.'
+            )
         trace.seconds[name] += _now()
         trace.outputs.setdefault(name, []).append(output.clone())
 
@@ -80,7 +83,7 @@ def trace_units(model: nn.Module, run_one: Callable[[], Any]) -> Trace:
         run_one()
     for name in units:
         if name not in trace.inputs:
-            raise ValueError(
+            raise SettingError(
                 f'{name} is not reached by a forward, so Stage 2 cannot see its input. '
                 f'Exclude it with dict(pattern={name!r}, exclude=True).'
             )
@@ -106,7 +109,7 @@ def find_units(model: nn.Module, run_one: Callable[[], Any]) -> dict[str, int]:
         Name of the unit -> how often it runs.
 
     Raises:
-        ValueError: If a unit is not reached.
+        SettingError: If a unit is not reached.
     """
     return trace_units(model, run_one).calls
 
@@ -130,7 +133,7 @@ class _Replay:
 
     def __call__(self, *args, **kwargs) -> Tensor:
         if self.call == len(self.values):
-            raise ValueError(
+            raise SettingError(
                 f'{self.name} runs more than {len(self.values)} times in the forward of another '
                 f'image; Stage 2 needs a fixed number. Exclude it with '
                 f'dict(pattern={self.name!r}, exclude=True).'
@@ -189,7 +192,7 @@ class Stream:
         later unit reads are forgotten: each unit can be captured once for each batch.
 
         Raises:
-            ValueError: If this batch reaches the unit less often than the first one.
+            SettingError: If this batch reaches the unit less often than the first one.
         """
         unit = self.units[position]
         module, wanted = self.model.get_submodule(unit), self.calls[unit]
@@ -210,7 +213,7 @@ class Stream:
             with suppress(_StopForward):
                 self.forward(self.batches[index])
         if len(captured) != wanted:
-            raise ValueError(
+            raise SettingError(
                 f'{unit} runs {len(captured)} times in the forward of calibration batch {index}, '
                 f'in that of the first {wanted} times; Stage 2 needs a fixed number. Exclude it '
                 f'with dict(pattern={unit!r}, exclude=True), or choose other calibration images.'

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ..errors import StateError
 from .functional import fake_quantize, quantize
 from .quantized_weight import QuantizedWeight, multiplier_dtype
 from .quantizers import LearnedQuantizer, NotCalibratedError, QuantState
@@ -73,10 +74,10 @@ class LearnedWeightQuantizer(LearnedQuantizer):
             permutation: ``(K,)``: stored column j is column ``permutation[j]`` of the weight.
 
         Raises:
-            RuntimeError: If the quantizer is frozen.
+            StateError: If the quantizer is frozen.
         """
         if self.state == QuantState.FROZEN:
-            raise RuntimeError(f'{self.site}: a frozen weight quantizer cannot be initialized.')
+            raise StateError(f'{self.site}: a frozen weight quantizer cannot be initialized.')
         self.unit.copy_(scale[:, None])
         self.ratio.fill_(1.0)
         self.multiplier.copy_(multiplier)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import all_reduce_max, all_reduce_min, all_reduce_sum
+from ..errors import DataError, SettingError
 from ..registry import OBSERVERS, QUANTIZERS, registered
 from .spec import ActSpec
 
@@ -69,7 +70,7 @@ class MinMaxObserver:
             x: Activations, any shape that ``shape`` broadcasts to.
 
         Raises:
-            ValueError: For a NaN or an infinity.
+            DataError: For a NaN or an infinity.
         """
         # Observers with fewer passes wait for the others.
         if x.numel() == 0 or self.finished_passes == self.num_passes:
@@ -78,7 +79,7 @@ class MinMaxObserver:
         if self.finished_passes == 0:
             low, high = rows.aminmax(dim=0)
             if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
-                raise ValueError(
+                raise DataError(
                     'calibration met a NaN or an infinite activation; check the checkpoint and '
                     'the calibration images.'
                 )
@@ -94,13 +95,13 @@ class MinMaxObserver:
         """Closes a pass and reduces it across ranks.
 
         Raises:
-            ValueError: On all ranks, if none has seen an activation.
+            SettingError: On all ranks, if none has seen an activation.
         """
         if self.finished_passes == 0:
             all_reduce_min(self.low)
             all_reduce_max(self.high)
             if not torch.isfinite(self.low).all():
-                raise ValueError(
+                raise SettingError(
                     'an activation quantizer saw no data in calibration; its layer is never '
                     'reached by the forward pass. Exclude it with a policy rule.'
                 )

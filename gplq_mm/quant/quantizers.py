@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import rank_and_world_size
+from ..errors import SettingError, StateError
 from ..registry import QUANTIZERS, registered
 from .code_state import level_bits_of
 from .functional import (
@@ -41,7 +42,7 @@ TINY_RANGE = 1e-8
 CODED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class NotCalibratedError(RuntimeError):
+class NotCalibratedError(StateError):
     """A quantizer was used before it had a scale."""
 
 
@@ -210,10 +211,10 @@ class ActQuantizer(LearnedQuantizer):
             observer: Another one than that of the spec; :meth:`set_grid` then ends calibration.
 
         Raises:
-            RuntimeError: If the quantizer is frozen.
+            StateError: If the quantizer is frozen.
         """
         if self._state == QuantState.FROZEN:
-            raise RuntimeError(f'{self.site}: a frozen activation quantizer cannot be calibrated.')
+            raise StateError(f'{self.site}: a frozen activation quantizer cannot be calibrated.')
         self.observer = observer or build_observer(self.spec, tuple(self.scale.shape))
         self.observer.to(self.scale.device)
         self._set_state(QuantState.OBSERVING)
@@ -289,7 +290,7 @@ class ActQuantizer(LearnedQuantizer):
 
         Raises:
             NotCalibratedError: If the quantizer has no scale.
-            ValueError: If the scale does not broadcast to ``x`` (per token: another number of
+            SettingError: If the scale does not broadcast to ``x`` (per token: another number of
                 tokens than the quantizer was made for).
         """
         if not self.enabled:
@@ -328,11 +329,11 @@ class ActQuantizer(LearnedQuantizer):
         """Checks that the scale broadcasts to ``x``.
 
         Raises:
-            ValueError: If it does not.
+            SettingError: If it does not.
         """
         for axis, size in enumerate(reversed(self.scale.shape), start=1):
             if size not in (1, x.shape[-axis]):
-                raise ValueError(
+                raise SettingError(
                     f'{self.site}: the quantizer has {size} scales along axis -{axis}, the '
                     f'input of shape {tuple(x.shape)} has {x.shape[-axis]}. A per-token '
                     'quantizer works for one input size only; use granularity "head".'
@@ -359,7 +360,7 @@ class ProbQuantizer(ActQuantizer):
 
     def __init__(self, spec: ActSpec, shape: tuple[int, ...], name: str = ''):
         if spec.zero_point != 'none':
-            raise ValueError(f'{name}: log_sqrt2 has no zero-point; set zero_point="none".')
+            raise SettingError(f'{name}: log_sqrt2 has no zero-point; set zero_point="none".')
         super().__init__(spec, shape, name)
 
     @classmethod

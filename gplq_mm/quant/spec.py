@@ -9,6 +9,7 @@ from typing import Any
 
 from mmengine.registry import Registry
 
+from ..errors import SettingError
 from ..registry import OBSERVERS, QUANTIZERS, registered
 
 __all__ = ['ActSpec', 'PolicyError', 'SiteSpec', 'WeightSpec']
@@ -34,7 +35,7 @@ SITE_GRANULARITIES = {
 OPERANDS = ('q', 'k', 'v', 'probs')
 
 
-class PolicyError(ValueError):
+class PolicyError(SettingError):
     """A quantization policy that cannot be applied; the message says what to change."""
 
 

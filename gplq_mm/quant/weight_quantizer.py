@@ -6,6 +6,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..errors import StateError
 from .quantized_weight import QuantizedWeight, multiplier_dtype
 from .spec import WeightSpec
 
@@ -91,10 +92,10 @@ class WeightQuantizer(nn.Module):
         """The stored integers.
 
         Raises:
-            RuntimeError: If Stage 2 has not filled the quantizer.
+            StateError: If Stage 2 has not filled the quantizer.
         """
         if self.codes is None:
-            raise RuntimeError(f'{self.site}: the weight is not quantized; run Stage 2 first.')
+            raise StateError(f'{self.site}: the weight is not quantized; run Stage 2 first.')
         return QuantizedWeight(
             self.codes, self.row_scale, self.multiplier, self.permutation.long(), self.group_size
         )

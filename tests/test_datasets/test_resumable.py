@@ -10,6 +10,7 @@ from mmengine.runner import Runner
 
 from gplq_mm.datasets import ResumableSampler, SeededDataset
 from gplq_mm.datasets.resumable import seeded_rng
+from gplq_mm.errors import SettingError
 
 
 def draw_all():
@@ -121,7 +122,7 @@ class TestSampler:
             make_sampler(10, seed=0).set_position(*position)
 
     def test_plain_dataset_is_refused(self):
-        with pytest.raises(TypeError, match=r'list does not.*gplq_mm\.SeededDataset'):
+        with pytest.raises(SettingError, match=r'list does not.*gplq_mm\.SeededDataset'):
             ResumableSampler([1, 2, 3])
 
 

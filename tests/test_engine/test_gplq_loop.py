@@ -17,6 +17,7 @@ from tiny_runs import (
 )
 
 from gplq_mm.engine import unwrap
+from gplq_mm.errors import SettingError
 from gplq_mm.models import Stage
 
 STAGES = {'fp32', 'ptq_w4a4', 'w32a4', 'w4a4', 'latent_fp32'}
@@ -198,7 +199,7 @@ def test_other_models_are_refused(tmp_path, float_checkpoints):
     cfg = gplq_config(tmp_path, float_checkpoints['vit'])
     cfg.model = cfg.model.architecture
     cfg.optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1))
-    with pytest.raises(TypeError, match=r'a model of type gplq_mm\.GPLQ'):
+    with pytest.raises(SettingError, match=r'a model of type gplq_mm\.GPLQ'):
         run(cfg)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import gplq_mm.layers.compensation as module
+from gplq_mm.errors import SettingError
 from gplq_mm.layers import QwT, QwTv2, attach_compensation, build_compensation
 
 
@@ -180,7 +181,7 @@ def test_a_map_beyond_half_precision_is_dropped():
 def test_refuses():
     with pytest.raises(ValueError, match='ridge'):
         QwT(ridge=-1)
-    with pytest.raises(KeyError, match='QwT3'):
+    with pytest.raises(SettingError, match='QwT3'):
         build_compensation(dict(type='QwT3'), -1)
     compensation = QwT()
     compensation.start()

@@ -130,7 +130,7 @@ class TestTool:
         monkeypatch.setattr(sys, 'argv', ['convert_timm.py', str(src), str(dst)])
         with pytest.raises(SystemExit) as stop:
             load_tool().main()
-        assert stop.value.code.startswith(f'convert_timm: {src}')
+        assert stop.value.code.startswith(f'DataError: {src}')
         assert message in stop.value.code
         assert '\n' not in stop.value.code
         assert not dst.exists()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from mmengine.registry import DefaultScope
 
+from gplq_mm.errors import SettingError
 from gplq_mm.ptq import GPTQ, RoundToNearest, build_weight_ptq
 from gplq_mm.quant import WeightSpec
 
@@ -82,9 +83,9 @@ def test_methods_are_built_from_configs(recwarn):
 
 
 def test_unknown_methods_and_options_are_refused():
-    with pytest.raises(KeyError, match='NoSuchMethod'):
+    with pytest.raises(SettingError, match='NoSuchMethod'):
         build_weight_ptq(dict(type='NoSuchMethod'))
-    with pytest.raises(TypeError, match='percentage'):
+    with pytest.raises(SettingError, match='percentage'):
         build_weight_ptq(dict(type='GPTQ', percentage=3))
     for option in (dict(damp=0), dict(block_size=0), dict(sweeps=-1), dict(order='best')):
         with pytest.raises(ValueError, match=next(iter(option))):

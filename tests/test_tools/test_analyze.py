@@ -349,5 +349,5 @@ def test_wrong_checkpoints(tmp_path, undisturbed, float_checkpoints):
 
 
 def test_config_of_a_float_model(tmp_path, float_checkpoints):
-    with pytest.raises(SystemExit, match=r'TypeError: .*config of a GPLQ run'):
+    with pytest.raises(SystemExit, match=r'SettingError: .*config of a GPLQ run'):
         analyze(tmp_path, fp32_config('vit'), float_checkpoints['vit'])

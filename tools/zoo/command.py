@@ -11,9 +11,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gplq_mm.engine import one_line_errors
+from gplq_mm.errors import one_line_errors
 
-from .files import ZooError
 from .metafile import load_zoo
 from .pages import check_pages
 from .run import collect, plan_jobs, publish, run_jobs
@@ -86,8 +85,6 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
     try:
         with one_line_errors():
             failure = _do(args, root, Console())
-    except ZooError as error:
-        sys.exit(f'ZooError: {" ".join(str(error).split())}')
     except KeyboardInterrupt:
         sys.exit('interrupted: call again to go on')
     if failure:

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from gplq_mm.checkpoint import atomic_write_text
+from gplq_mm.errors import GPLQError
 
 __all__ = ['ZooError', 'dump_yaml', 'read_yaml', 'write_yaml']
 
@@ -15,7 +16,7 @@ WIDTH = 100
 TEXT = 'tag:yaml.org,2002:str'
 
 
-class ZooError(RuntimeError):
+class ZooError(GPLQError, RuntimeError):
     """A run, a metafile or a table that the zoo cannot use; the message names cause and mend."""
 
 

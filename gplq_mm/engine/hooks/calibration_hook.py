@@ -7,6 +7,7 @@ import torch
 from mmengine.hooks import Hook
 
 from ...distributed import broadcast_
+from ...errors import SettingError
 from ...layers import act_quantizers
 from ...models import GPLQ, Stage
 from ...ptq import NormReport, calibrate_with_norms
@@ -46,7 +47,9 @@ class CalibrationHook(Hook):
         """Runs the calibration and hands the image ids to the loop."""
         model = unwrap(runner.model)
         if not isinstance(model, GPLQ):
-            raise TypeError('CalibrationHook calibrates a GPLQ model; remove it from this config.')
+            raise SettingError(
+                'CalibrationHook calibrates a GPLQ model; remove it from this config.'
+            )
         if model.stage >= Stage.CALIBRATED:
             return
         images = self.images(runner)

@@ -7,6 +7,7 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 
 from ...checkpoint import atomic_write_text
+from ...errors import SettingError
 from ...registry import HOOKS
 
 __all__ = ['GPLQCheckpointHook']
@@ -29,7 +30,7 @@ class GPLQCheckpointHook(Hook):
 
     def __init__(self, interval: int = 500, max_keep_ckpts: int = 1):
         if max_keep_ckpts < 1:
-            raise ValueError(f'max_keep_ckpts={max_keep_ckpts} must be at least 1.')
+            raise SettingError(f'max_keep_ckpts={max_keep_ckpts} must be at least 1.')
         self.interval = interval
         self.max_keep_ckpts = max_keep_ckpts
         self._is_due = False

@@ -3,6 +3,7 @@
 import torch
 from mmengine.hooks import Hook
 
+from ...errors import SettingError
 from ...evaluation import weight_drift
 from ...models import GPLQ
 from ...registry import HOOKS
@@ -30,7 +31,7 @@ class WeightDriftHook(Hook):
             early ones, since most of the way is made there.
 
     Raises:
-        ValueError: For a negative interval or an iteration below 1.
+        SettingError: For a negative interval or an iteration below 1.
     """
 
     # The record must be complete when a checkpoint is saved.
@@ -38,11 +39,11 @@ class WeightDriftHook(Hook):
 
     def __init__(self, interval: int = 200, iterations: tuple[int, ...] = (1, 10, 50, 100)):
         if interval < 0:
-            raise ValueError(f'interval={interval} must not be negative.')
+            raise SettingError(f'interval={interval} must not be negative.')
         self.interval = interval
         self.iterations = frozenset(iterations)
         if any(iteration < 1 for iteration in self.iterations):
-            raise ValueError(f'iterations={tuple(iterations)} must all be at least 1.')
+            raise SettingError(f'iterations={tuple(iterations)} must all be at least 1.')
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         """Measures, if the iteration is one to measure at."""

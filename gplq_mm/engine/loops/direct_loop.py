@@ -1,5 +1,6 @@
 """Direct QAT, what GPLQ is compared with: weights and activations are quantized together."""
 
+from ...errors import SettingError
 from ...layers import weights_are_learned
 from ...models import Stage
 from ...ptq import init_learned_weights
@@ -24,13 +25,13 @@ class DirectQATLoop(QuantTrainLoop):
             rounding).
 
     Raises:
-        ValueError: If the model is not one for direct QAT.
+        SettingError: If the model is not one for direct QAT.
     """
 
     def __init__(self, runner, dataloader, **kwargs):
         super().__init__(runner, dataloader, **kwargs)
         if self.model.direct is None:
-            raise ValueError(
+            raise SettingError(
                 'DirectQATLoop needs a model with learned weight quantizers: set '
                 'model.direct=dict() and model.compensation=None.'
             )

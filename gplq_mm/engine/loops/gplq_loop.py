@@ -3,6 +3,7 @@
 import torch
 
 from ...checkpoint import CheckpointError
+from ...errors import SettingError
 from ...layers import weights_disabled
 from ...models import Stage
 from ...ptq import build_weight_ptq, quantize_weights
@@ -32,7 +33,7 @@ class GPLQTrainLoop(QuantTrainLoop):
             with compensation).
 
     Raises:
-        ValueError: If the model is one for direct QAT.
+        SettingError: If the model is one for direct QAT.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class GPLQTrainLoop(QuantTrainLoop):
         few = {**self.ptq_images, 'num_images': min(64, self.ptq_images['num_images'])}
         super().__init__(runner, dataloader, **{'error_images': few, **kwargs})
         if self.model.direct is not None:
-            raise ValueError(
+            raise SettingError(
                 'GPLQTrainLoop quantizes activations first; for direct QAT set '
                 "train_cfg.type='gplq_mm.DirectQATLoop', for GPLQ set model.direct=None."
             )

@@ -12,6 +12,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import EpochBasedTrainLoop
 
 from ...distributed import make_rank_invariant
+from ...errors import SettingError
 from ...evaluation import layer_output_error, weight_drift
 from ...layers import quant_layers, quantizers_disabled
 from ...models import GPLQ, Stage
@@ -76,9 +77,8 @@ class QuantTrainLoop(EpochBasedTrainLoop):
             None.
 
     Raises:
-        ValueError: If the sampler cannot resume within an epoch, a batch sampler is set, or a
-            number is out of its range.
-        TypeError: If the model is not a GPLQ model.
+        SettingError: If the sampler cannot resume within an epoch, a batch sampler is set, a
+            number is out of its range, or the model is not a GPLQ model.
     """
 
     def __init__(
@@ -95,13 +95,13 @@ class QuantTrainLoop(EpochBasedTrainLoop):
         super().__init__(runner, dataloader, max_epochs=max(max_epochs, 1))
         name = type(self).__name__
         if not isinstance(unwrap(runner.model), GPLQ):
-            raise TypeError(f'{name} trains a model of type gplq_mm.GPLQ.')
+            raise SettingError(f'{name} trains a model of type gplq_mm.GPLQ.')
         if self.dataloader.batch_size is None:
-            raise ValueError(
+            raise SettingError(
                 f'{name} counts batches of one size; set train_dataloader.batch_sampler=None.'
             )
         if not hasattr(self.dataloader.sampler, 'set_position'):
-            raise ValueError(
+            raise SettingError(
                 f'{name} resumes within an epoch; set train_dataloader.sampler='
                 "dict(type='gplq_mm.ResumableSampler', shuffle=True) and wrap the data set in "
                 "dict(type='gplq_mm.SeededDataset', dataset=...)."
@@ -110,7 +110,7 @@ class QuantTrainLoop(EpochBasedTrainLoop):
         self._max_iters = max_epochs * len(self.dataloader)
         if max_iters is not None:
             if max_iters < 0:
-                raise ValueError(f'max_iters={max_iters} must not be negative.')
+                raise SettingError(f'max_iters={max_iters} must not be negative.')
             self._max_iters = min(max_iters, self._max_iters)
         if isinstance(baseline, str):
             baseline = {'type': baseline}
