@@ -1,22 +1,23 @@
 """The images that calibration, PCA and Stage 2 see: a fixed sample of the training set."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
 import torch
 from mmengine.dataset import pseudo_collate
 from mmengine.logging import MMLogger
-from mmengine.registry import DATASETS
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..distributed import rank_and_world_size
+from ..errors import DataError
 from .progress import track
+from .shared_datasets import SharedDatasets, shared_datasets
 
 __all__ = ['CalibrationError', 'CalibrationSet']
 
 
-class CalibrationError(ValueError):
+class CalibrationError(DataError):
     """Calibration images that are missing, or that must not be used."""
 
 
@@ -39,7 +40,7 @@ class CalibrationSet:
     first ones.
 
     Args:
-        dataset: Dataset config.
+        dataset: Data set, or its config.
         num_images: How many images, over all ranks.
         batch_size: Images of a batch, per rank.
         seed: Seed of the permutation.
@@ -53,14 +54,14 @@ class CalibrationSet:
 
     def __init__(
         self,
-        dataset: dict,
+        dataset: Dataset | Mapping,
         num_images: int,
         batch_size: int = 32,
         seed: int = 0,
         num_workers: int = 0,
         held_out: tuple = (),
     ):
-        self.dataset = DATASETS.build(copy.deepcopy(dataset))
+        self.dataset = SharedDatasets().build(dataset)
         self.seed = seed
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -102,7 +103,7 @@ class CalibrationSet:
             num_images: As in the class.
             **kwargs: ``batch_size``, ``seed``, ``num_workers``, or ``dataset`` for another set.
         """
-        dataset = kwargs.pop('dataset', None)
+        datasets, dataset = shared_datasets(runner), kwargs.pop('dataset', None)
         held_out = []
         if runner.val_loop is not None:
             held_out.append(runner.val_loop.dataloader.dataset)
@@ -110,14 +111,14 @@ class CalibrationSet:
         if test is not None and (val is None or test['dataset'] != val['dataset']):
             # A test set whose files are not here cannot have lent images to calibration.
             with suppress(FileNotFoundError):
-                held_out.append(DATASETS.build(copy.deepcopy(test['dataset'])))
+                held_out.append(datasets.build(test['dataset']))
         if dataset is None:
             dataset = copy.deepcopy(_innermost(runner.cfg.train_dataloader['dataset']))
             if runner.cfg.get('val_dataloader'):
                 evaluation = _innermost(runner.cfg.val_dataloader['dataset'])
                 dataset['pipeline'] = copy.deepcopy(evaluation['pipeline'])
         kwargs.setdefault('num_workers', runner.cfg.train_dataloader.get('num_workers', 0))
-        return cls(dataset, num_images, held_out=tuple(held_out), **kwargs)
+        return cls(datasets.build(dataset), num_images, held_out=tuple(held_out), **kwargs)
 
     def batches(self, num_images: int | None = None, description: str = '') -> Iterator[dict]:
         """This rank's raw batches, before the data preprocessor.

@@ -1,7 +1,7 @@
 """mmengine's Runner with checkpoints that are never torn and never unpickled."""
 
 import os
-import traceback
+from collections.abc import Mapping
 from datetime import timedelta
 
 import torch
@@ -17,6 +17,7 @@ from ..checkpoint import atomic_write, read_checkpoint, to_plain
 from ..registry import RUNNERS
 from .class_count import ClassCountHook
 from .mask_check import MaskCheckHook
+from .shared_datasets import shared_datasets
 from .weights import load_run_weights
 
 __all__ = ['GPLQRunner']
@@ -24,10 +25,6 @@ __all__ = ['GPLQRunner']
 # Seconds. A rank that died is noticed at once, since its connections close; this is for one that
 # hangs. Rank 0 alone computes the metrics of a detector, for a minute or two, while all wait.
 TIMEOUT = 600
-
-
-class EmptyDatasetError(ValueError):
-    """A data set without a single image."""
 
 
 class AtomicLocalBackend(LocalBackend):
@@ -95,28 +92,17 @@ class GPLQRunner(Runner):
             dist.init_process_group('gloo', timeout=timedelta(seconds=dist_cfg['timeout']))
         super().setup_env({**env_cfg, 'dist_cfg': dist_cfg})
 
-    @staticmethod
-    def build_dataloader(dataloader, *args, **kwargs):
-        """As in mmengine, and says what is wrong with a data set without a single image.
+    def build_dataloader(self, dataloader, *args, **kwargs):
+        """As in mmengine; data sets are those of :func:`shared_datasets`.
 
         Raises:
-            EmptyDatasetError: If there is no image, or none passes the data set's filter.
+            DataError: If there is no image, or none passes the data set's filter.
         """
-        try:
-            return Runner.build_dataloader(dataloader, *args, **kwargs)
-        except ValueError as error:
-            # Where mmengine packs the list of images, an empty one is all that can fail.
-            frames = traceback.extract_tb(error.__traceback__)
-            if not any(frame.name == '_serialize_data' for frame in frames):
-                raise
-            dataset = dataloader['dataset']
-            while 'dataset' in dataset:
-                dataset = dataset['dataset']
-            raise EmptyDatasetError(
-                f'no image is left in the data set of {dataset.get("ann_file") or dataset}: '
-                'correct its paths and metainfo.classes, or add annotations; '
-                'filter_cfg=dict(filter_empty_gt=False) keeps images without.'
-            ) from error
+        if isinstance(dataloader, Mapping):
+            dataset = shared_datasets(self).build(dataloader['dataset'])
+            # mmengine copies a config with all that is in it, except for functions.
+            dataloader = {**dataloader, 'dataset': {'type': lambda: dataset}}
+        return super().build_dataloader(dataloader, *args, **kwargs)
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: torch.nn.Module):
         """As in mmengine, without a device id where there is no GPU."""
