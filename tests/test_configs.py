@@ -36,8 +36,6 @@ FILES = sorted(
     if not {'_base_', 'detection', 'quickstart-det', 'transfer'} & set(path.parts)
 )
 GPLQ_FILES = [path for path in FILES if not path.stem.endswith('fp32')]
-# Folder and file of the config of mmpretrain that a config stands on.
-BASES = {path: re.search(r"'mmpretrain::(\w+)/([\w.-]+)'", path.read_text()) for path in FILES}
 # GPUs of 16 images -> learning rate, from the paper's appendix.
 PAPER_RATES = {8: 5e-6, 4: 2.5e-6, 2: 1e-6, 1: 1e-6}
 
@@ -229,18 +227,25 @@ def test_data(gplq):
     assert set(loader.sampler) == {'type', 'shuffle'}
 
 
-@pytest.mark.parametrize('path', [path for path in FILES if BASES[path]], ids=named)
-def test_weights_belong_to_the_base_config(path):
-    """The published file is one that mmpretrain lists for the config that is the base."""
-    folder, file = BASES[path].groups()
-    metafile = Path(mmpretrain.__file__).parent / '.mim' / 'configs' / folder / 'metafile.yml'
-    # The address differs between releases, the path below it does not.
-    listed = [
-        entry['Weights'].partition('/mmclassification/')[2]
-        for entry in yaml.safe_load(metafile.read_text())['Models']
-        if entry['Config'] == f'configs/{folder}/{file}'
-    ]
-    assert load(path).model.pretrained.partition('/mmclassification/')[2] in listed
+@cache
+def zoo() -> dict[str, str]:
+    """mmpretrain's config of each of its published weights, by the path below the release."""
+    configs = Path(mmpretrain.__file__).parent / '.mim' / 'configs'
+    return {
+        entry['Weights'].partition('/mmclassification/')[2]: entry['Config']
+        for file in configs.glob('*/metafile.yml')
+        for entry in yaml.safe_load(file.read_text())['Models']
+        if entry.get('Weights')
+    }
+
+
+@pytest.mark.parametrize('path', [path for path in FILES if path.stem.endswith('in1k')], ids=named)
+def test_weights_belong_to_the_architecture(path):
+    """mmpretrain publishes the file for a config whose model is the architecture."""
+    model = load(path).model
+    file = zoo()[model.pretrained.partition('/mmclassification/')[2]]
+    theirs = Config.fromfile(Path(mmpretrain.__file__).parent / '.mim' / file)
+    assert model.architecture.to_dict() == {'_scope_': 'mmpretrain', **theirs.model.to_dict()}
 
 
 def strings(value) -> Iterator[str]:

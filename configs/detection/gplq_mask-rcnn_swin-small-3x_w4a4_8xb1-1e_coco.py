@@ -1,34 +1,13 @@
 # Mask R-CNN Swin-S of the 3x schedule, W4A4.
 # The paper's schedule: one epoch, one image a GPU, no PCA loss.
 # The FP32 weights are mmdet's: 48.2 box AP, 43.2 mask AP.
-_base_ = [
-    'mmdet::swin/mask-rcnn_swin-s-p4-w7_fpn_amp-ms-crop-3x_coco.py',
-    '../_base_/gplq_detection.py',
-]
+_base_ = ['./gplq_mask-rcnn_swin-tiny-3x_w4a4_8xb1-1e_coco.py']
 
+# mmdet's config keeps the address of the backbone's weights at both places.
+pretrained = 'https://github.com/SwinTransformer/storage/releases/download/v1.0.0/swin_small_patch4_window7_224.pth'
 model = dict(
-    _delete_=True,
-    type='gplq_mm.GPLQ',
-    architecture=_base_.model,
     pretrained=_base_.gplq_zoo
     + 'swin/mask_rcnn_swin-s-p4-w7_fpn_fp16_ms-crop-3x_coco/'
     + 'mask_rcnn_swin-s-p4-w7_fpn_fp16_ms-crop-3x_coco_20210903_104808-b92c91f1.pth',
-    policy=_base_.gplq_policy,
-    compensation=_base_.gplq_compensation,
+    architecture=dict(backbone=dict(depths=[2, 2, 18, 2], init_cfg=dict(checkpoint=pretrained))),
 )
-train_dataloader = dict(
-    batch_size=1,
-    dataset=dict(
-        _delete_=True, type='gplq_mm.SeededDataset', dataset=_base_.train_dataloader.dataset
-    ),
-    sampler=dict(_delete_=True, **_base_.gplq_sampler),
-    batch_sampler=None,
-)
-train_cfg = dict(_delete_=True, **_base_.gplq_train_cfg)
-optim_wrapper = dict(_delete_=True, **_base_.gplq_optim_wrapper)
-param_scheduler = None
-auto_scale_lr = _base_.gplq_auto_scale_lr
-default_hooks = dict(checkpoint=dict(_delete_=True, **_base_.gplq_checkpoint))
-custom_hooks = _base_.gplq_hooks
-env_cfg = _base_.gplq_env_cfg
-randomness = _base_.gplq_randomness

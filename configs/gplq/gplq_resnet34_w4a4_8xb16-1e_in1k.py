@@ -1,28 +1,8 @@
 # ResNet-34, W4A4, 8 GPUs x 16 images. The FP32 weights (mmpretrain's own)
 # are published with a top-1 accuracy of 73.62 %.
-_base_ = ['mmpretrain::resnet/resnet34_8xb32_in1k.py', '../_base_/gplq_in1k.py']
+_base_ = ['./gplq_resnet50_w4a4_8xb16-1e_in1k.py']
 
 model = dict(
-    _delete_=True,
-    type='gplq_mm.GPLQ',
-    architecture=_base_.model,
     pretrained=_base_.gplq_zoo + 'resnet/resnet34_8xb32_in1k_20210831-f257d4e6.pth',
-    policy=_base_.gplq_policy,
-    mimic=_base_.gplq_mimic,
-    compensation=_base_.gplq_compensation,
+    architecture=dict(backbone=dict(depth=34), head=dict(in_channels=512)),
 )
-train_dataloader = dict(
-    batch_size=16,
-    dataset=dict(
-        _delete_=True, type='gplq_mm.SeededDataset', dataset=_base_.train_dataloader.dataset
-    ),
-    sampler=dict(_delete_=True, **_base_.gplq_sampler),
-)
-train_cfg = dict(_delete_=True, **_base_.gplq_train_cfg)
-optim_wrapper = dict(_delete_=True, **_base_.gplq_optim_wrapper)
-param_scheduler = None
-auto_scale_lr = _base_.gplq_auto_scale_lr
-default_hooks = dict(checkpoint=dict(_delete_=True, **_base_.gplq_checkpoint))
-custom_hooks = _base_.gplq_hooks
-env_cfg = _base_.gplq_env_cfg
-randomness = _base_.gplq_randomness
