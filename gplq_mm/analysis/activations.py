@@ -13,8 +13,6 @@ from ..layers import quantizers_disabled
 from ..quant import ActQuantizer
 from .sites import operand_quantizers
 
-__all__ = ['activation_statistics', 'scale_histogram']
-
 HISTOGRAM_BINS = 40
 QUARTILES = ('smallest', 'first_quartile', 'median', 'third_quartile', 'largest')
 

@@ -8,8 +8,6 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from ..errors import SettingError
 
-__all__ = ['BudgetError', 'allocate']
-
 # Enough for hundreds of layers; a limit in seconds would make results depend on the machine.
 MAX_NODES = 20000
 # The solver takes a row that is exceeded by this as kept: in a large row that is little.

@@ -18,8 +18,6 @@ from .sizes import mean_bits, weight_counts
 from .sqnr import layer_sqnr
 from .suggestion import activation_budget, suggest_policy, weight_budget
 
-__all__ = ['AnalysisSettings', 'analyze']
-
 # Other images than those that calibration (seed 0) has seen first.
 SEED = 1
 IMAGES = {'classifier': 64, 'detector': 8}

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from ..layers import patched_forward, quant_units
 
-__all__ = ['Replay']
-
 
 class Replay:
     """Outputs of the units of a model for one batch, given again instead of computed.

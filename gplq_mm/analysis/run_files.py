@@ -6,8 +6,6 @@ from pathlib import Path
 
 from ..engine import result_rows
 
-__all__ = ['read_run']
-
 NEEDED = {'metrics', 'stages', 'feature_distance', 'seconds', 'peak_memory_mb'}
 
 # What is drawn; every line of the log has dozens of other entries.

@@ -12,8 +12,6 @@ from ..layers import Compensation, quantizers_disabled
 from .replay import Replay
 from .sites import quant_sites, switched_on
 
-__all__ = ['Outputs', 'network_sensitivity', 'number_of_steps']
-
 # What a network gives for a batch: group -> tensors. 'logits', if there, are those of a classifier.
 Outputs = Mapping[str, list[Tensor]]
 PARTS = ('weights', 'activations')

@@ -11,15 +11,6 @@ from ..layers.attention import OPERANDS
 from ..layers.replace import kind_of
 from ..quant import ActQuantizer, QuantState, WeightQuantizer
 
-__all__ = [
-    'Site',
-    'operand_quantizers',
-    'quant_sites',
-    'switched_on',
-    'weighted_sites',
-    'weights_are_quantized',
-]
-
 
 @dataclass(frozen=True)
 class Site:

@@ -10,8 +10,6 @@ from ..layers import Compensation
 from ..quant.packing import code_bytes
 from .sites import operand_quantizers, quant_sites, weighted_sites
 
-__all__ = ['code_sizes', 'mean_bits', 'other_bytes', 'weight_counts']
-
 
 def weight_counts(model: nn.Module) -> dict[str, int]:
     """Number of weights of every quantized layer."""

@@ -11,8 +11,6 @@ from ..evaluation import ErrorSums
 from ..layers import QuantAttention, QuantWeightLayer, quantizers_disabled
 from .sites import Site, quant_sites, switched_on
 
-__all__ = ['layer_sqnr']
-
 # What is quantized -> (weights, activations).
 CASES = {'weights': (True, False), 'activations': (False, True), 'both': (True, True)}
 

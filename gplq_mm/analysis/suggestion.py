@@ -15,15 +15,6 @@ from .sites import quant_sites, weighted_sites
 from .sizes import code_sizes, other_bytes, weight_counts
 from .widths import activation_noise, weight_noise
 
-__all__ = [
-    'Budget',
-    'activation_budget',
-    'policy_rules',
-    'policy_source',
-    'suggest_policy',
-    'weight_budget',
-]
-
 MEGABYTE = 1e6
 
 

@@ -20,8 +20,6 @@ from ..quant.observers import by_channel
 from ..quant.quantizers import build_act_quantizer
 from .sites import operand_quantizers, quant_sites, weighted_sites
 
-__all__ = ['activation_noise', 'weight_noise']
-
 CHANNELS = 64
 VALUES_PER_CHANNEL = 2048
 # A histogram of the sample needs no more bins than that of 4 bits has.

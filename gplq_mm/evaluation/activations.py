@@ -6,8 +6,6 @@ from torch import Tensor
 from ..quant import ActQuantizer
 from .error_sums import decibels
 
-__all__ = ['quantizer_statistics', 'quantizer_sums']
-
 TINY_POWER = 1e-30
 
 

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from ..distributed import all_reduce_sum
 
-__all__ = ['ErrorSums', 'decibels']
-
 
 def decibels(signal: float, noise: float) -> float | None:
     """Signal-to-noise ratio of two powers in dB; None where one of them is zero."""

@@ -8,8 +8,6 @@ from torch import Tensor
 from ..distributed import all_reduce_sum
 from ..errors import DataError
 
-__all__ = ['feature_distance']
-
 
 @torch.no_grad()
 def feature_distance(pairs: Iterable[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]) -> dict:

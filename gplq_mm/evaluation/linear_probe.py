@@ -8,8 +8,6 @@ from torch import Tensor
 from ..distributed import gather_objects, gather_rows, rank_and_world_size
 from ..errors import DataError
 
-__all__ = ['linear_probe']
-
 # Weight of the data against the L2 penalty ||w||^2 / 2, scikit-learn's default.
 C = 1.0
 MAX_ITERATIONS = 10_000

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-__all__ = ['NOT_CODE', 'code_commit', 'describe_machine', 'git']
-
 # What cannot change a result: documents, and the tables that are written after a measurement.
 NOT_CODE = (':(exclude,glob)**/*.md', ':(exclude,glob)**/*.yml')
 

@@ -16,8 +16,6 @@ from ..layers import (
 )
 from .error_sums import ErrorSums
 
-__all__ = ['layer_output_error']
-
 
 @torch.no_grad()
 def layer_output_error(

@@ -7,8 +7,6 @@ from torch import Tensor, nn
 
 from ..layers import quant_layers
 
-__all__ = ['weight_drift']
-
 
 @torch.no_grad()
 def weight_drift(model: nn.Module, reference: Mapping[str, Tensor]) -> dict:

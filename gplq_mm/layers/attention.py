@@ -9,8 +9,6 @@ from ..quant import ActQuantizer, ActSpec, PolicyError, QuantState, arithmetic
 from ..quant.quantizers import build_act_quantizer
 from .saved_codes import coded_attention
 
-__all__ = ['OPERANDS', 'QuantAttention']
-
 OPERANDS = ('q', 'k', 'v', 'probs')
 
 

@@ -8,8 +8,6 @@ from ..errors import SettingError
 from .family import with_mixin
 from .replace import find_blocks
 
-__all__ = ['checkpoint_blocks']
-
 
 class _CheckpointedBlock:
     """Mixin over a block's class."""

@@ -15,8 +15,6 @@ from ..distributed import all_reduce_sum, rank_and_world_size
 from ..errors import DataError, SettingError
 from ..registry import COMPENSATORS, build_registered
 
-__all__ = ['Compensation', 'QwT', 'QwTv2', 'attach_compensation', 'build_compensation']
-
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 # 4 MB of float64: the copies of a chunk stay in a core's cache.
 CHUNK_ELEMENTS = 2**19

@@ -23,8 +23,6 @@ from .int4_linear import Int4Linear
 from .int4_weight import DeployError, Int4WeightLayer
 from .linear import QuantLinear
 
-__all__ = ['PACKED', 'compiled_products']
-
 # Simulated layer -> packed layer.
 PACKED: dict[type, type[Int4WeightLayer]] = {
     QuantLinear: Int4Linear,

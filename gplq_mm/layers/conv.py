@@ -10,8 +10,6 @@ from ..quant import PolicyError, SiteSpec
 from .saved_codes import Convolution
 from .weight_layer import QuantWeightLayer
 
-__all__ = ['QuantConv2d']
-
 
 class QuantConv2d(QuantWeightLayer, nn.Conv2d):
     """``F.conv2d(fake_quant(x), weight, bias)`` for dense, zero-padded convolutions.

@@ -8,8 +8,6 @@ from ..quant import PolicyError, SiteSpec
 from .saved_codes import Convolution
 from .weight_layer import QuantWeightLayer
 
-__all__ = ['QuantConvTranspose2d']
-
 
 class QuantConvTranspose2d(QuantWeightLayer, nn.ConvTranspose2d):
     """``F.conv_transpose2d(fake_quant(x), weight, bias)`` with a kernel as large as its stride.

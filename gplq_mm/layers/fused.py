@@ -12,17 +12,6 @@ from .family import entry_of
 from .int4_linear import Int4Linear
 from .reproducible import ReproducibleGELU, ReproducibleLayerNorm
 
-__all__ = [
-    'fuse_blocks',
-    'fuses_mlp',
-    'fuses_norm_linear',
-    'is_identity_in_eval',
-    'is_plain',
-    'linear_add',
-    'mlp_add',
-    'norm_linear',
-]
-
 _linear_add = torch.ops.gplq_mm.int4_linear_add.default
 _norm_linear = torch.ops.gplq_mm.int4_norm_linear.default
 _mlp = torch.ops.gplq_mm.int4_mlp.default

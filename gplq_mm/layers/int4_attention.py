@@ -8,8 +8,6 @@ from ..quant import QuantState
 from .attention import OPERANDS, QuantAttention
 from .int4_weight import DeployError, move_only
 
-__all__ = ['Int4Attention', 'unsupported']
-
 _attention = torch.ops.gplq_mm.int4_attention.default
 
 

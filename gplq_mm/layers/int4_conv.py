@@ -8,8 +8,6 @@ from ..ops import library as _library  # noqa: F401  (defines the ops)
 from .conv import QuantConv2d
 from .int4_weight import Int4WeightLayer
 
-__all__ = ['Int4Conv2d']
-
 _conv2d = torch.ops.gplq_mm.int4_conv2d.default
 _accumulate = torch.ops.gplq_mm.int4_accumulate.default
 

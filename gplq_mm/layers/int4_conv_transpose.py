@@ -7,8 +7,6 @@ from ..ops import library as _library  # noqa: F401  (defines the ops)
 from .conv_transpose import QuantConvTranspose2d
 from .int4_weight import Int4WeightLayer
 
-__all__ = ['Int4ConvTranspose2d']
-
 _linear = torch.ops.gplq_mm.int4_linear.default
 _accumulate = torch.ops.gplq_mm.int4_accumulate.default
 

@@ -7,8 +7,6 @@ from ..ops import library as _library  # noqa: F401  (defines the ops)
 from .int4_weight import Int4WeightLayer
 from .linear import QuantLinear
 
-__all__ = ['Int4Linear']
-
 _linear = torch.ops.gplq_mm.int4_linear.default
 _accumulate = torch.ops.gplq_mm.int4_accumulate.default
 

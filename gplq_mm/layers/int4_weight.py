@@ -13,8 +13,6 @@ from ..quant import QuantState
 from ..quant.packing import pack_multiplier_panels, pack_panels
 from .weight_layer import QuantWeightLayer
 
-__all__ = ['DeployError', 'Int4WeightLayer', 'check_packable', 'move_only']
-
 # The accumulators of an op are int32.
 LARGEST_SUM = 2**31 - 1
 

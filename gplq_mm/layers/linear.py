@@ -7,8 +7,6 @@ from torch import Tensor, nn
 from ..quant import SiteSpec
 from .weight_layer import QuantWeightLayer
 
-__all__ = ['QuantLinear']
-
 
 class QuantLinear(QuantWeightLayer, nn.Linear):
     """``F.linear(fake_quant(x), weight, bias)``; keeps the Parameter and the key of its source.

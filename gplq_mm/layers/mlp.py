@@ -14,8 +14,6 @@ from .linear import QuantLinear
 from .reproducible import ReproducibleGELU
 from .saved_codes import coded_mlp
 
-__all__ = ['QuantMlp', 'as_quant_mlp', 'make_mlps_explicit']
-
 
 class QuantMlp:
     """Mixin over the class of a module that computes ``(..., in)`` to ``(..., out)`` by two

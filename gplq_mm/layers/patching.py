@@ -5,8 +5,6 @@ from contextlib import contextmanager
 
 from torch import nn
 
-__all__ = ['patched_forward']
-
 
 @contextmanager
 def patched_forward(module: nn.Module, forward: Callable) -> Iterator[None]:

@@ -8,9 +8,6 @@ from torch import Tensor, nn
 
 from ..ops import library as _library  # noqa: F401  (defines the ops)
 
-__all__ = ['ReproducibleGELU', 'ReproducibleLayerNorm', 'make_reproducible']
-
-
 _layer_norm = torch.ops.gplq_mm.layer_norm.default
 _gelu = torch.ops.gplq_mm.gelu.default
 

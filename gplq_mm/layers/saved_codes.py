@@ -16,8 +16,6 @@ from torch import Tensor
 from ..ops import training as _training  # noqa: F401  (defines the ops)
 from ..quant import ActQuantizer
 
-__all__ = ['Convolution', 'coded_attention', 'coded_mlp', 'coded_product']
-
 
 class Convolution(NamedTuple):
     """Geometry of a convolution, transposed or not, without groups."""

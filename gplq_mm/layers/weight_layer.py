@@ -14,8 +14,6 @@ from ..quant import (
 from ..quant.quantizers import build_act_quantizer
 from .saved_codes import Convolution, coded_product
 
-__all__ = ['QuantWeightLayer']
-
 # Above this an integer is not exact in float32.
 EXACT_FLOAT32 = 2**24
 

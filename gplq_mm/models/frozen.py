@@ -8,13 +8,6 @@ from torch import Tensor
 
 from ..errors import SettingError
 
-__all__ = [
-    'DTYPES',
-    'frozen_outputs',
-    'has_fast_bf16',
-    'resolve_dtype',
-]
-
 DTYPES = ('auto', 'float32', 'bfloat16')
 
 

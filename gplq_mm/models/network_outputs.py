@@ -7,8 +7,6 @@ from ..layers.family import entry_of
 from .feature_tap import FeatureTap, feature_layer_of, tapped_outputs
 from .gplq import GPLQ
 
-__all__ = ['NetworkOutputs']
-
 
 class NetworkOutputs:
     """Callable on a preprocessed batch; gives groups of tensors.

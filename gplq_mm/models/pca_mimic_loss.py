@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from ..errors import DataError, SettingError, StateError
 from ..registry import MODELS
 
-__all__ = ['PCAMimicLoss', 'feature_rows']
-
 
 def feature_rows(features: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
     """Feature vectors of images, or of the places of every level of a pyramid.

@@ -14,8 +14,6 @@ from ..layers import is_calibrated, quant_layers, quantize_model, require_frozen
 from ..quant import QuantPolicy
 from ..registry import MODELS
 
-__all__ = ['QuantBackbone']
-
 PREFIX = 'architecture.backbone.'
 
 

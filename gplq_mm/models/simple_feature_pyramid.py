@@ -7,8 +7,6 @@ from torch import Tensor, nn
 from ..errors import SettingError
 from ..registry import MODELS
 
-__all__ = ['SimpleFeaturePyramid']
-
 
 @MODELS.register_module()
 class SimpleFeaturePyramid(BaseModule):

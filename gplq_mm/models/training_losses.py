@@ -8,14 +8,6 @@ from torch import Tensor
 from ..distributed import is_finite_everywhere
 from ..errors import GPLQError, SettingError
 
-__all__ = [
-    'NonFiniteLossError',
-    'distill_settings',
-    'distillation_loss',
-    'require_finite',
-    'weigh_task',
-]
-
 
 class NonFiniteLossError(GPLQError, FloatingPointError):
     """The loss became NaN or infinite; the update was not made."""

@@ -4,8 +4,6 @@ from collections.abc import Callable
 
 from ..registry import WEIGHT_PTQ, build_registered
 
-__all__ = ['build_weight_ptq']
-
 
 def build_weight_ptq(cfg: dict) -> Callable:
     """Builds a weight PTQ method.

@@ -3,8 +3,6 @@
 import time
 from dataclasses import dataclass
 
-__all__ = ['Forecast', 'Progress']
-
 # Share of an estimate that counts as if it had been measured to be right.
 TRUST = 0.05
 

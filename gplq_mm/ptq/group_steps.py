@@ -19,8 +19,6 @@ from .observed_step import (
     squared_error,
 )
 
-__all__ = ['LEAST_RATIO', 'cover_steps', 'search_float', 'search_two_level']
-
 BASE_GRID = 32
 # Least float scale of a group in units of the largest of its row.
 LEAST_RATIO = 1e-6

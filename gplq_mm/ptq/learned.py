@@ -10,8 +10,6 @@ from ..quant import WeightSpec
 from .rounding import to_stored_order
 from .scales import search_group_scales, search_row_scale
 
-__all__ = ['init_learned_weights', 'lsq_scale']
-
 
 def lsq_scale(weight: Tensor, spec: WeightSpec) -> Tensor:
     """``2 * mean|w| / sqrt(qmax)`` of every row (LSQ, section 2.1).

@@ -21,8 +21,6 @@ from ..errors import DataError
 from ..layers.reproducible import ReproducibleLayerNorm
 from .stream import same_values
 
-__all__ = ['FoundNorms', 'find_norm_readers']
-
 # Relative to the mark's largest value: an average over tokens is not equal to the last bit.
 TOLERANCE = 1e-4
 

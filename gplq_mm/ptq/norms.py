@@ -25,8 +25,6 @@ from ..quant import ActSpec, MinMaxObserver, PolicyError, build_observer
 from .norm_readers import find_norm_readers
 from .reparam import reparametrize_
 
-__all__ = ['NormReport', 'calibrate_with_norms']
-
 
 @dataclass(frozen=True)
 class NormReport:

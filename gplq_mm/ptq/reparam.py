@@ -13,8 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ['Reparametrization', 'reparametrize', 'reparametrize_']
-
 
 class Reparametrization(NamedTuple):
     """Result of :func:`reparametrize`, in the dtype of the norm's weight.

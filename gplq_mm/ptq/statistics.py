@@ -6,8 +6,6 @@ from torch import Tensor
 from ..distributed import all_reduce_sum
 from ..errors import DataError
 
-__all__ = ['SecondMoment']
-
 # 2 MB of float64: the copy of a chunk stays in a core's cache.
 CHUNK_ELEMENTS = 2**18
 # Above this int8 kernels of processors without VNNI saturate in 16 bits.

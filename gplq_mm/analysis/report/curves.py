@@ -8,8 +8,6 @@ from matplotlib.figure import Figure
 
 from .style import new_figure, shorten
 
-__all__ = ['draw_losses', 'draw_pca', 'draw_watched', 'draw_weight_drift']
-
 LOSS_COLORS = ('#333333', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 WATCHED = {
     'quant_clip_rate': 'mean clip rate',

@@ -9,8 +9,6 @@ from matplotlib.figure import Figure
 from .curves import draw_losses, draw_pca, draw_watched, draw_weight_drift
 from .style import COLORS, label_rows, new_figure, styled, to_png
 
-__all__ = ['FIGURES', 'draw_figures', 'metric_label']
-
 # Effects below this share of the largest one are drawn at the edge.
 EFFECT_RANGE = 1e-5
 CASES = ('weights', 'activations', 'both')

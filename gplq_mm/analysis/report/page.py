@@ -9,8 +9,6 @@ from jinja2 import Environment, StrictUndefined
 
 from .figures import metric_label
 
-__all__ = ['render_page']
-
 TEMPLATE = Path(__file__).with_name('page.html')
 
 

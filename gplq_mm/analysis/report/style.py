@@ -8,8 +8,6 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ['COLORS', 'label_rows', 'new_figure', 'shorten', 'styled', 'to_png']
-
 # Okabe and Ito, 2008.
 COLORS = {
     'weights': '#0072B2',
