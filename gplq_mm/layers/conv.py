@@ -45,31 +45,13 @@ class QuantConv2d(QuantWeightLayer, nn.Conv2d):
             )
         act = spec.activation
         if any(module.padding) and act.zero_point == 'float':
-            act = replace(act, zero_point='integer')
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer.__dict__.update(
-            {key: value for key, value in module.__dict__.items() if not key.startswith('_')}
-        )
-        layer._reversed_padding_repeated_twice = module._reversed_padding_repeated_twice
-        layer.weight, layer.bias = module.weight, module.bias
-        channels = module.in_channels if act.granularity == 'channel' else 1
-        layer._add_quantizers(act, spec.weight, (channels, 1, 1), name)
-        return layer.train(module.training)
+            spec = replace(spec, activation=replace(act, zero_point='integer'))
+        return cls._twin(module, spec, (module.in_channels, 1, 1), name)
 
     @property
     def geometry(self) -> Convolution:
         """Stride, padding and dilation."""
         return Convolution(self.stride, self.padding, self.dilation)
-
-    def column_grid(self) -> tuple[Tensor, Tensor]:
-        taps = self.kernel_size[0] * self.kernel_size[1]
-        scale, offset = self.act_quantizer.grid()
-        scale = scale.detach().flatten().expand(self.in_channels).repeat_interleave(taps)
-        if offset is None:
-            return scale, scale.new_zeros(scale.shape)
-        offset = offset.detach().flatten().expand(self.in_channels)
-        return scale, offset.repeat_interleave(taps)
 
     def operand_rows(self, x: Tensor) -> Tensor:
         columns = F.unfold(

@@ -41,28 +41,12 @@ class QuantConvTranspose2d(QuantWeightLayer, nn.ConvTranspose2d):
                 f'groups and no dilation can be quantized; exclude this one with '
                 f'dict(pattern={name!r}, exclude=True).'
             )
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer.__dict__.update(
-            {key: value for key, value in module.__dict__.items() if not key.startswith('_')}
-        )
-        layer._reversed_padding_repeated_twice = module._reversed_padding_repeated_twice
-        layer.weight, layer.bias = module.weight, module.bias
-        channels = module.in_channels if spec.activation.granularity == 'channel' else 1
-        layer._add_quantizers(spec.activation, spec.weight, (channels, 1, 1), name)
-        return layer.train(module.training)
+        return cls._twin(module, spec, (module.in_channels, 1, 1), name)
 
     @property
     def geometry(self) -> Convolution:
         """Stride, padding and dilation."""
         return Convolution(self.stride, self.padding, self.dilation, transposed=True)
-
-    def column_grid(self) -> tuple[Tensor, Tensor]:
-        scale, offset = self.act_quantizer.grid()
-        scale = scale.detach().flatten().expand(self.in_channels)
-        if offset is None:
-            return scale, scale.new_zeros(scale.shape)
-        return scale, offset.detach().flatten().expand(self.in_channels)
 
     def operand_rows(self, x: Tensor) -> Tensor:
         return self.operand(x).movedim(1, -1).reshape(-1, self.in_channels)

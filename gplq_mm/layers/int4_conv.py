@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import library as _library  # noqa: F401  (defines the ops)
-from .conv import QuantConv2d
 from .int4_weight import Int4WeightLayer
 
 _conv2d = torch.ops.gplq_mm.int4_conv2d.default
@@ -18,23 +17,11 @@ class Int4Conv2d(Int4WeightLayer):
     Input ``(N, in, H, W)``, output ``(N, out, H', W')`` of the same dtype and memory format.
     """
 
-    @classmethod
-    def from_quantized(cls, layer: QuantConv2d) -> 'Int4Conv2d':
-        """Packed twin of a layer after Stage 2.
-
-        Raises:
-            DeployError: If the layer cannot be packed.
-        """
-        packed = cls()
-        packed.in_channels, packed.out_channels = layer.in_channels, layer.out_channels
-        packed.kernel_size, packed.stride = layer.kernel_size, layer.stride
-        packed.padding, packed.dilation = layer.padding, layer.dilation
-        packed.geometry = [*layer.kernel_size, *layer.stride, *layer.padding, *layer.dilation]
-        packed._take(layer)
-        return packed.eval()
+    sizes = ('in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation')
 
     def forward(self, x: Tensor) -> Tensor:
-        out = _conv2d(x, self.operands(), self.grid, self.geometry)
+        geometry = [*self.kernel_size, *self.stride, *self.padding, *self.dilation]
+        out = _conv2d(x, self.operands(), self.grid, geometry)
         # The op writes channels last. Readers such as mmcv's RoIAlign take the memory of a map as
         # they expect it, so it is that of the input, as with torch's own convolution.
         return out.contiguous() if x.is_contiguous() else out

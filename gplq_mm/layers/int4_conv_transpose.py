@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from ..ops import library as _library  # noqa: F401  (defines the ops)
-from .conv_transpose import QuantConvTranspose2d
 from .int4_weight import Int4WeightLayer
 
 _linear = torch.ops.gplq_mm.int4_linear.default
@@ -17,18 +16,7 @@ class Int4ConvTranspose2d(Int4WeightLayer):
     Input ``(N, in, H, W)`` of any floating dtype, output ``(N, out, H * kh, W * kw)`` of the same.
     """
 
-    @classmethod
-    def from_quantized(cls, layer: QuantConvTranspose2d) -> 'Int4ConvTranspose2d':
-        """Packed twin of a layer after Stage 2.
-
-        Raises:
-            DeployError: If the layer cannot be packed.
-        """
-        packed = cls()
-        packed.in_channels, packed.out_channels = layer.in_channels, layer.out_channels
-        packed.kernel_size = tuple(layer.kernel_size)
-        packed._take(layer)
-        return packed.eval()
+    sizes = ('in_channels', 'out_channels', 'kernel_size')
 
     def forward(self, x: Tensor) -> Tensor:
         return self._cells(_linear(_pixels(x), self.operands(), self.grid))

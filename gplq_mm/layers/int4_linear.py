@@ -5,7 +5,6 @@ from torch import Tensor
 
 from ..ops import library as _library  # noqa: F401  (defines the ops)
 from .int4_weight import Int4WeightLayer
-from .linear import QuantLinear
 
 _linear = torch.ops.gplq_mm.int4_linear.default
 _accumulate = torch.ops.gplq_mm.int4_accumulate.default
@@ -17,17 +16,7 @@ class Int4Linear(Int4WeightLayer):
     Input ``(..., in_features)`` of any floating dtype, output ``(..., out_features)`` of the same.
     """
 
-    @classmethod
-    def from_quantized(cls, layer: QuantLinear) -> 'Int4Linear':
-        """Packed twin of a layer after Stage 2.
-
-        Raises:
-            DeployError: If the layer cannot be packed.
-        """
-        packed = cls()
-        packed.in_features, packed.out_features = layer.in_features, layer.out_features
-        packed._take(layer)
-        return packed.eval()
+    sizes = ('in_features', 'out_features')
 
     def forward(self, x: Tensor) -> Tensor:
         return _linear(x.contiguous(), self.operands(), self.grid)

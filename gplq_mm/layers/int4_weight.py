@@ -65,6 +65,22 @@ class Int4WeightLayer(nn.Module):
     ``weight`` holds nibbles for codes of up to 4 bits and bytes for wider ones.
     """
 
+    # Attributes that a layer's forward reads.
+    sizes: tuple[str, ...]
+
+    @classmethod
+    def from_quantized(cls, layer: QuantWeightLayer) -> 'Int4WeightLayer':
+        """Packed twin of a layer after Stage 2.
+
+        Raises:
+            DeployError: If the layer cannot be packed.
+        """
+        packed = cls()
+        for name in cls.sizes:
+            setattr(packed, name, getattr(layer, name))
+        packed._take(layer)
+        return packed.eval()
+
     def _take(self, layer: QuantWeightLayer) -> None:
         """Fills the buffers from a layer after Stage 2.
 

@@ -16,27 +16,8 @@ class QuantLinear(QuantWeightLayer, nn.Linear):
 
     @classmethod
     def from_float(cls, module: nn.Linear, spec: SiteSpec, name: str) -> 'QuantLinear':
-        """Quantized twin of ``module`` that shares its parameters.
-
-        Args:
-            module: The float layer.
-            spec: Specs of input and weight, both present.
-            name: Full name of the layer.
-        """
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer.in_features, layer.out_features = module.in_features, module.out_features
-        layer.weight, layer.bias = module.weight, module.bias
-        channels = module.in_features if spec.activation.granularity == 'channel' else 1
-        layer._add_quantizers(spec.activation, spec.weight, (channels,), name)
-        return layer.train(module.training)
-
-    def column_grid(self) -> tuple[Tensor, Tensor]:
-        scale, offset = self.act_quantizer.grid()
-        scale = scale.detach().expand(self.in_features)
-        if offset is None:
-            return scale, scale.new_zeros(self.in_features)
-        return scale, offset.detach().expand(self.in_features)
+        """Quantized twin of ``module`` that shares its parameters."""
+        return cls._twin(module, spec, (module.in_features,), name)
 
     def operand_rows(self, x: Tensor) -> Tensor:
         return self.operand(x).reshape(-1, self.in_features)

@@ -8,6 +8,7 @@ from ..quant import (
     ActSpec,
     PolicyError,
     QuantizedWeight,
+    SiteSpec,
     WeightQuantizer,
     WeightSpec,
 )
@@ -37,6 +38,27 @@ class QuantWeightLayer(nn.Module):
     saves_codes: bool = True
     # Geometry of a convolution, None of a Linear.
     geometry: Convolution | None = None
+
+    @classmethod
+    def _twin(cls, module: nn.Module, spec: SiteSpec, act_shape: tuple[int, ...], name: str):
+        """Layer with the sizes and the parameters of a float one, and two quantizers.
+
+        Args:
+            module: The float layer.
+            spec: Specs of input and weight, both present.
+            act_shape: Shape of a scale for each channel, channels first.
+            name: Full name of the layer.
+        """
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        # What nn.Module keeps itself begins with an underscore.
+        own = {key: value for key, value in vars(module).items() if not key.startswith('_')}
+        layer.__dict__.update(own)
+        layer.weight, layer.bias = module.weight, module.bias
+        if spec.activation.granularity != 'channel':
+            act_shape = (1, *act_shape[1:])
+        layer._add_quantizers(spec.activation, spec.weight, act_shape, name)
+        return layer.train(module.training)
 
     def _add_quantizers(
         self, act: ActSpec, weight: WeightSpec, act_shape: tuple[int, ...], name: str
@@ -69,7 +91,11 @@ class QuantWeightLayer(nn.Module):
 
     def column_grid(self) -> tuple[Tensor, Tensor]:
         """Scale and offset of the input for every column of the weight matrix, each ``(K,)``."""
-        raise NotImplementedError
+        scale, offset = self.act_quantizer.grid()
+        offset = torch.zeros_like(scale) if offset is None else offset
+        # All taps of a kernel on one channel share its scale.
+        taps = self.weight_quantizer.shape[1] // max(scale.numel(), 1)
+        return tuple(grid.detach().flatten().repeat_interleave(taps) for grid in (scale, offset))
 
     def operand(self, x: Tensor) -> Tensor:
         """What Stage 2 multiplies with the weight: codes (folded) or x_hat (raw), shape of x.
