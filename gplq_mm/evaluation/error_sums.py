@@ -1,6 +1,7 @@
 """Sums behind errors at one place of a model."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -11,6 +12,14 @@ from ..distributed import all_reduce_sum
 def decibels(signal: float, noise: float) -> float | None:
     """Signal-to-noise ratio of two powers in dB; None where one of them is zero."""
     return 10.0 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
+
+
+def with_means(layers: Mapping[str, Mapping[str, float]]) -> dict:
+    """``mae`` and ``mse``, means over layers, and those of the ``layers`` themselves."""
+    parts = {name: {key: errors[key] for key in ('mae', 'mse')} for name, errors in layers.items()}
+    count = max(len(parts), 1)
+    means = {key: sum(part[key] for part in parts.values()) / count for key in ('mae', 'mse')}
+    return {**means, 'layers': parts}
 
 
 class ErrorSums:

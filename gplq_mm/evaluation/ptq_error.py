@@ -14,7 +14,7 @@ from ..layers import (
     quantizers_disabled,
     weights_disabled,
 )
-from .error_sums import ErrorSums
+from .error_sums import ErrorSums, with_means
 
 
 @torch.no_grad()
@@ -66,11 +66,4 @@ def layer_output_error(
             stack.callback(handle.remove)
         for batch in batches:
             forward(batch)
-    errors = {name: value.reduce() for name, value in sums.items()}
-    result = {name: {'mae': e['mae'], 'mse': e['mse']} for name, e in errors.items()}
-    count = max(len(result), 1)
-    return {
-        'mae': sum(value['mae'] for value in result.values()) / count,
-        'mse': sum(value['mse'] for value in result.values()) / count,
-        'layers': result,
-    }
+    return with_means({name: value.reduce() for name, value in sums.items()})

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import quant_layers
+from .error_sums import with_means
 
 
 @torch.no_grad()
@@ -29,9 +30,4 @@ def weight_drift(model: nn.Module, reference: Mapping[str, Tensor]) -> dict:
             'mae': float(difference.abs().mean()),
             'mse': float(difference.square().mean()),
         }
-    count = max(len(layers), 1)
-    return {
-        'mae': sum(value['mae'] for value in layers.values()) / count,
-        'mse': sum(value['mse'] for value in layers.values()) / count,
-        'layers': layers,
-    }
+    return with_means(layers)
