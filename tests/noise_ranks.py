@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from gplq_mm.analysis import activation_noise
+from gplq_mm.analysis.widths import activation_noise
 from gplq_mm.layers import quantize_model
 from gplq_mm.quant import QuantPolicy
 

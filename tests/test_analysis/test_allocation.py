@@ -6,7 +6,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gplq_mm.analysis import BudgetError, allocate
+from gplq_mm.analysis import BudgetError
+from gplq_mm.analysis.allocation import allocate
 
 WIDTHS = (2, 4, 8)
 

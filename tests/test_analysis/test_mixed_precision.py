@@ -10,19 +10,11 @@ from noise_ranks import noise_on_rank
 from noise_ranks import rows as noise_rows
 from packed_models import fill_compensations, quantized_classifier, run_config
 
-from gplq_mm.analysis import (
-    Budget,
-    BudgetError,
-    activation_noise,
-    activation_statistics,
-    code_sizes,
-    mean_bits,
-    other_bytes,
-    policy_rules,
-    quant_sites,
-    weight_counts,
-    weight_noise,
-)
+from gplq_mm.analysis import BudgetError, activation_statistics, mean_bits
+from gplq_mm.analysis.sites import quant_sites
+from gplq_mm.analysis.sizes import code_sizes, other_bytes, weight_counts
+from gplq_mm.analysis.suggestion import Budget, policy_rules
+from gplq_mm.analysis.widths import activation_noise, weight_noise
 from gplq_mm.deploy import save
 from gplq_mm.layers import quant_layers, quantize_model
 from gplq_mm.ptq import RoundToNearest

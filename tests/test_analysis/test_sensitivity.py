@@ -5,9 +5,10 @@ import torch
 from builders import build_quantized, images
 from packed_models import fill_compensations
 
-from gplq_mm.analysis import network_sensitivity, number_of_steps, quant_sites
+from gplq_mm.analysis import network_sensitivity
 from gplq_mm.analysis.replay import Replay
-from gplq_mm.analysis.sites import switched_on
+from gplq_mm.analysis.sensitivity import number_of_steps
+from gplq_mm.analysis.sites import quant_sites, switched_on
 from gplq_mm.layers import learn_weights, quantizers_disabled
 from gplq_mm.ptq import RoundToNearest, round_weights
 
