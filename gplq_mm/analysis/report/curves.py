@@ -71,7 +71,7 @@ def draw_losses(analysis: Mapping) -> Figure | None:
     }
     if not curves:
         return None
-    figure, axes = new_figure(8)
+    figure, (axes,) = new_figure(8)
     names = sorted(curves, key=lambda key: (key != 'loss', key))
     for index, name in enumerate(names):
         steps, values = zip(*curves[name], strict=True)
@@ -100,7 +100,7 @@ def draw_watched(analysis: Mapping) -> Figure | None:
     if not names:
         return None
     figure, panels = new_figure(max(4.5, 3.0 * len(names)), height=2.6, columns=len(names))
-    for axes, name in zip([panels] if len(names) == 1 else panels, names, strict=True):
+    for axes, name in zip(panels, names, strict=True):
         steps, values = zip(*curves[name], strict=True)
         axes.plot(steps, values, '.-', color='#0072B2', linewidth=1.2, markersize=4)
         axes.set_xlabel('iteration')
@@ -114,7 +114,7 @@ def draw_pca(analysis: Mapping) -> Figure | None:
     if not pca:
         return None
     shares = [100 * share for share in accumulate(pca['spectrum'])]
-    figure, axes = new_figure(8)
+    figure, (axes,) = new_figure(8)
     axes.plot(range(1, len(shares) + 1), shares, color='#0072B2', linewidth=1.6)
     chosen = pca['num_components']
     axes.axvline(chosen, color='#D55E00', linewidth=1, linestyle='--')

@@ -51,7 +51,7 @@ def draw_sqnr(analysis: Mapping) -> Figure | None:
     if not layers:
         return None
     names = list(layers)
-    figure, axes = new_figure(8, rows=len(names))
+    figure, (axes,) = new_figure(8, rows=len(names))
     for case in CASES:
         points = [
             (layers[name][case]['sqnr_db'], row)
@@ -82,7 +82,7 @@ def draw_sensitivity(analysis: Mapping) -> Figure | None:
         return None
     cost = sensitivity['cost']
     names = sorted(cost, key=lambda name: -sum(cost[name].values()))
-    figure, axes = new_figure(8, rows=len(names))
+    figure, (axes,) = new_figure(8, rows=len(names))
     # A layer without effect (8 bits, or a constant input) must not take the room of all others.
     least = EFFECT_RANGE * max(value for parts in cost.values() for value in parts.values())
     for part in ('weights', 'activations'):
@@ -137,7 +137,6 @@ def draw_bits(analysis: Mapping) -> Figure | None:
         name for name in analysis['layers'] if any(name in suggestion[p]['bits'] for p in parts)
     ]
     figure, panels = new_figure(8, rows=len(names), columns=len(parts))
-    panels = [panels] if len(parts) == 1 else panels
     for axes, part in zip(panels, parts, strict=True):
         chosen, now = suggestion[part]['bits'], suggestion[part]['now']
         rows = [row for row, name in enumerate(names) if name in chosen]
@@ -212,10 +211,8 @@ def _draw_rows(
         draw: Given the panel, the number of the row, and operand -> name of the quantizer.
     """
     groups = _by_row(statistics)
-    figure, axes = new_figure(
-        4.2 * len(groups) + 1, rows=max(map(len, groups)), columns=len(groups)
-    )
-    panels = [axes] if len(groups) == 1 else axes
+    rows, columns = max(map(len, groups)), len(groups)
+    figure, panels = new_figure(4.2 * columns + 1, rows=rows, columns=columns)
     for panel, rows in zip(panels, groups, strict=True):
         for row, operands in enumerate(rows.values()):
             draw(panel, row, operands)
@@ -249,7 +246,7 @@ def draw_scale_histogram(analysis: Mapping) -> Figure | None:
     """All scales of the model, by what they belong to."""
     histogram = analysis['scale_histogram']
     edges = histogram['edges']
-    figure, axes = new_figure(8)
+    figure, (axes,) = new_figure(8)
     for operand, counts in histogram['counts'].items():
         axes.stairs(counts, edges, color=COLORS[operand], label=OPERANDS[operand], linewidth=1.4)
     # Layers have a scale a channel, attentions a few: thousands beside dozens.

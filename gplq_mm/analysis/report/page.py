@@ -34,7 +34,6 @@ def render_page(analysis: Mapping[str, Any], pictures: Mapping[str, bytes]) -> s
         pictures=sources,
         metrics=list(rows[0]['metrics']) if rows else [],
         transfer=any(row.get('transfer') is not None for row in rows),
-        layers=_layer_rows(analysis),
         metric=metric_label(analysis['sensitivity']['metric']) if analysis['sensitivity'] else '',
     )
 
@@ -56,32 +55,3 @@ def _bits(value: int | Mapping[str, int] | None) -> str:
         widths = list(value.values())
         return str(widths[0]) if len(set(widths)) == 1 else '/'.join(map(str, widths))
     return str(value)
-
-
-def _layer_rows(analysis: Mapping[str, Any]) -> list[dict]:
-    """The main table, one row a layer."""
-    sensitivity, suggestion = analysis['sensitivity'], analysis['suggestion'] or {}
-    rows = []
-    for name, layer in analysis['layers'].items():
-        errors = layer['errors']
-        cost = sensitivity['cost'][name] if sensitivity else {}
-        rows.append(
-            {
-                'name': name,
-                'kind': layer['kind'],
-                'weight_bits': layer['weight_bits'],
-                'activation_bits': layer['activation_bits'],
-                'num_weights': layer['num_weights'],
-                'sqnr': {
-                    case: errors.get(case, {}).get('sqnr_db')
-                    for case in ('weights', 'activations', 'both')
-                },
-                'error': (errors.get('both') or errors.get('activations') or {}).get('mse'),
-                'cost': {part: cost.get(part) for part in ('weights', 'activations')},
-                'suggested': {
-                    part: ((suggestion.get(part) or {}).get('bits') or {}).get(name)
-                    for part in ('weights', 'activations')
-                },
-            }
-        )
-    return rows

@@ -47,7 +47,7 @@ def styled() -> Iterator[None]:
 
 
 def new_figure(width: float, rows: int | None = None, height: float = 3.2, columns: int = 1):
-    """A figure and its axes, without pyplot and thus without a display or global state.
+    """A figure and the list of its axes, without pyplot and thus without a display or global state.
 
     Args:
         width: Inches.
@@ -58,8 +58,7 @@ def new_figure(width: float, rows: int | None = None, height: float = 3.2, colum
     if rows is not None:
         height = max(MIN_HEIGHT, 1.1 + ROW_HEIGHT * rows)
     figure = Figure(figsize=(width, height), layout='constrained')
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    return figure, (axes[0] if columns == 1 else list(axes))
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
 def shorten(name: str) -> str:
