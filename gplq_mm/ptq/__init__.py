@@ -7,7 +7,7 @@ from .gptq import GPTQ, damped_hessian, gptq_round
 from .learned import init_learned_weights
 from .norms import NormReport, calibrate_with_norms
 from .refinement import coordinate_descent, refit_group_scale, refit_row_scale
-from .reparam import Reparametrization, reparametrize, reparametrize_
+from .reparam import reparametrize
 from .rounding import RoundToNearest, expand_multiplier, to_stored_order
 from .scales import group_width, search_group_scales, search_row_scale
 from .statistics import SecondMoment
@@ -17,7 +17,6 @@ __all__ = [
     'GPTQ',
     'NormReport',
     'Progress',
-    'Reparametrization',
     'RoundToNearest',
     'SecondMoment',
     'build_weight_ptq',
@@ -33,7 +32,6 @@ __all__ = [
     'refit_group_scale',
     'refit_row_scale',
     'reparametrize',
-    'reparametrize_',
     'round_weights',
     'search_group_scales',
     'search_row_scale',

@@ -102,7 +102,7 @@ class _Search:
     def run(self) -> FoundNorms:
         with self._after(self.layers, self._record):
             reference = self.run_model()
-        with self._marked(self.marks), self._before(self.layers, self._look):
+        with self._marked(self.marks), self._after(self.layers, self._look):
             self.run_model()
         readers: dict[str, list[str]] = {}
         padded = set()
@@ -140,7 +140,7 @@ class _Search:
     def _record(self, _module, _args, output: Tensor, name: str) -> None:
         self.outputs.setdefault(name, []).append(output.clone())
 
-    def _look(self, _module, args: tuple, name: str) -> None:
+    def _look(self, _module, args: tuple, _output, name: str) -> None:
         rows = args[0].reshape(-1, args[0].shape[-1])
         zeros = (rows == 0).all(1)
         found = None
@@ -166,12 +166,4 @@ class _Search:
             for name in names:
                 hook, module = partial(function, name=name), self.model.get_submodule(name)
                 stack.callback(module.register_forward_hook(hook, prepend=True).remove)
-            yield
-
-    @contextmanager
-    def _before(self, names: Iterable[str], function: Callable) -> Iterator[None]:
-        with ExitStack() as stack:
-            for name in names:
-                hook, module = partial(function, name=name), self.model.get_submodule(name)
-                stack.callback(module.register_forward_pre_hook(hook).remove)
             yield

@@ -23,7 +23,7 @@ from ..errors import StateError
 from ..layers import QuantLinear, calibrate, quant_layers, quantizers_disabled
 from ..quant import ActSpec, MinMaxObserver, PolicyError, build_observer
 from .norm_readers import find_norm_readers
-from .reparam import reparametrize_
+from .reparam import reparametrize
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _reparametrize(
 ) -> None:
     # All ranks have computed the same, but for the last digit on machines of several kinds.
     broadcast_([scale, offset])
-    one_scale, one_offset = reparametrize_(norm, readers, scale, offset)
+    one_scale, one_offset = reparametrize(norm, readers, scale, offset)
     for module in (norm, *readers):
         broadcast_(list(module.parameters(recurse=False)))
     for layer in readers:
