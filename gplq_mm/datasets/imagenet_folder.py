@@ -35,14 +35,11 @@ class ImageNetFolder(BaseDataset):
     folders present, so that a 1,000-way classifier is scored 1000-way on any subset.
 
     Args:
-        data_root (str): The folder, or its parent. Defaults to ''.
-        data_prefix (str): The folder below ``data_root``, such as ``'val'``. Defaults to ''.
         max_images (int, optional): Take only this many images, drawn evenly at random with
             ``seed`` and kept in order. Defaults to None, which takes all.
         seed (int): Seed of that draw. Defaults to 0.
-        pipeline (Sequence[dict | Callable]): Transforms. Defaults to ().
-        metainfo (dict, optional): Replaces entries of the meta information. Defaults to None.
-        **kwargs: Further arguments of :class:`mmpretrain.datasets.BaseDataset`.
+        **kwargs: Further arguments of :class:`mmpretrain.datasets.BaseDataset`: ``data_root``, the
+            folder or its parent, ``data_prefix``, the folder below it, ``pipeline``, ...
 
     Raises:
         FileNotFoundError: If the folder is missing, or holds no wnid folder or no image.
@@ -52,26 +49,10 @@ class ImageNetFolder(BaseDataset):
 
     METAINFO = {'classes': IMAGENET_CATEGORIES}
 
-    def __init__(
-        self,
-        data_root: str = '',
-        data_prefix: str = '',
-        max_images: int | None = None,
-        seed: int = 0,
-        pipeline=(),
-        metainfo: dict | None = None,
-        **kwargs,
-    ) -> None:
+    def __init__(self, max_images: int | None = None, seed: int = 0, **kwargs) -> None:
         self.max_images = max_images
         self.seed = seed
-        super().__init__(
-            ann_file='',
-            data_root=data_root,
-            data_prefix=data_prefix,
-            metainfo=metainfo,
-            pipeline=pipeline,
-            **kwargs,
-        )
+        super().__init__(ann_file='', **kwargs)
 
     def load_data_list(self) -> list[dict]:
         """List the images, sorted by wnid and then by file name."""

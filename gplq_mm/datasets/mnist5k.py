@@ -39,11 +39,8 @@ class MNIST5k(BaseDataset):
 
     Args:
         split (str): ``'train'`` (4,000 digits) or ``'val'`` (1,000 digits).
-        pipeline (Sequence[dict | Callable]): Transforms; an image need not be loaded.
-            Defaults to ().
-        metainfo (dict, optional): Replaces entries of the meta information. Defaults to None.
         **kwargs: Further arguments of :class:`mmpretrain.datasets.BaseDataset`, such as
-            ``indices``.
+            ``pipeline`` (an image need not be loaded) and ``indices``.
 
     Raises:
         SettingError: If ``split`` is neither ``'train'`` nor ``'val'``.
@@ -51,12 +48,12 @@ class MNIST5k(BaseDataset):
 
     METAINFO = {'classes': tuple(str(digit) for digit in range(10))}
 
-    def __init__(self, split: str, pipeline=(), metainfo: dict | None = None, **kwargs) -> None:
+    def __init__(self, split: str, **kwargs) -> None:
         if split not in ('train', 'val'):
             raise SettingError(f"MNIST5k has the splits 'train' and 'val', got split={split!r}.")
         self.split = split
         kwargs.setdefault('test_mode', split == 'val')
-        super().__init__(ann_file='', metainfo=metainfo, pipeline=pipeline, **kwargs)
+        super().__init__(ann_file='', **kwargs)
 
     def load_data_list(self) -> list[dict]:
         """List the digits of the split, ordered by class and then as the package orders them."""

@@ -43,10 +43,8 @@ class MNISTScenes(BaseDataset):
         size (int): Height and width in pixels, at least 32. Defaults to 96.
         max_digits (int): A scene holds 1 to this many digits. Defaults to 6.
         seed (int): Seed of the scenes, not negative. Defaults to 0.
-        pipeline (Sequence[dict | Callable]): Transforms; an image need not be loaded.
-            Defaults to ().
-        metainfo (dict, optional): Replaces entries of the meta information. Defaults to None.
-        **kwargs: Further arguments of :class:`mmengine.dataset.BaseDataset`, such as ``indices``.
+        **kwargs: Further arguments of :class:`mmengine.dataset.BaseDataset`, such as ``pipeline``
+            (an image need not be loaded) and ``indices``.
 
     Raises:
         SettingError: If ``split`` is unknown or a number is out of range.
@@ -61,8 +59,6 @@ class MNISTScenes(BaseDataset):
         size: int = 96,
         max_digits: int = 6,
         seed: int = 0,
-        pipeline=(),
-        metainfo: dict | None = None,
         **kwargs,
     ) -> None:
         if split not in _SPLITS:
@@ -80,7 +76,7 @@ class MNISTScenes(BaseDataset):
         self.max_digits = max_digits
         self.seed = seed
         kwargs.setdefault('test_mode', split == 'val')
-        super().__init__(ann_file='', metainfo=metainfo, pipeline=pipeline, **kwargs)
+        super().__init__(ann_file='', **kwargs)
 
     def load_data_list(self) -> list[dict]:
         """Compose the scenes."""
