@@ -8,6 +8,7 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,8 +20,6 @@ from .kernels import random_layer, training_calls
 from .report import OURS, Bench, environment, write
 from .timing import Call, bound
 
-__all__ = ['SHAPES', 'captured', 'linear', 'model', 'save', 'stream_in', 'training']
-
 OURS_TRAINING = 'gplq'
 # Goals: times as fast as the peer.
 LINEAR_GOAL, MODEL_GOAL = 1.5, 1.3
@@ -28,19 +27,14 @@ LINEAR_GOAL, MODEL_GOAL = 1.5, 1.3
 MAX_TRAINING_BATCH = 64
 
 
-def transformer_shapes(tokens: int, width: int, prefix: str) -> list[tuple[str, int, int, int]]:
-    """Name, tokens an image, inputs, outputs of the linear layers of a block."""
-    return [
-        (f'{prefix}.qkv', tokens, width, 3 * width),
-        (f'{prefix}.proj', tokens, width, width),
-        (f'{prefix}.fc1', tokens, width, 4 * width),
-        (f'{prefix}.fc2', tokens, 4 * width, width),
-    ]
-
-
-SHAPES = transformer_shapes(197, 768, 'deit-base')
-for _stage in range(4):
-    SHAPES += transformer_shapes(3136 // 4**_stage, 192 * 2**_stage, f'swin-large.{_stage}')
+_WIDTHS = [('deit-base', 197, 768)]
+_WIDTHS += [(f'swin-large.{stage}', 3136 // 4**stage, 192 * 2**stage) for stage in range(4)]
+# Name, tokens an image, inputs, outputs of the linear layers of a block.
+SHAPES = [
+    (f'{model}.{name}', tokens, inputs * width, outputs * width)
+    for model, tokens, width in _WIDTHS
+    for name, inputs, outputs in (('qkv', 1, 3), ('proj', 1, 1), ('fc1', 1, 4), ('fc2', 4, 1))
+]
 
 
 def deit(arch: str, width: int) -> dict:
@@ -80,19 +74,15 @@ def linear(
             x = torch.randn(m, columns, **bf16)
             codes = torch.randint(-8, 8, (m, columns), **int8)
             packed = triton_ops._quantize(x, prepared, m)
-            out = torch.empty(m, outputs, **bf16)
-
-            def product(in_loop, packed=packed, prepared=prepared, out=out) -> Call:
-                return lambda: triton_ops._multiply(packed, prepared, out, unpack_in_loop=in_loop)
-
+            product = triton_ops._multiply, packed, prepared, torch.empty(m, outputs, **bf16)
             calls = {
                 OURS: bound(torch.ops.gplq_mm.int4_linear, x, layer, grid),
                 'torch_bf16': bound(F.linear, x, weight, bias),
                 # From codes to int32 sums, nothing before or after.
                 'torch_int_mm': bound(torch._int_mm, codes, integers),
                 # From codes to bf16: what remains where the codes come from a kernel before.
-                'gplq_int4_product': product(False),
-                'gplq_int4_product_in_loop': product(True),
+                'gplq_int4_product': partial(*product, unpack_in_loop=False),
+                'gplq_int4_product_in_loop': partial(*product, unpack_in_loop=True),
             }
             subject = dict(shape=f'{m}x{columns}x{outputs}', layer=name, batch=batch)
             operations = 2.0 * m * columns * outputs
@@ -110,14 +100,10 @@ def stream_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     inside = tuple(f'{name}.' for name in model.deploy_report.fused)
     for name, module in model.named_modules():
-        keep = isinstance(module, Int4WeightLayer) or (
-            isinstance(module, nn.LayerNorm) and name.startswith(inside)
-        )
-        if not keep:
-            for key, parameter in module._parameters.items():
-                if parameter is not None:
-                    cast = parameter.detach().to(dtype)
-                    module._parameters[key] = nn.Parameter(cast, requires_grad=False)
+        norm_of_block = isinstance(module, nn.LayerNorm) and name.startswith(inside)
+        if not (norm_of_block or isinstance(module, Int4WeightLayer)):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)
     return model
 
 
@@ -171,10 +157,8 @@ def training(bench: Bench, batches: list[int], device: torch.device | str = 'cud
 
     for batch in (batch for batch in batches if batch <= MAX_TRAINING_BATCH):
         for name, call in training_calls(batch).items():
-            calls = {
-                OURS_TRAINING: bound(call(torch.ops.gplq_mm, device)),
-                'plain': bound(call(training_reference, device)),
-            }
+            sources = {OURS_TRAINING: torch.ops.gplq_mm, 'plain': training_reference}
+            calls = {impl: bound(call(ops, device)) for impl, ops in sources.items()}
             subject, title = dict(layer=name, batch=batch), f'{name}, batch {batch}'
             bench.compare('train_op', subject, calls, None, title, OURS_TRAINING)
         # `plain` is the same arithmetic as autograd keeps it.
@@ -188,7 +172,7 @@ def training(bench: Bench, batches: list[int], device: torch.device | str = 'cud
 
 def summarize(bench: Bench, name: str, peer: str, goal: float) -> None:
     """Prints how many times as fast as ``peer`` ours is, over all rows of a name."""
-    rows = [row for row in bench.rows if row['name'] == name and row['impl'] == peer]
+    rows = (row for row in bench.rows if row['name'] == name and row['impl'] == peer)
     ratios = [row['times_ours'] for row in rows]
     bench.console.print(
         f'{OURS} against {peer}: {statistics.geometric_mean(ratios):.2f} times as fast (geometric '

@@ -10,8 +10,6 @@ from ..ops import reference, training_reference
 from ..quant.packing import pack_multiplier_panels, pack_panels
 from .timing import Call
 
-__all__ = ['check', 'random_layer', 'training_calls']
-
 # Code range of four bits, and bits of the rounding residual beside a code.
 TRAINING_GRID = [0, 15, 12]
 

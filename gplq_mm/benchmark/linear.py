@@ -10,8 +10,6 @@ from .report import OURS, Bench
 from .synthetic import synthetic_model
 from .timing import bound
 
-__all__ = ['IMPLS', 'layer_shapes', 'measure']
-
 IMPLS = (OURS, 'torch_fp32', 'torch_bf16', 'torch_int8')
 # Rows, inputs, outputs.
 Shape = tuple[int, int, int]

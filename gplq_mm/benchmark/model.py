@@ -12,8 +12,6 @@ from .report import OURS, Bench
 from .synthetic import synthetic_model
 from .timing import bound
 
-__all__ = ['IMPLS', 'count_operations', 'measure']
-
 IMPLS = (OURS, *PEERS)
 
 
@@ -71,5 +69,6 @@ def measure(
             raise RuntimeError(f'{impl} does not compute the model: its output has another shape.')
         calls[impl] = call
     subject = {'model': name, 'batch': len(images), 'compensation': compensation}
-    title = f'{name}, batch {len(images)}, our compensation: {compensation}'
+    title = f'{name}, batch {len(images)}, {torch.get_num_threads()} threads, '
+    title += f'our compensation: {compensation}'
     bench.compare('model', subject, calls, count_operations(model, images), title)

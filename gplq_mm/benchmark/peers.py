@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from .timing import Call, bound
 
-__all__ = ['PACKAGES', 'PEERS', 'PeerUnavailable', 'build_peer']
-
 # Distributions to note with a measurement.
 PACKAGES = ('torch', 'triton', 'onnx', 'onnxscript', 'onnxruntime', 'openvino', 'nncf')
 

@@ -18,8 +18,6 @@ from ..quant import QuantPolicy
 from .report import show
 from .synthetic import architecture_of, float_model
 
-__all__ = ['show_cost', 'weight_ptq_cost']
-
 CALIBRATION_IMAGES = 128
 COLUMNS = {
     'step': '{step}',

@@ -20,8 +20,6 @@ from ..ops import native
 from .peers import PACKAGES
 from .timing import Call, Clock, Timing, interleave, wall_clock
 
-__all__ = ['OURS', 'Bench', 'environment', 'show', 'write']
-
 OURS = 'gplq_int4'
 # Heading -> format of a row's cells.
 SPEED = {
@@ -52,14 +50,7 @@ def environment() -> dict[str, Any]:
 
 
 def show(rows: Iterable[dict], title: str, columns: dict[str, str], console: Console) -> None:
-    """Prints a table.
-
-    Args:
-        rows: A line each; those whose ``impl`` is ours stand out.
-        title: Of the table.
-        columns: Heading -> format string, filled from a row.
-        console: Where.
-    """
+    """Prints a table of ``columns``: heading -> format string, filled from a row."""
     table = Table(title=title, title_justify='left')
     for index, heading in enumerate(columns):
         table.add_column(heading, justify='right' if index else 'left')

@@ -17,8 +17,6 @@ from ..ptq import RoundToNearest, round_weights
 from ..quant import QuantPolicy
 from ..registry import MODELS
 
-__all__ = ['architecture_of', 'float_model', 'synthetic_model']
-
 
 def architecture_of(cfg: Config) -> tuple[dict, tuple[int, int, int]]:
     """Config of a float model, and the shape ``(C, H, W)`` of its images.

@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from torch.utils.benchmark import Timer
 
-__all__ = ['Call', 'Clock', 'Timing', 'bound', 'gpu_clock', 'interleave', 'wall_clock']
-
 # What is timed: it takes no arguments.
 Call = Callable[[], Any]
 # Prepares a call; what it returns takes a sample, in milliseconds per call.

@@ -19,8 +19,6 @@ from ..ptq import init_learned_weights
 from ..registry import MODELS
 from .report import Bench, show
 
-__all__ = ['IMPLS', 'TrainingStep', 'build_step', 'measure', 'saved_megabytes', 'training_memory']
-
 # Settings of the model by implementation. Training in FP32; ours, with two bytes an activation
 # and with one; the same arithmetic as plain autograd keeps it; and direct QAT, which
 # fake-quantizes weights too.
