@@ -28,12 +28,12 @@ HOOKS = Registry('hook', parent=MMENGINE_HOOKS, locations=['gplq_mm.engine'])
 LOOPS = Registry('loop', parent=MMENGINE_LOOPS, locations=['gplq_mm.engine'])
 RUNNERS = Registry('runner', parent=MMENGINE_RUNNERS, locations=['gplq_mm.engine'])
 OPTIM_WRAPPERS = Registry(
-    'optim_wrapper', parent=MMENGINE_OPTIM_WRAPPERS, locations=['gplq_mm.engine']
+    'optim_wrapper', parent=MMENGINE_OPTIM_WRAPPERS, locations=['gplq_mm.models']
 )
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',
     parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
-    locations=['gplq_mm.engine'],
+    locations=['gplq_mm.models'],
 )
 METRICS = Registry('metric', parent=MMENGINE_METRICS, locations=['gplq_mm.evaluation'])
 DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, locations=['gplq_mm.datasets'])

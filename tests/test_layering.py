@@ -22,11 +22,14 @@ ALLOWED = {
     'ptq': LOW,
     'evaluation': LOW,
     'datasets': {'errors', 'registry'},
-    'models': LOW | {'checkpoint', 'ops'},
+    'progress': {'ptq'},
+    'models': LOW | {'checkpoint', 'ops', 'ptq', 'progress'},
     'deploy': LOW | BASE | {'ops', 'ptq', 'models'},
-    'engine': LOW | BASE | {'ops', 'ptq', 'evaluation', 'models', 'datasets'},
-    'analysis': LOW | BASE | {'ptq', 'evaluation', 'models', 'engine'},
-    'benchmark': LOW | BASE | {'ops', 'ptq', 'evaluation', 'models', 'engine', 'deploy'},
+    'engine': LOW | BASE | {'ops', 'ptq', 'evaluation', 'models', 'datasets', 'progress'},
+    'analysis': LOW | BASE | {'ptq', 'evaluation', 'models', 'engine', 'progress'},
+    'benchmark': LOW
+    | BASE
+    | {'ops', 'ptq', 'evaluation', 'models', 'engine', 'deploy', 'progress'},
     '__init__': {'version'},
 }
 FRAMEWORKS = {'mmpretrain', 'mmdet'}

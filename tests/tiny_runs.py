@@ -17,7 +17,7 @@ from mmpretrain.registry import MODELS
 from torch.nn import functional as F
 from yapf.yapflib import yapf_api
 
-from gplq_mm.engine.loops import gplq_loop
+from gplq_mm.models import steps
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ('vit', 'swin')
@@ -286,7 +286,7 @@ def die_in_weight_ptq(patch, position: int) -> None:
         patch: ``pytest.MonkeyPatch``; undone, nothing dies any more.
         position: Number of the unit, from 1.
     """
-    quantize_weights = gplq_loop.quantize_weights
+    quantize_weights = steps.quantize_weights
 
     def dying(model, batches, forward, method, report):
         def dying_report(progress):
@@ -296,7 +296,7 @@ def die_in_weight_ptq(patch, position: int) -> None:
 
         return quantize_weights(model, batches, forward, method, dying_report)
 
-    patch.setattr(gplq_loop, 'quantize_weights', dying)
+    patch.setattr(steps, 'quantize_weights', dying)
 
 
 class KillHook(Hook):

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from ..engine import CalibrationHook, CalibrationSet, unwrap
-from ..engine.progress import show_steps
 from ..errors import SettingError
 from ..models import GPLQ, NetworkOutputs, Stage
+from ..progress import show_steps
 from ..ptq import RoundToNearest, round_weights
 from .activations import activation_statistics, scale_histogram
 from .sensitivity import network_sensitivity, number_of_steps

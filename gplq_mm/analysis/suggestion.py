@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..engine.progress import show_steps
+from ..progress import show_steps
 from ..ptq import RoundToNearest
 from .allocation import BudgetError, allocate
 from .sites import quant_sites, weighted_sites

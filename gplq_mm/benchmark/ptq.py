@@ -10,9 +10,9 @@ from rich.console import Console
 
 from ..checkpoint import load_float_weights
 from ..engine.calibration_set import CalibrationSet
-from ..engine.progress import show_weight_ptq
 from ..engine.stage_clock import StageClock, resident_megabytes
 from ..layers import calibrate, freeze_activations, quantize_model
+from ..progress import show_weight_ptq
 from ..ptq import Progress, build_weight_ptq, quantize_weights
 from ..quant import QuantPolicy
 from .report import show

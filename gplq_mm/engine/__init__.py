@@ -1,5 +1,7 @@
 """Runner, loops, hooks and optimizer settings of GPLQ and of direct QAT."""
 
+from ..models import Bf16OptimWrapper, GPLQOptimWrapperConstructor
+from ..progress import track
 from .calibration_set import CalibrationError, CalibrationSet
 from .class_count import ClassCountError, ClassCountHook, check_class_count
 from .hooks import (
@@ -11,8 +13,6 @@ from .hooks import (
 )
 from .loops import DirectQATLoop, GPLQTrainLoop, QuantTrainLoop
 from .mask_check import MaskCheckHook, MaskError
-from .optim import Bf16OptimWrapper, GPLQOptimWrapperConstructor
-from .progress import track
 from .run_record import RunRecord, headline_metrics, print_summary, result_rows
 from .runner import GPLQRunner
 from .transfer import TransferError

@@ -1,7 +1,7 @@
 """The images that calibration, PCA and Stage 2 see: a fixed sample of the training set."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 
 import torch
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..distributed import rank_and_world_size
 from ..errors import DataError
-from .progress import track
+from ..progress import track
 from .shared_datasets import SharedDatasets, shared_datasets
 
 __all__ = ['CalibrationError', 'CalibrationSet']
@@ -134,6 +134,11 @@ class CalibrationSet:
             collate_fn=pseudo_collate,
         )
         return track(loader, len(loader), description) if description else iter(loader)
+
+    def prepared(self, data_preprocessor: Callable, description: str = '') -> Iterator[dict]:
+        """:meth:`batches` of all images, behind a model's data preprocessor."""
+        for batch in self.batches(description=description):
+            yield data_preprocessor(batch, False)
 
     def _own(self, num_images: int | None = None) -> list[int]:
         """This rank's share of the first images."""

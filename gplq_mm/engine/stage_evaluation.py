@@ -67,7 +67,7 @@ class StageEvaluation:
             self.record.metrics[name] = {}
         # At the start student and teacher are the same.
         # Maps of a detector are too large to keep, and lead to no single decision to compare.
-        measurable = model.has_teacher_features and not model.taps_maps
+        measurable = model.has_teacher_features and not model.mimicry.taps_maps
         measurable &= self.runner.val_loop is not None
         if measurable and name != model.stage_names['fp32']:
             model.eval()

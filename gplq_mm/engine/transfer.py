@@ -14,8 +14,8 @@ from ..distributed import rank_and_world_size
 from ..errors import DataError
 from ..evaluation import feature_distance, linear_probe
 from ..models import GPLQ
+from ..progress import track
 from .output_pairs import OutputPairs
-from .progress import track
 
 __all__ = ['TransferError', 'TransferProbe']
 
@@ -43,7 +43,7 @@ class TransferProbe:
     """
 
     def __init__(self, model: GPLQ, train_dataloader: dict, val_dataloader: dict):
-        if model.tap is None or model.taps_maps:
+        if model.mimicry.tap is None or model.mimicry.taps_maps:
             raise TransferError(
                 'train_cfg.transfer probes the penultimate features of a classifier, and this '
                 'model has none (a detector, or a feature_layer with maps); set '

@@ -1,5 +1,8 @@
 """Where features are taken from a model, and how."""
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..errors import SettingError
@@ -36,20 +39,10 @@ class FeatureTap:
         self.is_open, self.feature, self.output = False, None, None
 
 
-def tapped_outputs(model: nn.Module, tap: FeatureTap, images: Tensor) -> tuple:
-    """Feature and output of the tapped layer in a forward of ``model``.
-
-    Args:
-        model: Classifier, or detector if the tap is of an output.
-        tap: Tap of one of its layers.
-        images: Preprocessed images ``(N, C, H, W)``.
-    """
+def tapped_outputs(tap: FeatureTap, run: Callable[[], Any]) -> tuple:
+    """Feature and output of the tapped layer in a forward of its model, which is ``run()``."""
     with tap:
-        if tap.of_output:
-            # The heads of a detector need boxes, and cost more than the maps.
-            model.extract_feat(images)
-        else:
-            model(images, mode='tensor')
+        run()
         return tap.feature, tap.output
 
 

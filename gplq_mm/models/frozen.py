@@ -39,26 +39,25 @@ def resolve_dtype(setting: str, device: torch.device) -> torch.dtype:
 
 
 def frozen_outputs(
-    compute: Callable[[Tensor], Any], images: Tensor, dtype: torch.dtype = torch.float32
+    compute: Callable[[], Any], kind: str, dtype: torch.dtype = torch.float32
 ) -> Any:
     """Outputs of a network that nobody trains, as constants that any loss may use.
 
     Args:
-        compute: Forward of the network.
-        images: ``(N, C, H, W)``.
+        compute: Runs the network.
+        kind: Type of the device that it is on.
         dtype: float32 computes as the parameters are, whatever autocast region this is in; a
             shorter type computes under autocast in it.
 
     Returns:
         What ``compute`` gives, nested tensors.
     """
-    kind = images.device.type
     if dtype == torch.float32:
         precision = torch.autocast(kind, enabled=False)
     else:
         precision = torch.autocast(kind, dtype=dtype)
     with torch.inference_mode(), precision:
-        outputs = compute(images)
+        outputs = compute()
     # Autograd refuses to save an inference tensor, a copy made outside is an ordinary one.
     return _clone(outputs)
 

@@ -1,37 +1,29 @@
 """The GPLQ model: a quantized student and, while it trains, its frozen FP32 teacher."""
 
 import copy
+from functools import partial
 
 import torch
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from ..checkpoint import adopt_biases, load_float_weights
-from ..errors import DataError, SettingError, StateError
+from ..errors import SettingError, StateError
 from ..layers import (
-    checkpoint_blocks,
     freeze_activations,
     freeze_learned_weights,
     is_calibrated,
     learn_weights,
-    learned_parameters,
     quant_layers,
     quantize_model,
     require_frozen,
-    set_saved_bytes,
     weights_are_learned,
 )
 from ..quant import QuantPolicy
 from ..registry import MODELS
-from .feature_tap import FeatureTap, feature_layer_of, feature_width, tapped_outputs
+from .mimicry import Mimicry, prepare_training
 from .run_stage import Stage, check_order
-from .teacher import Teacher
-from .training_losses import (
-    distill_settings,
-    distillation_loss,
-    require_finite,
-    weigh_task,
-)
+from .training_losses import check_images, require_finite
 
 __all__ = ['GPLQ']
 
@@ -107,41 +99,19 @@ class GPLQ(BaseModel):
         super().__init__(data_preprocessor=student.data_preprocessor, init_cfg=init_cfg)
         self.pretrained, self.backbone_from = pretrained, backbone_from
         self._check_start(mimic, distill)
-        self.task_weight = task_weight
-        self.distill = distill_settings(distill)
         self.direct = self._check_direct(direct, compensation)
         float_model = copy.deepcopy(student) if teacher else None
         self.policy = QuantPolicy(**(policy or {}))
         self.quant_report = quantize_model(student, self.policy, compensation)
         if self.direct is not None:
             learn_weights(student, self.direct['granularity'])
-        set_saved_bytes(student, saved_bytes)
-        if gradient_checkpointing:
-            checkpoint_blocks(student)
+        prepare_training(student, saved_bytes, gradient_checkpointing, train_weights)
         self.architecture = student
-        self.tap = self.mimic_loss = None
-        needs_features = mimic is not None or self.distill is not None
-        if needs_features or getattr(student, 'head', None) is not None:
-            layer = feature_layer_of(student, feature_layer)
-            self.tap = FeatureTap(layer)
-            self._check_maps(feature_layer)
-            if mimic is not None:
-                dim = feature_width(layer, feature_layer, mimic)
-                self.mimic_loss = MODELS.build(
-                    {'type': 'gplq_mm.PCAMimicLoss', **mimic, 'dim': dim}
-                )
-        self._teacher = None
-        if float_model is not None:
-            self._teacher = Teacher(
-                float_model,
-                self.tap is not None,
-                feature_layer,
-                teacher_dtype,
-            )
-        if not train_weights:
-            learned = {id(parameter) for parameter in learned_parameters(student)}
-            for parameter in student.parameters():
-                parameter.requires_grad_(id(parameter) in learned)
+        self.mimicry = Mimicry(
+            student, float_model, mimic, distill, task_weight, feature_layer, teacher_dtype
+        )
+        # A child under this name, since files hold its basis.
+        self.mimic_loss = self.mimicry.loss
         self.register_buffer('stage_code', torch.zeros((), dtype=torch.uint8))
 
     @staticmethod
@@ -160,25 +130,6 @@ class GPLQ(BaseModel):
             raise SettingError(
                 'backbone_from starts a new task, for which there is no teacher; set mimic=None '
                 'and distill=None.'
-            )
-
-    @property
-    def taps_maps(self) -> bool:
-        """Whether the features are maps of a detector: without one decision for the image."""
-        return self.tap is not None and self.tap.of_output
-
-    def _check_maps(self, feature_layer: str | None) -> None:
-        if not self.taps_maps:
-            return
-        if self.distill is not None:
-            raise SettingError(
-                f'distill needs class logits, and feature_layer={feature_layer!r} gives maps; set '
-                'distill=None.'
-            )
-        if not hasattr(self.architecture, 'extract_feat'):
-            raise SettingError(
-                f'feature_layer={feature_layer!r} gives maps, but the architecture has no '
-                'extract_feat that computes them; mimic=None trains without.'
             )
 
     @staticmethod
@@ -200,12 +151,14 @@ class GPLQ(BaseModel):
     @property
     def teacher(self) -> nn.Module | None:
         """The frozen FP32 model, in eval mode, or None."""
-        return None if self._teacher is None else self._teacher.network
+        teacher = self.mimicry.teacher
+        return None if teacher is None else teacher.network
 
     @property
     def has_teacher_features(self) -> bool:
         """Whether :meth:`teacher_outputs` can be asked for."""
-        return self._teacher is not None and self._teacher.tap is not None
+        teacher = self.mimicry.teacher
+        return teacher is not None and teacher.tap is not None
 
     def _apply(self, fn, *args, **kwargs):
         if self.teacher is not None:
@@ -321,25 +274,13 @@ class GPLQ(BaseModel):
             DataError: For a NaN or an infinity in an image.
             StateError: When asked to train after Stage 2.
         """
-        self._check_images(inputs, data_samples)
+        check_images(inputs, data_samples)
         if mode != 'loss':
             return self.architecture(inputs, data_samples, mode=mode)
         if self.stage == Stage.WEIGHT_PTQ:
             raise StateError('the weights are quantized and frozen; this model cannot be trained.')
-        if self.tap is None:
-            losses = self.architecture(inputs, data_samples, mode='loss')
-            return weigh_task(losses, self.task_weight)
-        # The teacher first: what it needs on the way is gone before anything is kept for backward.
-        needs_teacher = self.mimic_loss is not None or self.distill is not None
-        feature, logits = self._need_teacher().targets(inputs) if needs_teacher else (None, None)
-        with self.tap as tap:
-            losses = self.architecture(inputs, data_samples, mode='loss')
-            losses = weigh_task(losses, self.task_weight)
-            if self.mimic_loss is not None:
-                losses['loss_pca_mimic'] = self.mimic_loss(tap.feature, feature)
-            if self.distill is not None:
-                losses['loss_distill'] = distillation_loss(tap.output, logits, **self.distill)
-        return losses
+        run_student = partial(self.architecture, inputs, data_samples, mode='loss')
+        return self.mimicry.losses(run_student, inputs)
 
     def teacher_outputs(self, inputs: Tensor) -> tuple:
         """Features ``(N, D)`` of the teacher and its logits ``(N, classes)``; or its maps, twice.
@@ -349,17 +290,12 @@ class GPLQ(BaseModel):
         Raises:
             StateError: If the model was built without a teacher.
         """
-        return self._need_teacher().outputs(inputs)
-
-    def _need_teacher(self) -> Teacher:
-        if not self.has_teacher_features:
-            raise StateError('this step needs the FP32 teacher; build the model with teacher=True.')
-        return self._teacher
+        return self.mimicry.need_teacher().outputs(inputs)
 
     @torch.no_grad()
     def student_outputs(self, inputs: Tensor) -> tuple:
         """As :meth:`teacher_outputs`, of the student as it is now."""
-        return tapped_outputs(self.architecture, self.tap, inputs)
+        return self.mimicry.outputs(inputs)
 
     def parse_losses(self, losses: dict) -> tuple[Tensor, dict]:
         """Sums the losses, and stops before a NaN or an infinity reaches the weights.
@@ -370,16 +306,3 @@ class GPLQ(BaseModel):
         loss, log = super().parse_losses(losses)
         require_finite(loss, log)
         return loss, log
-
-    @staticmethod
-    def _check_images(inputs: Tensor, data_samples: list | None) -> None:
-        # A sum is finite only if all of it is, and is made in one pass.
-        if not torch.is_tensor(inputs) or bool(torch.isfinite(inputs.sum())):
-            return
-        bad = [i for i, image in enumerate(inputs) if not bool(torch.isfinite(image).all())]
-        if not bad:
-            # The sum alone was too large.
-            return
-        names = [str(getattr(sample, 'img_path', '?')) for sample in data_samples or []]
-        named = ', '.join(names[i] for i in bad) if names else f'position {bad} of the batch'
-        raise DataError(f'image with NaN or infinite pixels: {named}. Remove or repair it.')

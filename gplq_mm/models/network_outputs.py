@@ -1,5 +1,7 @@
 """What a network gives for a batch, such that two of its states can be compared value by value."""
 
+from functools import partial
+
 from torch import Tensor
 
 from ..errors import SettingError
@@ -43,5 +45,6 @@ class NetworkOutputs:
         """Outputs for a batch ``dict(inputs=..., data_samples=...)`` of the preprocessor."""
         if self._outputs is not None:
             return self._outputs(batch)
-        feature, logits = tapped_outputs(self.model, self.tap, batch['inputs'])
+        run = partial(self.model, batch['inputs'], mode='tensor')
+        feature, logits = tapped_outputs(self.tap, run)
         return {'features': [feature], 'logits': [logits]}

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..distributed import is_finite_everywhere
-from ..errors import GPLQError, SettingError
+from ..errors import DataError, GPLQError, SettingError
 
 
 class NonFiniteLossError(GPLQError, FloatingPointError):
@@ -93,3 +94,25 @@ def require_finite(loss: Tensor, parts: Mapping[str, Tensor]) -> None:
         '--resume. A resumed run keeps its learning rate: for a smaller '
         'optim_wrapper.optimizer.lr start a new run.'
     )
+
+
+def check_images(inputs: Tensor, data_samples: list | None = None) -> None:
+    """Refuses images that are not finite.
+
+    Args:
+        inputs: ``(N, ...)``, or what is no tensor and not looked at.
+        data_samples: Annotations, which may know the paths.
+
+    Raises:
+        DataError: For a NaN or an infinity.
+    """
+    # A sum is finite only if all of it is, and is made in one pass.
+    if not torch.is_tensor(inputs) or bool(torch.isfinite(inputs.sum())):
+        return
+    bad = [i for i, image in enumerate(inputs) if not bool(torch.isfinite(image).all())]
+    if not bad:
+        # The sum alone was too large.
+        return
+    names = [str(getattr(sample, 'img_path', '?')) for sample in data_samples or []]
+    named = ', '.join(names[i] for i in bad) if names else f'position {bad} of the batch'
+    raise DataError(f'image with NaN or infinite pixels: {named}. Remove or repair it.')

@@ -130,7 +130,7 @@ def test_mimicking_reads_the_neck(whole, data, pretrained, tmp_path):
 def test_mimicking_is_off_by_default(data, pretrained, tmp_path):
     model = build_runner(detection_config(tmp_path, data, pretrained)).model
     assert model.mimic_loss is None
-    assert model.tap is None
+    assert model.mimicry.tap is None
 
 
 def test_losses_of_every_level_are_weighed(data, pretrained, tmp_path):
@@ -140,7 +140,7 @@ def test_losses_of_every_level_are_weighed(data, pretrained, tmp_path):
     batch = model.data_preprocessor(next(iter(runner.train_dataloader)), True)
     found = []
     for weight in (1.0, 0.25):
-        model.task_weight = weight
+        model.mimicry.task_weight = weight
         # Proposals are drawn at random.
         torch.manual_seed(0)
         np.random.seed(0)
@@ -173,7 +173,7 @@ def test_a_detector_mimics_its_neck_unless_told_otherwise(data, pretrained, tmp_
     cfg = mimicking(detection_config(tmp_path, data, pretrained))
     cfg.model.pop('feature_layer')
     model = build_runner(cfg).model
-    assert model.taps_maps
+    assert model.mimicry.taps_maps
     assert model.mimic_loss is not None
 
 

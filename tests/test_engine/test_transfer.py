@@ -2,6 +2,7 @@
 
 import io
 import shutil
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -227,6 +228,6 @@ class TestBadInput:
 
     def test_features_that_are_maps(self, folder):
         model = torch.nn.Module()
-        model.tap, model.taps_maps = None, False
+        model.mimicry = SimpleNamespace(tap=None, taps_maps=False)
         with pytest.raises(TransferError, match=r'features of a classifier.*transfer=None'):
             TransferProbe(model, **transfer(folder))

@@ -156,9 +156,9 @@ def test_the_teacher_computes_without_a_graph(checkpoint):
 def test_nothing_of_an_iteration_is_held_after_it(checkpoint):
     model = build(checkpoint)
     model(images(), samples(), mode='loss')
-    assert model.tap.feature is None
-    assert model.tap.output is None
-    assert model._teacher.tap.feature is None
+    assert model.mimicry.tap.feature is None
+    assert model.mimicry.tap.output is None
+    assert model.mimicry.teacher.tap.feature is None
 
 
 def test_deep_copy_computes_the_same(checkpoint):

@@ -64,7 +64,7 @@ def test_gradients_are_those_of_ordinary_constants(checkpoint, temperature):
         wanted_feature = model.teacher.extract_feat(images())
         wanted = model.teacher.head.pre_logits(wanted_feature), model.teacher(images())
     model.zero_grad()
-    model._teacher.targets = lambda _images: wanted
+    model.mimicry.teacher.targets = lambda _images: wanted
     sum(model(images(), samples(), mode='loss').values()).backward()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.grad, found[name]), name
@@ -75,9 +75,9 @@ def test_bfloat16_is_for_the_losses_alone(checkpoint):
     for a, b in zip(short.teacher_outputs(images()), exact.teacher_outputs(images()), strict=True):
         assert a.dtype == torch.float32
         assert torch.equal(a, b)
-    feature, logits = short._teacher.targets(images())
+    feature, logits = short.mimicry.teacher.targets(images())
     assert logits.dtype == torch.bfloat16
-    wanted = exact._teacher.targets(images())[0]
+    wanted = exact.mimicry.teacher.targets(images())[0]
     assert 0 < (feature.float() - wanted).norm() / wanted.norm() < 0.05
     before = losses(exact, images())
     for key, value in losses(short, images()).items():
@@ -87,16 +87,16 @@ def test_bfloat16_is_for_the_losses_alone(checkpoint):
 
 def test_float32_stays_float32_under_amp(checkpoint):
     model = build(checkpoint, teacher_dtype='float32')
-    wanted = model._teacher.targets(images())
+    wanted = model.mimicry.teacher.targets(images())
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        found = model._teacher.targets(images())
+        found = model.mimicry.teacher.targets(images())
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize('fast', [True, False])
 def test_auto_asks_the_device(checkpoint, monkeypatch, fast):
     monkeypatch.setattr('gplq_mm.models.frozen.has_fast_bf16', lambda _device: fast)
-    logits = build(checkpoint, teacher_dtype='auto')._teacher.targets(images())[1]
+    logits = build(checkpoint, teacher_dtype='auto').mimicry.teacher.targets(images())[1]
     assert logits.dtype == (torch.bfloat16 if fast else torch.float32)
 
 

@@ -1,16 +1,13 @@
 """Calibrates the activation quantizers before training."""
 
-from collections.abc import Iterator
-from contextlib import nullcontext
+from functools import partial
 
 import torch
 from mmengine.hooks import Hook
 
-from ...distributed import broadcast_
 from ...errors import SettingError
-from ...layers import act_quantizers
-from ...models import GPLQ, Stage
-from ...ptq import NormReport, calibrate_with_norms
+from ...models import GPLQ, Stage, calibrate_activations
+from ...ptq import NormReport
 from ...registry import HOOKS
 from ..calibration_set import CalibrationSet
 from ..weights import unwrap
@@ -73,7 +70,6 @@ class CalibrationHook(Hook):
         )
 
     @staticmethod
-    @torch.no_grad()
     def calibrate(model: GPLQ, images: CalibrationSet) -> NormReport:
         """Fills scales and zero-points of a model from images, and enters the stage.
 
@@ -81,29 +77,12 @@ class CalibrationHook(Hook):
             What became of its LayerNorms, where the policy reparametrizes them.
         """
         model.eval()
-
-        def run_pass(index: int, passes: int) -> None:
-            for batch in images.batches(description=f'calibration {index + 1}/{passes}'):
-                data = model.data_preprocessor(batch, False)
-                model(**data, mode='tensor')
-
-        def one_of_each_size() -> Iterator[dict]:
-            seen = set()
-            for batch in images.batches(description='what reads the LayerNorms'):
-                data = model.data_preprocessor(batch, False)
-                if data['inputs'].shape[-2:] not in seen:
-                    seen.add(data['inputs'].shape[-2:])
-                    yield {key: None if value is None else value[:1] for key, value in data.items()}
-
-        def run_tapped(data: dict) -> tuple:
-            # The feature is compared with the teacher's, so it must not change either.
-            with model.tap or nullcontext() as tap:
-                output = model(**data, mode='tensor')
-                return output, None if tap is None else tap.feature
-
-        report = calibrate_with_norms(model.architecture, run_pass, one_of_each_size(), run_tapped)
-        # All ranks have computed the same, but for the last digit on machines of several kinds.
-        for quantizer in act_quantizers(model.architecture).values():
-            broadcast_([*quantizer.parameters(), *quantizer.buffers()])
+        # Through the wrapper, which refuses images that are not finite.
+        report = calibrate_activations(
+            model.architecture,
+            partial(images.prepared, model.data_preprocessor),
+            lambda data: model(**data, mode='tensor'),
+            model.mimicry.tap,
+        )
         model.advance(Stage.CALIBRATED)
         return report

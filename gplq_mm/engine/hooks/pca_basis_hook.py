@@ -3,9 +3,7 @@
 import torch
 from mmengine.hooks import Hook
 
-from ...distributed import broadcast_
-from ...models import feature_rows
-from ...ptq import SecondMoment
+from ...models import fit_basis
 from ...registry import HOOKS
 from ..calibration_set import CalibrationSet
 from ..weights import unwrap
@@ -17,7 +15,6 @@ __all__ = ['PCABasisHook']
 class PCABasisHook(Hook):
     """Mean and principal components of the teacher's features, or of its maps' places.
 
-    The features are streamed: what is kept is a ``(D, D)`` sum, whatever the number of images.
     Skipped where the model has no mimic loss, and on resume.
 
     Args:
@@ -45,16 +42,9 @@ class PCABasisHook(Hook):
         )
         record = getattr(runner.train_loop, 'record', None)
         with record.clock.stage('pca') if record is not None else torch.no_grad():
-            moment = SecondMoment(mimic.dim)
-            for batch in images.batches(description='PCA of teacher features'):
-                data = model.data_preprocessor(batch, False)
-                feature, _ = model.teacher_outputs(data['inputs'])
-                for rows in feature_rows(feature):
-                    moment.update(rows)
-            moment.reduce()
-            result = mimic.fit(moment.mean, moment.covariance())
-            # All ranks have computed the same, but for the last digit on machines of several kinds.
-            broadcast_(list(mimic.buffers()))
+            batches = images.prepared(model.data_preprocessor, 'PCA of teacher features')
+            features = (model.teacher_outputs(data['inputs'])[0] for data in batches)
+            result = fit_basis(mimic, features)
         if record is not None:
             record.pca = {**result, 'num_images': len(images.indices)}
         runner.logger.info(

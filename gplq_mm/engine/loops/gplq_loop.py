@@ -5,11 +5,10 @@ import torch
 from ...checkpoint import CheckpointError
 from ...errors import SettingError
 from ...layers import weights_disabled
-from ...models import Stage
-from ...ptq import build_weight_ptq, quantize_weights
+from ...models import Stage, run_weight_ptq
+from ...ptq import build_weight_ptq
 from ...registry import LOOPS
 from ..calibration_set import CalibrationSet
-from ..progress import show_weight_ptq
 from ..weights import load_act_qat
 from .quant_loop import QuantTrainLoop
 
@@ -100,15 +99,11 @@ class GPLQTrainLoop(QuantTrainLoop):
 
     def _run_weight_ptq(self) -> None:
         model = self.model
-        model.freeze_activations()
         model.eval()
         images = CalibrationSet.from_runner(self.runner, **self.ptq_images)
+        batches = images.prepared(model.data_preprocessor, 'images for Weight-PTQ')
         with self.record.clock.stage('weight_ptq'):
-            batches = self._prepared(images.batches(description='images for Weight-PTQ'))
-            with show_weight_ptq() as report:
-                scores = quantize_weights(
-                    model.architecture, batches, self._forward, self.method, report
-                )
+            scores = run_weight_ptq(model.architecture, batches, self._forward, self.method)
         model.advance(Stage.WEIGHT_PTQ)
         self.record.weight_ptq = {**images.describe(), 'compensation_r2': scores}
         for name, score in scores.items():

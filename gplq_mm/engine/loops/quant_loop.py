@@ -1,11 +1,9 @@
 """What all quantization loops share: resumable training, evaluation, the record and the summary."""
 
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
@@ -15,7 +13,7 @@ from ...distributed import make_rank_invariant
 from ...errors import SettingError
 from ...evaluation import layer_output_error, weight_drift
 from ...layers import quant_layers, quantizers_disabled
-from ...models import GPLQ, Stage
+from ...models import GPLQ, Stage, seed_iteration
 from ...ptq import build_weight_ptq, round_weights
 from ...quant import NotCalibratedError
 from ..calibration_set import CalibrationSet
@@ -233,28 +231,14 @@ class QuantTrainLoop(EpochBasedTrainLoop):
         self.runner.model.train()
         self.dataloader.sampler.set_position(self._epoch, done * self.data.batch)
         for index, data_batch in enumerate(self.dataloader, start=done):
-            self._seed_iteration()
+            seed_iteration(self.seed, self._iter)
             self.run_iter(index, data_batch)
             if self._iter >= self._max_iters:
                 break
         self.runner.call_hook('after_train_epoch')
         self._epoch += 1
 
-    def _seed_iteration(self) -> None:
-        """Random numbers of an iteration (drop path, mixup) depend on nothing before it.
-
-        They are the same on all ranks: dropout draws for the images of all of them.
-        """
-        seed = np.random.SeedSequence((self.seed, self._iter)).generate_state(1)[0].item()
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-
     # -- diagnostics ----------------------------------------------------------------------
-
-    def _prepared(self, batches) -> Iterator[dict]:
-        for batch in batches:
-            yield self.model.data_preprocessor(batch, False)
 
     @property
     def _forward(self) -> Callable[[dict], object]:
@@ -266,7 +250,7 @@ class QuantTrainLoop(EpochBasedTrainLoop):
         with torch.no_grad():
             return layer_output_error(
                 self.model.architecture,
-                self._prepared(images.batches()),
+                images.prepared(self.model.data_preprocessor),
                 self._forward,
                 activations_quantized,
             )

@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ..ptq import Progress as PTQProgress
+from .ptq import Progress as PTQProgress
 
 __all__ = ['show_steps', 'show_weight_ptq', 'track']
 

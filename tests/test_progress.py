@@ -6,7 +6,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-import gplq_mm.engine.progress as progress
+import gplq_mm.progress as progress
 from gplq_mm.ptq import Progress
 
 
