@@ -7,6 +7,7 @@ from .classifiers import Classifiers
 from .detectors import Detectors
 from .resnet import ResNet
 from .swin import Swin
+from .timm import Timm
 from .vit import ViT
 
-__all__ = ['Classifiers', 'Detectors', 'ResNet', 'Swin', 'ViT']
+__all__ = ['Classifiers', 'Detectors', 'ResNet', 'Swin', 'Timm', 'ViT']

@@ -3,6 +3,8 @@
 mmdet keeps a copy of mmpretrain's classes with the same attributes, so one forward serves both.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,26 +12,11 @@ from torch import Tensor, nn
 from ..errors import DataError
 from ..layers.attention import QuantAttention
 from ..layers.family import AttentionKind, Family, with_mixin
-from ..layers.fused import (
-    fuses_norm_linear,
-    is_identity_in_eval,
-    is_plain,
-    linear_add,
-    norm_linear,
-)
+from ..layers.fused import fuses_norm_linear, is_plain, norm_linear
 from ..layers.int4_attention import Int4Attention, unsupported
-from ..layers.int4_linear import Int4Linear
 from ..registry import FAMILIES
-from .ffn import MLPS, fuses_ffn, run_ffn
-
-__all__ = [
-    'Int4PatchMerging',
-    'Int4SwinBlock',
-    'Int4WindowMSA',
-    'QuantWindowMSA',
-    'Swin',
-    'window_maps',
-]
+from .blocks import UNSCALED, AttentionParts, MlpParts, fuse_block
+from .ffn import MLPS, ffn_parts
 
 # Added to the score of two tokens that the shift brought into one window (Swin, section 3.2).
 MASKED = -100.0
@@ -59,15 +46,13 @@ class QuantWindowMSA:
         Returns:
             ``(windows * B, N, C)``.
         """
-        batch, tokens, channels = x.shape
-        heads = self.num_heads
-        qkv = self.qkv(x).reshape(batch, tokens, 3, heads, channels // heads)
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         bias = relative_position_bias(self)
         dropout = self.attn_drop.p if self.training else 0.0
         out = self.quant_attention.attend(query, key, value, self.scale, bias, mask, dropout)
-        out = self.proj(out.transpose(1, 2).reshape(batch, tokens, channels))
-        return self.proj_drop(out)
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 
 def quantize_window_msa(module: nn.Module, specs: dict, name: str) -> None:
@@ -97,7 +82,13 @@ def pack_window_msa(module: nn.Module) -> str | None:
 
 
 def window_maps(
-    batch: int, height: int, width: int, window: int, shift: int, device: torch.device
+    batch: int,
+    height: int,
+    width: int,
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    device: torch.device,
+    pads_first: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Where the tokens of each shifted window come from, and which of them may meet.
 
@@ -107,40 +98,48 @@ def window_maps(
     Args:
         batch: Images.
         height, width: Tokens of the feature map.
-        window: Side of a window, in tokens.
-        shift: Cyclic shift towards the top left, in tokens.
+        window: Height and width of a window, in tokens.
+        shift: Cyclic shift towards the top and the left, in tokens.
         device: Where to.
+        pads_first: Whether the map is padded before it is shifted.
 
     Returns:
-        int32 ``(windows * batch, window**2)``: row of the flattened ``(batch, height, width)``
-        map, or ``batch * height * width`` for padding; and float32
-        ``(windows, window**2, window**2)``, 0 or -100, or None without a shift.
+        int32 ``(windows * batch, tokens of a window)``: row of the flattened
+        ``(batch, height, width)`` map, or ``batch * height * width`` for padding; and float32
+        ``(windows, tokens of a window, tokens of a window)``, 0 or -100, or None without a shift.
     """
     rows = torch.arange(batch * height * width, dtype=torch.int32, device=device)
-    right, bottom = -width % window, -height % window
+    bottom, right = -height % window[0], -width % window[1]
     rows = rows.reshape(batch, 1, height, width)
+    if not pads_first:
+        rows = _rolled(rows, shift)
     if right or bottom:
         # A fill value that depends on the batch would fix the batch of an exported program.
         rows = F.pad(rows, (0, right, 0, bottom), value=-1)
         rows = rows.masked_fill(rows < 0, batch * height * width)
-    if shift:
-        rows = rows.roll((-shift, -shift), (2, 3))
+    if pads_first:
+        rows = _rolled(rows, shift)
     rows = _partition(rows, window).contiguous()
-    if not shift:
+    if not any(shift):
         return rows, None
-    region = 3 * _region(height + bottom, window, shift, device)[:, None] + _region(
-        width + right, window, shift, device
+    region = 3 * _region(height + bottom, window[0], shift[0], device)[:, None] + _region(
+        width + right, window[1], shift[1], device
     )
     region = _partition(region[None, None], window)
     apart = region[:, None, :] != region[:, :, None]
     return rows, torch.zeros_like(apart, dtype=torch.float32).masked_fill_(apart, MASKED)
 
 
-def _partition(values: Tensor, window: int) -> Tensor:
-    """``(B, 1, H, W)`` to ``(B * windows, window**2)``."""
+def _rolled(rows: Tensor, shift: tuple[int, int]) -> Tensor:
+    return rows.roll((-shift[0], -shift[1]), (2, 3)) if any(shift) else rows
+
+
+def _partition(values: Tensor, window: tuple[int, int]) -> Tensor:
+    """``(B, 1, H, W)`` to ``(B * windows, tokens of a window)``."""
     batch, _, height, width = values.shape
-    values = values.reshape(batch, height // window, window, width // window, window)
-    return values.transpose(2, 3).reshape(-1, window * window)
+    rows, columns = window
+    values = values.reshape(batch, height // rows, rows, width // columns, columns)
+    return values.transpose(2, 3).reshape(-1, rows * columns)
 
 
 def _region(extent: int, window: int, shift: int, device: torch.device) -> Tensor:
@@ -149,72 +148,82 @@ def _region(extent: int, window: int, shift: int, device: torch.device) -> Tenso
     return (index >= extent - window).int() + (index >= extent - shift).int()
 
 
-class Int4SwinBlock:
+class WindowedBlock:
+    """What fused Swin blocks share: the maps of the sizes that they have seen."""
+
+    window_maps: dict[tuple, tuple[Tensor, Tensor | None]]
+
+    def window_attention(
+        self,
+        x: Tensor,
+        hw_shape: tuple[int, int],
+        parts: AttentionParts,
+        window: tuple[int, int],
+        shift: tuple[int, int],
+        pads_first: bool = True,
+    ) -> Tensor:
+        """``x`` and its window attention, ``(B, H * W, C)``; the rest as in
+        :func:`window_maps`."""
+        batch, tokens, channels = x.shape
+        key = (batch, *hw_shape, window, shift, x.device, pads_first)
+        rows, mask = self._maps(key)
+        qkv = parts.qkv(x).flatten(0, 1)
+        if rows.numel() > qkv.shape[0]:
+            # The model pads after the norm: a padding token is what qkv makes of zeros.
+            zeros = qkv.new_zeros(1, channels)
+            qkv = torch.cat((qkv, torch.cat([linear(zeros) for linear in parts.linears], -1)))
+        out = parts.product(qkv, mask, rows, batch * tokens)
+        return parts.close(x, out.view(batch, tokens, -1))
+
+    def _maps(self, key: tuple) -> tuple[Tensor, Tensor | None]:
+        if torch.compiler.is_compiling():
+            return window_maps(*key)
+        kept = self.__dict__.setdefault('window_maps', {})
+        if key not in kept:
+            while len(kept) >= MAX_MAPS:
+                kept.pop(next(iter(kept)))
+            kept[key] = window_maps(*key)
+        return kept[key]
+
+
+class Int4SwinBlock(WindowedBlock):
     """Mixin over ``SwinBlock``."""
 
     fuses_attention: bool
     fuses_mlp: bool
 
+    def parts(self) -> tuple[AttentionParts, MlpParts | None]:
+        """What the block is made of."""
+        attn, msa = self.attn, self.attn.w_msa
+        idle = (msa.proj_drop, attn.drop)
+        product = msa.quant_attention
+        attention = AttentionParts(attn, self.norm1, (msa.qkv,), product, msa.proj, UNSCALED, idle)
+        return attention, ffn_parts(self.norm2, self.ffn)
+
     def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """``(B, H * W, C)`` and ``(H, W)`` to ``(B, H * W, C)``."""
         x = x.contiguous()
+        attention, mlp = self.parts()
         if self.fuses_attention:
-            x = self._window_attention(x, hw_shape)
+            window, shift = self.attn.window_size, self._shift(*hw_shape)
+            x = self.window_attention(x, hw_shape, attention, (window, window), (shift, shift))
         else:
             x = x + self.attn(self.norm1(x), hw_shape)
-        return run_ffn(x, self.norm2, self.ffn, self.fuses_mlp)
+        return mlp.add(x) if self.fuses_mlp else self.ffn(self.norm2(x), identity=x)
 
-    def _window_attention(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        batch, tokens, channels = x.shape
-        rows, mask = self._maps(batch, *hw_shape, x.device)
-        msa = self.attn.w_msa
-        qkv = norm_linear(x, self.norm1, msa.qkv).flatten(0, 1)
-        if rows.numel() > qkv.shape[0]:
-            # The model pads after the norm: a padding token is what qkv makes of zeros.
-            qkv = torch.cat((qkv, msa.qkv(qkv.new_zeros(1, channels))))
-        out = msa.quant_attention(qkv, mask, rows, batch * tokens)
-        return linear_add(out.view(x.shape), msa.proj, x, None)
-
-    def _maps(
-        self, batch: int, height: int, width: int, device: torch.device
-    ) -> tuple[Tensor, Tensor | None]:
+    def _shift(self, height: int, width: int) -> int:
         attn = self.attn
-        window, shift = attn.window_size, attn.shift_size
         # mmdet's copy always pads a small map; mmpretrain's does it on request, and does not
         # shift a map of one window otherwise.
         if not getattr(attn, 'pad_small_map', True):
-            if min(height, width) < window:
+            if min(height, width) < attn.window_size:
                 raise DataError(
                     f'the feature map of {height} x {width} tokens is smaller than a window of '
-                    f'{window}. Use larger images, or a model with pad_small_map=True.'
+                    f'{attn.window_size}. Use larger images, or a model with pad_small_map=True.'
                 )
-            if min(height, width) == window:
-                shift = 0
-        if torch.compiler.is_compiling():
-            return window_maps(batch, height, width, window, shift, device)
-        key = (batch, height, width, shift, device)
-        maps = self.window_maps.get(key)
-        if maps is None:
-            while len(self.window_maps) >= MAX_MAPS:
-                self.window_maps.pop(next(iter(self.window_maps)))
-            maps = window_maps(batch, height, width, window, shift, device)
-            self.window_maps[key] = maps
-        return maps
-
-
-def fuse_swin_block(block: nn.Module) -> bool:
-    """Makes a ``SwinBlock`` compute fused; returns whether anything was fused."""
-    msa = block.attn.w_msa
-    block.fuses_attention = (
-        isinstance(msa, Int4WindowMSA)
-        and isinstance(msa.proj, Int4Linear)
-        and fuses_norm_linear(block.norm1, msa.qkv)
-        and is_identity_in_eval(msa.proj_drop, block.attn.drop)
-        and is_plain(block.norm1, block.attn)
-    )
-    block.fuses_mlp = fuses_ffn(block.norm2, block.ffn)
-    block.window_maps = {}
-    return (block.fuses_attention or block.fuses_mlp) and with_mixin(block, Int4SwinBlock)
+            if min(height, width) == attn.window_size:
+                return 0
+        return attn.shift_size
 
 
 class Int4PatchMerging:
@@ -268,7 +277,7 @@ class Swin(Family):
     }
     mlps = MLPS
     fused = {
-        **dict.fromkeys(blocks, fuse_swin_block),
+        **dict.fromkeys(blocks, partial(fuse_block, Int4SwinBlock)),
         'mmcv.cnn.bricks.transformer.PatchMerging': fuse_patch_merging,
         'mmpretrain.models.utils.embed.PatchMerging': fuse_patch_merging,
         'mmdet.models.layers.transformer.utils.PatchMerging': fuse_patch_merging,

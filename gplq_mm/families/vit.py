@@ -6,17 +6,10 @@ from torch import Tensor, nn
 
 from ..layers.attention import QuantAttention
 from ..layers.family import AttentionKind, Family, with_mixin
-from ..layers.fused import (
-    fuses_norm_linear,
-    is_identity_in_eval,
-    is_plain,
-    linear_add,
-    norm_linear,
-)
 from ..layers.int4_attention import Int4Attention, unsupported
-from ..layers.int4_linear import Int4Linear
 from ..registry import FAMILIES
-from .ffn import MLPS, fuses_ffn, gamma_of, is_layer_scale, run_ffn
+from .blocks import AttentionParts, Int4PreNormBlock, MlpParts, fuse_block
+from .ffn import MLPS, ffn_parts
 
 __all__ = ['Int4EncoderLayer', 'Int4MultiheadAttention', 'QuantMultiheadAttention', 'ViT']
 
@@ -82,37 +75,27 @@ def pack_attention(module: nn.Module) -> str | None:
     return reason
 
 
-class Int4EncoderLayer:
+class Int4EncoderLayer(Int4PreNormBlock):
     """Mixin over mmpretrain's ``TransformerEncoderLayer``."""
 
-    fuses_attention: bool
-    fuses_mlp: bool
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, N, C)`` to ``(B, N, C)``."""
-        x = x.contiguous()
+    def parts(self) -> tuple[AttentionParts, MlpParts | None]:
         attn = self.attn
-        if self.fuses_attention:
-            out = attn.scaled_dot_product_attention(norm_linear(x, self.ln1, attn.qkv))
-            x = linear_add(out, attn.proj, x, gamma_of(attn.gamma1))
-        else:
-            x = x + attn(self.ln1(x))
-        return run_ffn(x, self.ln2, self.ffn, self.fuses_mlp)
+        attention = AttentionParts(
+            attn,
+            self.ln1,
+            (attn.qkv,),
+            attn.scaled_dot_product_attention,
+            attn.proj,
+            attn.gamma1,
+            (attn.proj_drop, attn.out_drop),
+        )
+        return attention, ffn_parts(self.ln2, self.ffn)
 
+    def plain_attention(self, x: Tensor) -> Tensor:
+        return x + self.attn(self.ln1(x))
 
-def fuse_encoder_layer(block: nn.Module) -> bool:
-    """Makes a ``TransformerEncoderLayer`` compute fused; returns whether anything was fused."""
-    attn = block.attn
-    block.fuses_attention = (
-        isinstance(attn, Int4MultiheadAttention)
-        and isinstance(attn.proj, Int4Linear)
-        and fuses_norm_linear(block.ln1, attn.qkv)
-        and is_identity_in_eval(attn.proj_drop, attn.out_drop)
-        and is_layer_scale(attn.gamma1)
-        and is_plain(block.ln1, attn)
-    )
-    block.fuses_mlp = fuses_ffn(block.ln2, block.ffn)
-    return (block.fuses_attention or block.fuses_mlp) and with_mixin(block, Int4EncoderLayer)
+    def plain_mlp(self, x: Tensor) -> Tensor:
+        return self.ffn(self.ln2(x), identity=x)
 
 
 @FAMILIES.register_module()
@@ -130,8 +113,8 @@ class ViT(Family):
     }
     mlps = MLPS
     fused = {
-        'mmpretrain.models.backbones.vision_transformer.TransformerEncoderLayer': (
-            fuse_encoder_layer
+        'mmpretrain.models.backbones.vision_transformer.TransformerEncoderLayer': partial(
+            fuse_block, Int4EncoderLayer
         ),
     }
     scopes = ('mmpretrain',)

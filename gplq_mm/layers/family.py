@@ -56,6 +56,10 @@ class Family:
             layers are quantized.
         fused: Class -> ``fuse(module)`` that gives it a fused forward of packed layers, in place,
             and returns whether there was anything to fuse.
+        same_as: Class -> class of torch whose forward it has, :class:`torch.nn.LayerNorm` or
+            :class:`torch.nn.GELU`.
+        ends: Class of a whole model -> names in it of its first layers and of its last, which a
+            policy gives 8 bits unless it says otherwise.
         features: Class of a whole model -> function of it that gives the layer with the features
             to mimic (:class:`gplq_mm.models.feature_tap.FeatureTap`), or None.
         outputs: Class of a whole model -> function of it that gives what the analysis compares: a
@@ -69,6 +73,8 @@ class Family:
     blocks: Mapping[str, int] = {}
     mlps: Mapping[str, Callable[[nn.Module], Any]] = {}
     fused: Mapping[str, Callable[[nn.Module], bool]] = {}
+    same_as: Mapping[str, type[nn.Module]] = {}
+    ends: Mapping[str, tuple[str, ...]] = {}
     features: Mapping[str, Callable[[nn.Module], nn.Module | None]] = {}
     outputs: Mapping[str, Callable[[nn.Module], Callable]] = {}
     headlines: Mapping[str, tuple[str, float]] = {}
@@ -76,7 +82,7 @@ class Family:
 
 
 # What a subclass is as well. How it computes may differ.
-INHERITED = ('blocks', 'features', 'outputs')
+INHERITED = ('blocks', 'ends', 'features', 'outputs')
 
 
 def full_name(cls: type) -> str:

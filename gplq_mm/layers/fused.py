@@ -29,7 +29,7 @@ def is_plain(*modules: nn.Module) -> bool:
 def is_identity_in_eval(*modules: nn.Module) -> bool:
     """Whether the modules pass their input through in eval mode."""
     return all(
-        isinstance(module, nn.Identity | nn.Dropout) or type(module).__name__ == 'DropPath'
+        isinstance(module, nn.Identity | nn.Dropout) or type(module).__name__.endswith('DropPath')
         for module in modules
     )
 

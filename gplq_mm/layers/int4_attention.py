@@ -3,10 +3,14 @@
 import torch
 from torch import Tensor, nn
 
+from ..errors import SettingError
 from ..ops import library as _library  # noqa: F401  (defines the ops)
 from ..quant import QuantState
 from .attention import OPERANDS, QuantAttention
 from .int4_weight import DeployError, move_only
+
+# Added to a score that does not count: far below all others, and still finite.
+FORBIDDEN = -1e30
 
 _attention = torch.ops.gplq_mm.int4_attention.default
 
@@ -113,3 +117,37 @@ class Int4Attention(nn.Module):
 
     def extra_repr(self) -> str:
         return f'{self.num_heads} heads, code limits {self.limits}'
+
+
+def additive_mask(
+    mask: Tensor | None, is_causal: bool, tokens: int, device: torch.device
+) -> Tensor | None:
+    """What :class:`Int4Attention` adds, of a mask as in torch's attention.
+
+    Args:
+        mask: Boolean, True where a query may look, or added to the scores: broadcasts to
+            ``(B, 1, N, N)``, the same for all heads. Or None.
+        is_causal: Whether query i may look at keys 0 to i alone.
+        tokens: N.
+        device: Where to.
+
+    Returns:
+        float32 ``(1 or B, N, N)``, or None. A query that may look nowhere looks everywhere.
+
+    Raises:
+        SettingError: For both masks, or one that differs between heads.
+    """
+    if is_causal:
+        if mask is not None:
+            raise SettingError('is_causal=True is a mask already; give it or attn_mask.')
+        mask = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, FORBIDDEN)
+    if mask.dim() == 4:
+        if mask.shape[1] != 1:
+            raise SettingError('a packed attention takes one mask for all heads.')
+        mask = mask[:, 0]
+    mask = mask.float().clamp(min=FORBIDDEN)
+    return mask.expand(mask.shape[0] if mask.dim() == 3 else 1, tokens, tokens).contiguous()

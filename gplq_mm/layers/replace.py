@@ -87,7 +87,9 @@ def _computes_something_else(module: nn.Module) -> bool:
 
 def _is_unknown_attention(module: nn.Module) -> bool:
     """Whether a module, by its class name, multiplies activations, and no family knows how."""
-    if not type(module).__name__.endswith(('Attention', 'MSA', 'MSAV2')):
+    # timm marks what multiplies: pooling by attention, blocks with attention of their own.
+    named = re.search(r'(Attention(Pool\w*|With\w+)?|MSA|MSAV2)$', type(module).__name__)
+    if not (named or hasattr(module, 'fused_attn')):
         return False
     # A wrapper like ShiftWindowMSA is fine: the products are in a child that is known.
     inside = list(module.modules())
@@ -130,8 +132,10 @@ def _plan(model: nn.Module, policy: QuantPolicy, may_stay_float: bool) -> list[t
     """
     if quant_layers(model):
         raise PolicyError('the model is quantized already; quantize a float model.')
-    plan, names, unsupported = [], [], {}
+    plan, names, unsupported, ends = [], [], {}, set()
     for name, module in model.named_modules():
+        prefix = f'{name}.' if name else ''
+        ends |= {prefix + end for end in entry_of(module, 'ends') or ()}
         # An attention that is unknown is no site, yet a rule may exclude it. The name of a known
         # one stands for nothing: its products and layers are the sites.
         if _is_unsupported(module):
@@ -140,7 +144,7 @@ def _plan(model: nn.Module, policy: QuantPolicy, may_stay_float: bool) -> list[t
                 unsupported[name] = module
         elif kind := kind_of(module):
             names.append(name)
-            spec = policy.resolve(name, kind)
+            spec = policy.resolve(name, kind, name in ends)
             plan.append((name, kind, module, spec if spec.weight else None))
         elif entry_of(module, 'attentions'):
             names += [f'{name}.{operand}' for operand in OPERANDS]

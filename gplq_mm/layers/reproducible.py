@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import library as _library  # noqa: F401  (defines the ops)
+from .family import entry_of
 
 _layer_norm = torch.ops.gplq_mm.layer_norm.default
 _gelu = torch.ops.gplq_mm.gelu.default
@@ -40,12 +41,14 @@ class ReproducibleGELU(nn.GELU):
 def make_reproducible(model: nn.Module) -> None:
     """Gives the LayerNorms and GELUs of a model their reproducible class, in place.
 
-    A LayerNorm over several axes or without parameters, the tanh approximation of GELU and
-    subclasses stay what they are.
+    So are classes that the families name as the same (:attr:`.Family.same_as`). A LayerNorm over
+    several axes or without parameters, the tanh approximation of GELU and other subclasses stay
+    what they are.
     """
     for module in model.modules():
-        if type(module) is nn.LayerNorm:
+        kind = entry_of(module, 'same_as') or type(module)
+        if kind is nn.LayerNorm:
             if len(module.normalized_shape) == 1 and module.bias is not None:
                 module.__class__ = ReproducibleLayerNorm
-        elif type(module) is nn.GELU and module.approximate == 'none':
-            module.__class__ = ReproducibleGELU
+        elif kind is nn.GELU and getattr(module, 'approximate', 'none') == 'none':
+            module.__class__, module.approximate = ReproducibleGELU, 'none'

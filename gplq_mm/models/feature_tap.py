@@ -72,7 +72,8 @@ def feature_layer_of(model: nn.Module, name: str | None) -> nn.Module:
 def feature_width(layer: nn.Module, name: str | None, mimic: dict) -> int:
     """Width of the features of :func:`feature_layer_of`: ``mimic.dim``, or what the layer says."""
     key = 'in_features' if isinstance(layer, nn.Linear) else 'out_channels'
-    width = mimic.get('dim', getattr(layer, key, None))
+    known = layer.normalized_shape[-1] if isinstance(layer, nn.LayerNorm) else None
+    width = mimic.get('dim', getattr(layer, key, known))
     if not isinstance(width, int):
         raise SettingError(
             f'feature_layer={name!r} does not tell the width of its features; set mimic.dim.'

@@ -13,14 +13,14 @@ def feature_rows(features: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
     """Feature vectors of images, or of the places of every level of a pyramid.
 
     Args:
-        features: ``(N, D)``, or a map or several ``(N, D, H, W)``.
+        features: ``(N, D)``, tokens ``(N, T, D)``, or a map or several ``(N, D, H, W)``.
 
     Returns:
         For every level a matrix ``(rows, D)``.
     """
     levels = (features,) if torch.is_tensor(features) else features
     return [
-        level.permute(0, 2, 3, 1).flatten(0, 2) if level.dim() == 4 else level.flatten(1)
+        (level.permute(0, 2, 3, 1) if level.dim() == 4 else level).flatten(0, -2)
         for level in levels
     ]
 

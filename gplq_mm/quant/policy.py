@@ -171,12 +171,14 @@ class QuantPolicy:
         _override(WeightSpec(), rule['weight'], f'rule {rule["pattern"]!r}.weight')
         return rule
 
-    def resolve(self, name: str, kind: str) -> SiteSpec:
+    def resolve(self, name: str, kind: str, is_end: bool = False) -> SiteSpec:
         """Spec of the site ``name``.
 
         Args:
             name: Full name of the layer or operand.
             kind: ``'linear'``, ``'conv'``, ``'q'``, ``'k'``, ``'v'`` or ``'probs'``.
+            is_end: Whether it is a first or last layer of a model, which the presets' own rules
+                miss: they go by names of OpenMMLab.
 
         Returns:
             Both parts are None for an excluded site; ``weight`` is None for an operand.
@@ -187,6 +189,8 @@ class QuantPolicy:
         act = self.activations[kind]
         weight = self.weight if kind in ('linear', 'conv') else None
         excluded = False
+        if is_end:
+            act, weight = replace(act, bits=8, reparametrize=False), replace(weight, bits=8)
         for rule in self.rules:
             if not re.search(rule['pattern'], name):
                 continue

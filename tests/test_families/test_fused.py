@@ -60,7 +60,7 @@ def test_maps_do_what_pad_roll_and_partition_do(batch, height, width, window, sh
     )
     rolled = torch.roll(padded, (-shift, -shift), (1, 2))
     expected = ShiftWindowMSA.window_partition(rolled, window).reshape(-1, window**2)
-    rows, mask = window_maps(batch, height, width, window, shift, torch.device('cpu'))
+    rows, mask = window_maps(batch, height, width, (window,) * 2, (shift,) * 2, torch.device('cpu'))
     assert rows.dtype == torch.int32
     source = torch.cat((tokens, torch.zeros(1)))
     assert torch.equal(source[rows.long()], expected)
@@ -73,7 +73,7 @@ def test_maps_do_what_pad_roll_and_partition_do(batch, height, width, window, sh
 
 
 def test_every_token_is_in_exactly_one_window():
-    rows, _ = window_maps(2, 5, 6, 4, 2, torch.device('cpu'))
+    rows, _ = window_maps(2, 5, 6, (4, 4), (2, 2), torch.device('cpu'))
     inside = rows[rows < 60]
     assert inside.sort().values.tolist() == list(range(60))
 
@@ -157,7 +157,7 @@ def test_kept_maps_are_bounded(models):
     deployed = convert(models('swin'))
     block = deployed.backbone.stages[0].blocks[1]
     for width in range(32, 32 + 4 * 20, 4):
-        block._maps(1, 8, width // 4, torch.device('cpu'))
+        block._maps((1, 8, width // 4, (4, 4), (2, 2), torch.device('cpu')))
     assert len(block.window_maps) <= 16
 
 
