@@ -13,8 +13,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .reduce import all_reduce_sum, rank_and_world_size
 
-__all__ = ['make_rank_invariant']
-
 
 def _kept(x: Tensor, shape: tuple[int, ...], share: float) -> Tensor:
     """Random choice of a ``share`` of the elements.

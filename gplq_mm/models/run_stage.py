@@ -4,8 +4,6 @@ from enum import IntEnum
 
 from ..errors import StateError
 
-__all__ = ['Stage', 'check_order']
-
 
 class Stage(IntEnum):
     """How far a model has come; saved with it.

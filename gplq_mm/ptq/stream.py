@@ -21,8 +21,6 @@ from ..errors import SettingError
 from ..layers import compiled_products, patched_forward, quant_units
 from .tensor_store import Memory, TensorStore
 
-__all__ = ['Stream', 'Trace', 'find_units', 'last_readers', 'same_values', 'trace_units']
-
 
 class _StopForward(Exception):
     """Ends a forward once the wanted input has been seen."""

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-__all__ = ['Memory', 'TensorStore']
-
 
 class _Spilled(NamedTuple):
     """An item whose tensors are in a file. All else, such as annotations, stays in memory."""

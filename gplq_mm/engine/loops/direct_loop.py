@@ -7,8 +7,6 @@ from ...ptq import init_learned_weights
 from ...registry import LOOPS
 from .quant_loop import QuantTrainLoop
 
-__all__ = ['DirectQATLoop']
-
 
 @LOOPS.register_module()
 class DirectQATLoop(QuantTrainLoop):
