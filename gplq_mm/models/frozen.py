@@ -1,10 +1,11 @@
 """How a frozen network computes: without a graph, in a precision of its own."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ..errors import SettingError
 
@@ -59,14 +60,4 @@ def frozen_outputs(
     with torch.inference_mode(), precision:
         outputs = compute()
     # Autograd refuses to save an inference tensor, a copy made outside is an ordinary one.
-    return _clone(outputs)
-
-
-def _clone(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, Mapping):
-        return {key: _clone(item) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_clone(item) for item in value)
-    return value
+    return tree_map_only(Tensor, Tensor.clone, outputs)
