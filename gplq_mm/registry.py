@@ -42,7 +42,7 @@ TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, locations=['gplq_
 
 # Concepts that mmengine does not know.
 OBSERVERS = Registry('observer', scope='gplq_mm', locations=['gplq_mm.quant'])
-QUANTIZERS = Registry('quantizer', scope='gplq_mm', locations=['gplq_mm.quant'])
+FORMATS = Registry('format', scope='gplq_mm', locations=['gplq_mm.quant'])
 WEIGHT_PTQ = Registry('weight ptq', scope='gplq_mm', locations=['gplq_mm.ptq'])
 COMPENSATORS = Registry('compensator', scope='gplq_mm', locations=['gplq_mm.layers'])
 FAMILIES = Registry('model family', scope='gplq_mm', locations=['gplq_mm.families'])

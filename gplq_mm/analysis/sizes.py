@@ -1,13 +1,13 @@
 """Size of a quantized model: bytes of the packed file, mean bits of weights and activations."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..layers import Compensation
-from ..quant.packing import code_bytes
 from .sites import operand_quantizers, quant_sites, weighted_sites
 
 
@@ -20,7 +20,10 @@ def code_sizes(model: nn.Module, widths: Iterable[int]) -> dict[str, dict[int, i
     """Bytes of every layer's codes in a packed file, by width; 2 and 3 bits take as much as 4."""
     widths = tuple(widths)
     return {
-        name: {bits: code_bytes(*site.weight.shape, bits) for bits in widths}
+        name: {
+            bits: replace(site.weight.spec, bits=bits).code_format.bytes(*site.weight.shape)
+            for bits in widths
+        }
         for name, site in weighted_sites(model).items()
     }
 

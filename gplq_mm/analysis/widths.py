@@ -17,7 +17,6 @@ from ..distributed import all_reduce_sum
 from ..layers import quantizers_disabled
 from ..quant import ActQuantizer
 from ..quant.observers import by_channel
-from ..quant.quantizers import build_act_quantizer
 from .sites import operand_quantizers, quant_sites, weighted_sites
 
 CHANNELS = 64
@@ -130,7 +129,7 @@ def _noise(quantizer: ActQuantizer, bits: int, sample: Tensor) -> float:
     spec = replace(
         quantizer.spec, bits=bits, granularity='channel', tokens=None, reparametrize=False
     )
-    other = build_act_quantizer(spec, (sample.shape[1],), quantizer.site).to(sample.device)
+    other = ActQuantizer(spec, (sample.shape[1],), quantizer.site).to(sample.device)
     other.observe()
     observer = other.observer
     if observer.num_passes > 1:

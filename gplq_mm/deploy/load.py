@@ -20,7 +20,6 @@ from ..layers.reproducible import make_reproducible
 from ..ops.device import resolve_device
 from ..quant import PolicyError, SiteSpec
 from ..quant.spec import SITE_GRANULARITIES
-from ..registry import QUANTIZERS, registered
 from .architecture import build_architecture, check_pipeline, check_scope, decode
 from .convert import convert_in_place
 from .export import attentions, other_entries
@@ -132,8 +131,7 @@ def _swap_layers(model: nn.Module, entries: dict) -> None:
 
 
 def _check_site(spec, kind: str, name: str) -> None:
-    quantizer = registered(QUANTIZERS)[spec.quantizer]
-    fits = kind in quantizer.sites and spec.granularity in SITE_GRANULARITIES[kind]
+    fits = kind in spec.code_format.sites and spec.granularity in SITE_GRANULARITIES[kind]
     if not fits or (spec.row_relative and kind != 'probs'):
         raise DeployError(f'{name}: the header describes no quantizer of this site. {AGAIN}')
 

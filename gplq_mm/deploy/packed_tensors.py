@@ -27,7 +27,7 @@ from ..quant import (
     WeightSpec,
 )
 from ..quant.packing import pack_nibbles, unpack_nibbles
-from ..quant.spec import LATER_FIELDS
+from ..quant.spec import named_today
 
 __all__ = [
     'TensorTable',
@@ -88,7 +88,7 @@ def _is_of(value: Any, hint: Any) -> bool:
 def _spec(cls: type, data: Any, where: str):
     hints = get_type_hints(cls)
     if isinstance(data, Mapping):
-        data = {**{key: value for key, value in LATER_FIELDS.items() if key in hints}, **data}
+        data = named_today(data, hints)
     if (
         not isinstance(data, Mapping)
         or set(data) != set(hints)
@@ -98,7 +98,9 @@ def _spec(cls: type, data: Any, where: str):
             f'{where}: the header does not describe the quantizer; deploy the checkpoint again.'
         )
     try:
-        return cls(**data)
+        spec = cls(**data)
+        spec.code_format  # noqa: B018 (checks what does not go with it)
+        return spec
     except (PolicyError, TypeError, ValueError) as error:
         raise DeployError(f'{where}: {error}') from error
 
@@ -209,9 +211,9 @@ def fill_layer(name: str, layer: QuantWeightLayer, table: TensorTable) -> None:
 
 
 def _act_entry(quantizer: ActQuantizer) -> dict:
-    """Spec of a quantizer; one with a uniform grid is a uniform one now that it is frozen."""
+    """Spec of a quantizer; integers of any kind are plain ones now that it is frozen."""
     entry = quantizer.spec.to_dict()
-    return {**entry, 'quantizer': 'uniform'} if quantizer.is_uniform() else entry
+    return {**entry, 'quantizer': 'uniform'} if quantizer.format.is_integer_product else entry
 
 
 # -- attention --------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from ..errors import SettingError
 from ..quant import ActQuantizer, ActSpec, PolicyError, QuantState, arithmetic
-from ..quant.quantizers import build_act_quantizer
 from .saved_codes import coded_attention
 
 OPERANDS = ('q', 'k', 'v', 'probs')
@@ -45,7 +44,7 @@ class QuantAttention(nn.Module):
                         f'{operand}=dict(granularity="token", tokens=N) in the policy.'
                     )
                 shapes['token'] = (count, 1)
-            self.add_module(operand, build_act_quantizer(spec, shapes[spec.granularity], site))
+            self.add_module(operand, ActQuantizer(spec, shapes[spec.granularity], site))
 
     def float_reason(self) -> str | None:
         """Why the products are not those of integer codes with a grid per head, or None."""
@@ -53,8 +52,8 @@ class QuantAttention(nn.Module):
             quantizer = getattr(self, operand)
             if not isinstance(quantizer, ActQuantizer):
                 return f'{operand} is not quantized'
-            if not quantizer.is_uniform():
-                return f'{operand} is {quantizer.spec.quantizer}'
+            if not quantizer.format.is_integer_product:
+                return f'{operand} is {quantizer.spec.format}'
             if quantizer.spec.granularity not in ('tensor', 'head'):
                 return f'{operand} has a scale per {quantizer.spec.granularity}'
         return None

@@ -12,7 +12,6 @@ from ..quant import (
     WeightQuantizer,
     WeightSpec,
 )
-from ..quant.quantizers import build_act_quantizer
 from .saved_codes import Convolution, coded_product
 
 # Above this an integer is not exact in float32.
@@ -69,11 +68,11 @@ class QuantWeightLayer(nn.Module):
             PolicyError: If the grid of the activations cannot be folded into the weight.
         """
         self.site = name
-        self.act_quantizer = build_act_quantizer(act, act_shape, f'{name}.input')
-        if weight.layout == 'folded' and not self.act_quantizer.is_uniform():
+        self.act_quantizer = ActQuantizer(act, act_shape, f'{name}.input')
+        if weight.is_folded and not self.act_quantizer.format.is_integer_product:
             raise PolicyError(
-                f'{name}: layout "folded" takes the scale of a uniform grid into the weight, and '
-                f'the {act.quantizer} quantizer has another grid; set weight=dict(layout="raw") '
+                f'{name}: layout "folded" takes the scale of integers into the weight, and '
+                f'{act.format} codes are none; set weight=dict(layout="raw") '
                 'for this site.'
             )
         shape = tuple(self.as_matrix(self.weight.detach()).shape)
@@ -87,7 +86,7 @@ class QuantWeightLayer(nn.Module):
     @property
     def is_folded(self) -> bool:
         """Whether the activation scale is folded into the quantized weight."""
-        return self.weight_quantizer.spec.layout == 'folded'
+        return self.weight_quantizer.spec.is_folded
 
     def column_grid(self) -> tuple[Tensor, Tensor]:
         """Scale and offset of the input for every column of the weight matrix, each ``(K,)``."""

@@ -9,7 +9,7 @@ from .norms import NormReport, calibrate_with_norms
 from .refinement import coordinate_descent, refit_group_scale, refit_row_scale
 from .reparam import reparametrize
 from .rounding import RoundToNearest, expand_multiplier, to_stored_order
-from .scales import group_width, search_group_scales, search_row_scale
+from .scales import search_group_scales, search_row_scale
 from .statistics import SecondMoment
 from .stream import find_units
 
@@ -26,7 +26,6 @@ __all__ = [
     'expand_multiplier',
     'find_units',
     'gptq_round',
-    'group_width',
     'init_learned_weights',
     'quantize_weights',
     'refit_group_scale',

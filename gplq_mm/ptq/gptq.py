@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError, SettingError
-from ..quant.functional import round_steps_
+from ..quant.format import Format
 from ..quant.quantized_weight import QuantizedWeight
 from ..quant.spec import WeightSpec
 from ..registry import WEIGHT_PTQ
 from .refinement import coordinate_descent, refit_group_scale, refit_row_scale
 from .rounding import expand_multiplier, to_stored_order
-from .scales import group_width, search_group_scales
+from .scales import search_group_scales
 
 __all__ = ['GPTQ', 'damped_hessian', 'gptq_round']
 
@@ -103,7 +103,7 @@ def gptq_round(
     weight: Tensor,
     hessian: Tensor,
     step: Tensor,
-    code_range: tuple[int, int],
+    code_format: Format,
     block_size: int = 128,
     order: str = 'activation',
 ) -> Tensor:
@@ -116,7 +116,7 @@ def gptq_round(
         weight: ``(out, K)``, in stored order.
         hessian: ``(K, K)`` symmetric positive definite, of :func:`damped_hessian`.
         step: ``(out, K)``, real value per code, positive.
-        code_range: Smallest and largest code.
+        code_format: Rounds to codes.
         block_size: Columns between two updates of the remaining ones.
         order: ``'activation'``: columns of large input first, while all others can still make
             up for them ("act-order"); ``'stored'``: from left to right. Steps are fixed before,
@@ -149,7 +149,7 @@ def gptq_round(
         for k, (value, size, inv, code, error, row) in enumerate(
             zip(*(matrix.unbind() for matrix in columns), strict=True)
         ):
-            round_steps_(torch.mul(value, inv, out=code), *code_range)
+            code_format.round_(torch.mul(value, inv, out=code))
             torch.addcmul(value, code, size, value=-1, out=error).mul_(weights[k])
             # The factor is triangular: of what is done nothing changes but the column itself.
             values.addr_(row, error, alpha=-1)
@@ -243,9 +243,9 @@ class GPTQ:
         hessian = damped_hessian(second_moment, self.damp)
         importance = hessian.diagonal() if self.use_importance else None
         row_scale, multiplier = search_group_scales(weight, spec, importance)
-        width = group_width(spec, weight.shape[1])
+        width = spec.group_width(weight.shape[1])
         multiple = expand_multiplier(multiplier, width, weight.shape[1])
-        grid = (row_scale[:, None] * multiple, spec.code_range)
+        grid = (row_scale[:, None] * multiple, spec.code_format)
         codes = gptq_round(weight, hessian, *grid, self.block_size, self.order)
         hessian = hessian.float()
         target = weight @ hessian
@@ -257,7 +257,7 @@ class GPTQ:
             product = integers @ hessian
             if self.refine_scale:
                 row_scale = refit_row_scale(weight, integers, hessian, row_scale, product)
-                grid = (row_scale[:, None] * multiple, spec.code_range)
+                grid = (row_scale[:, None] * multiple, spec.code_format)
             if sweep == self.sweeps:
                 break
             before = codes

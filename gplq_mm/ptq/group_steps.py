@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..quant.functional import quantize
 from ..quant.spec import WeightSpec
 from .observed_step import (
     REFITS,
@@ -98,7 +97,7 @@ def search_two_level(
         best, least = keep_better(best, least, base, error)
 
     for _ in range(REFITS):
-        codes = quantize(weight, best * multiple, None, *spec.code_range)
+        codes = spec.code_format.codes(weight, best * multiple, None)
         base = fit_step(weight, codes.mul_(multiple), importance, (1, 2))
         base = torch.where(base > 0, base, best)
         other, error = _choose(weight, base, multiple, (-1, 1), importance, spec)

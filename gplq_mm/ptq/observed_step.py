@@ -7,7 +7,6 @@ group. They are normalised, see :mod:`.scales`.
 import torch
 from torch import Tensor
 
-from ..quant.functional import dequantize, quantize
 from ..quant.spec import WeightSpec
 
 __all__ = [
@@ -31,8 +30,7 @@ def squared_error(
     weight: Tensor, step: Tensor, importance: Tensor | None, spec: WeightSpec
 ) -> Tensor:
     """Squared error per group ``(R, G, 1)`` of a weight ``(R, G, S)`` at steps ``(R, G, 1)``."""
-    error = dequantize(quantize(weight, step, None, *spec.code_range), step, None)
-    error = error.sub_(weight).square_()
+    error = spec.code_format.nearest(weight, step, None).sub_(weight).square_()
     if importance is not None:
         error.mul_(importance)
     return error.sum(-1, keepdim=True)
@@ -79,7 +77,7 @@ def observed_step(
         step = safe * smallest ** (i / (points - 1))
         best, least = keep_better(best, least, step, squared_error(weight, step, importance, spec))
     for _ in range(REFITS):
-        codes = quantize(weight, best, None, qmin, qmax)
+        codes = spec.code_format.codes(weight, best, None)
         step = fit_step(weight, codes, importance, (-1,))
         step = torch.where(step > 0, step, best)
         best, least = keep_better(best, least, step, squared_error(weight, step, importance, spec))

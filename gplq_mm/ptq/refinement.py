@@ -7,7 +7,7 @@ for Language Models", 2023), scales in closed form. No step can raise the error.
 import torch
 from torch import Tensor
 
-from ..quant.functional import dequantize, round_steps_
+from ..quant.format import Format
 from .group_steps import LEAST_RATIO
 from .rounding import expand_multiplier
 
@@ -20,7 +20,7 @@ def coordinate_descent(
     codes: Tensor,
     hessian: Tensor,
     step: Tensor,
-    code_range: tuple[int, int],
+    code_format: Format,
     sweeps: int = 1,
     block_size: int = 128,
     pull: Tensor | None = None,
@@ -35,7 +35,7 @@ def coordinate_descent(
         codes: int8 ``(out, K)``, the start.
         hessian: ``(K, K)`` symmetric, positive diagonal.
         step: ``(out, K)``, real value per code, positive.
-        code_range: Smallest and largest code.
+        code_format: Rounds to codes.
         sweeps: Visits of each column; ends early when nothing changes.
         block_size: Columns between two updates of the others.
         pull: ``(out, K)``, ``(weight - step * codes) @ hessian`` if it is known.
@@ -55,7 +55,7 @@ def coordinate_descent(
         before = current.clone()
         if pull is None:
             # Afresh in each sweep, so that rounding errors of the updates do not pile up.
-            pull = hessian @ (target - dequantize(current, steps, None))
+            pull = hessian @ (target - current * steps)
         for start in range(0, len(target), block_size):
             block = slice(start, min(start + block_size, len(target)))
             local_pull, local = pull[block], hessian[block, block].T.contiguous()
@@ -65,7 +65,7 @@ def coordinate_descent(
             for wanted, code, size, inv, move, row in zip(
                 *(matrix.unbind() for matrix in columns), strict=True
             ):
-                round_steps_(torch.addcmul(code, wanted, inv, out=best), *code_range)
+                code_format.round_(torch.addcmul(code, wanted, inv, out=best))
                 torch.sub(code, best, out=move).mul_(size)
                 code.copy_(best)
                 local_pull.addr_(row, move)

@@ -4,11 +4,10 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from ..quant.functional import quantize
 from ..quant.quantized_weight import QuantizedWeight
 from ..quant.spec import WeightSpec
 from ..registry import WEIGHT_PTQ
-from .scales import group_width, search_group_scales
+from .scales import search_group_scales
 
 __all__ = ['RoundToNearest', 'expand_multiplier', 'to_stored_order']
 
@@ -104,7 +103,7 @@ class RoundToNearest:
             importance = second_moment.diagonal()
             importance = importance + IMPORTANCE_FLOOR * importance.mean()
         row_scale, multiplier = search_group_scales(weight, spec, importance)
-        width = group_width(spec, weight.shape[1])
+        width = spec.group_width(weight.shape[1])
         step = row_scale[:, None] * expand_multiplier(multiplier, width, weight.shape[1])
-        codes = quantize(weight, step, None, *spec.code_range).to(torch.int8)
+        codes = spec.code_format.codes(weight, step, None).to(torch.int8)
         return QuantizedWeight(codes, row_scale, multiplier, permutation, width)

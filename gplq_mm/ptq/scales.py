@@ -13,21 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import DataError
-from ..quant.quantized_weight import multiplier_dtype
 from ..quant.spec import WeightSpec
 from .group_steps import LEAST_RATIO, cover_steps, search_float, search_two_level
 from .observed_step import GROUP_GRID, ROW_GRID, observed_step
 
-__all__ = ['group_width', 'search_group_scales', 'search_row_scale']
+__all__ = ['search_group_scales', 'search_row_scale']
 
 # Elements a chunk: half a megabyte stays in a core's cache and still keeps the cores busy; a GPU
 # wants larger launches. About eight temporaries of it live at once, even those below 64 MB.
 CHUNK_ELEMENTS = {'cpu': 2**17, 'cuda': 2**21}
-
-
-def group_width(spec: WeightSpec, columns: int) -> int:
-    """Columns that share a multiplier; a whole row in the raw layout."""
-    return spec.group_size if spec.layout == 'folded' else max(columns, 1)
 
 
 def search_row_scale(weight: Tensor, spec: WeightSpec, importance: Tensor | None = None) -> Tensor:
@@ -88,10 +82,9 @@ def search_group_scales(
     """
     weight, importance = _check(weight, importance)
     out, columns = weight.shape
-    width = group_width(spec, columns)
+    width = spec.group_width(columns)
     groups = -(-columns // width)
-    dtype = multiplier_dtype(spec)
-    multiplier = torch.ones(out, groups, dtype=dtype, device=weight.device)
+    multiplier = torch.ones(out, groups, dtype=spec.multiplier_dtype, device=weight.device)
     if spec.has_one_step or groups == 1:
         return search_row_scale(weight, spec, importance), multiplier
 
@@ -113,7 +106,7 @@ def search_group_scales(
         # The finest step must not underflow either.
         least = LEAST_RATIO if spec.has_float_groups else 1.0
         scale[rows] = _positive(base.view(-1) * unit, block, least)
-        multiplier[rows] = multiple.view(len(block), groups).to(dtype)
+        multiplier[rows] = multiple.view(len(block), groups).to(multiplier.dtype)
     return scale, multiplier
 
 

@@ -1,5 +1,6 @@
 """Quantization core: specs, rounding, observers, quantizers. Pure torch, knows no model."""
 
+from .format import Format, IntegerFormat, LogSqrt2Format
 from .functional import (
     dequantize,
     dequantize_log_sqrt2,
@@ -16,9 +17,7 @@ from .quantizers import (
     ActQuantizer,
     LearnedQuantizer,
     NotCalibratedError,
-    ProbQuantizer,
     QuantState,
-    build_act_quantizer,
 )
 from .spec import ActSpec, PolicyError, SiteSpec, WeightSpec
 from .weight_quantizer import WeightQuantizer
@@ -26,21 +25,22 @@ from .weight_quantizer import WeightQuantizer
 __all__ = [
     'ActQuantizer',
     'ActSpec',
+    'Format',
+    'IntegerFormat',
     'LearnedQuantizer',
     'LearnedWeightQuantizer',
+    'LogSqrt2Format',
     'MSEObserver',
     'MinMaxObserver',
     'NotCalibratedError',
     'PercentileObserver',
     'PolicyError',
-    'ProbQuantizer',
     'QuantPolicy',
     'QuantState',
     'QuantizedWeight',
     'SiteSpec',
     'WeightQuantizer',
     'WeightSpec',
-    'build_act_quantizer',
     'build_observer',
     'dequantize',
     'dequantize_log_sqrt2',

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StateError
-from .functional import fake_quantize, quantize
-from .quantized_weight import QuantizedWeight, multiplier_dtype
+from .quantized_weight import QuantizedWeight
 from .quantizers import LearnedQuantizer, NotCalibratedError, QuantState
 from .spec import PolicyError, WeightSpec
 
@@ -43,7 +42,7 @@ class LearnedWeightQuantizer(LearnedQuantizer):
         super().__init__(name)
         if granularity not in ('row', 'tensor'):
             raise PolicyError(f'direct.granularity={granularity!r} is not one of row, tensor.')
-        if granularity == 'tensor' and spec.layout == 'folded':
+        if granularity == 'tensor' and spec.is_folded:
             raise PolicyError(
                 f'{name}: direct.granularity="tensor" goes with weight.layout="raw" only; the '
                 'folded layout has a scale for each row.'
@@ -51,14 +50,14 @@ class LearnedWeightQuantizer(LearnedQuantizer):
         rows, columns = shape
         self.spec = spec
         self.granularity = granularity
-        self.qmin, self.qmax = spec.code_range
-        self.group_size = spec.group_size if spec.layout == 'folded' else max(columns, 1)
+        self.format = spec.code_format
+        self.group_size = spec.group_width(columns)
         scales = rows if granularity == 'row' else 1
-        self.grad_scale = (max(rows * columns, 1) / max(scales, 1) * self.qmax) ** -0.5
+        self.grad_scale = (max(rows * columns, 1) / max(scales, 1) * self.format.qmax) ** -0.5
         self.ratio = nn.Parameter(torch.ones(scales, 1))
         self.register_buffer('unit', torch.ones(scales, 1))
         groups = -(-columns // self.group_size)
-        multiplier = torch.ones(rows, groups, dtype=multiplier_dtype(spec))
+        multiplier = torch.ones(rows, groups, dtype=spec.multiplier_dtype)
         self.register_buffer('multiplier', multiplier)
         self.register_buffer('permutation', torch.arange(columns, dtype=torch.int32))
 
@@ -117,7 +116,7 @@ class LearnedWeightQuantizer(LearnedQuantizer):
             NotCalibratedError: If there is no scale yet.
         """
         self._require_scale()
-        return fake_quantize(matrix, self.step(), None, self.qmin, self.qmax, self.grad_scale)
+        return self.format.fake_quantize(matrix, self.step(), None, self.grad_scale)
 
     @torch.no_grad()
     def freeze(self, matrix: Tensor) -> QuantizedWeight:
@@ -135,7 +134,7 @@ class LearnedWeightQuantizer(LearnedQuantizer):
         self._require_scale()
         self.ratio.clamp_(min=MIN_RATIO)
         self._set_state(QuantState.FROZEN)
-        codes = quantize(matrix, self.step(), None, self.qmin, self.qmax).to(torch.int8)
+        codes = self.format.codes(matrix, self.step(), None).to(torch.int8)
         order = self.permutation.long()
         row_scale = self.scale().flatten().expand(len(matrix)).clone()
         return QuantizedWeight(

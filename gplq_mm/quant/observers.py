@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..distributed import all_reduce_max, all_reduce_min, all_reduce_sum
 from ..errors import DataError, SettingError
-from ..registry import OBSERVERS, QUANTIZERS, registered
+from ..registry import OBSERVERS, registered
 from .spec import ActSpec
 
 __all__ = ['MSEObserver', 'MinMaxObserver', 'PercentileObserver', 'build_observer']
@@ -37,8 +37,7 @@ def by_channel(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 class MinMaxObserver:
     """Range of every channel; the scale covers it.
 
-    What a grid is, the quantizer that ``spec`` names says
-    (:meth:`gplq_mm.quant.ActQuantizer.cover`).
+    What a grid is, the format of ``spec`` says (:meth:`gplq_mm.quant.Format.cover`).
 
     Args:
         spec: What to initialise.
@@ -49,7 +48,7 @@ class MinMaxObserver:
 
     def __init__(self, spec: ActSpec, shape: tuple[int, ...]):
         self.spec = spec
-        self.quantizer = registered(QUANTIZERS)[spec.quantizer]
+        self.format = spec.code_format
         self.shape = tuple(shape)
         # The range of nothing. A rank without data (a RoI head without proposals) takes part in the
         # reductions with it.
@@ -112,7 +111,7 @@ class MinMaxObserver:
 
         The offset of a symmetric spec is zero.
         """
-        scale, offset = self.quantizer.cover(self.spec, *self._limits())
+        scale, offset = self.format.cover(*self._limits())
         return scale.reshape(self.shape), offset.reshape(self.shape)
 
     def _limits(self) -> tuple[Tensor, Tensor]:
@@ -205,8 +204,8 @@ class MSEObserver(_HistogramObserver):
         return low, high
 
     def _error(self, centers: Tensor, weights: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        grid = (value[:, None] for value in self.quantizer.cover(self.spec, low, high))
-        values = self.quantizer.nearest(self.spec, centers, *grid)
+        grid = (value[:, None] for value in self.format.cover(low, high))
+        values = self.format.nearest(centers, *grid)
         return values.sub_(centers).square_().mul_(weights).sum(1)
 
 

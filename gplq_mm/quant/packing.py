@@ -16,7 +16,6 @@ from torch import Tensor
 
 __all__ = [
     'PANEL',
-    'code_bytes',
     'half_width',
     'interleave_halves',
     'pack_halves',
@@ -37,11 +36,6 @@ PANEL = 64
 HALF_STEP = 64
 # Codes -8..7 are stored as 0..15.
 BIAS = 8
-
-
-def code_bytes(rows: int, columns: int, bits: int) -> int:
-    """Bytes of the codes of a weight ``(rows, columns)`` in a file: two to a byte up to 4 bits."""
-    return rows * ((columns + 1) // 2 if bits <= 4 else columns)
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import fields, replace
 
-from ..registry import QUANTIZERS, registered
 from .spec import (
     OPERANDS,
     SITE_GRANULARITIES,
@@ -58,7 +57,7 @@ PRESETS: dict[str, dict] = {
         q=_PER_TENSOR,
         k=_PER_TENSOR,
         v=_PER_TENSOR,
-        probs=dict(granularity='tensor', zero_point='none', signed=False, quantizer='log_sqrt2'),
+        probs=dict(granularity='tensor', zero_point='none', signed=False, format='log_sqrt2'),
         rules=(
             *_EIGHT_BIT_ENDS,
             dict(pattern=r'(^|\.)head\.', activation=dict(reparametrize=False), optional=True),
@@ -201,6 +200,9 @@ class QuantPolicy:
                 weight = _override(weight, rule['weight'], name)
         if excluded:
             return SiteSpec(None, None)
+        act = replace(act, **act.settings)
+        if weight is not None:
+            weight = replace(weight, **weight.settings)
         if act.granularity not in SITE_GRANULARITIES[kind]:
             raise PolicyError(
                 f'{name}: granularity {act.granularity!r} puts a scale on the reduction axis of '
@@ -208,10 +210,9 @@ class QuantPolicy:
             )
         if act.row_relative and kind != 'probs':
             raise PolicyError(f'{name}: row_relative is for "probs" only.')
-        sites = registered(QUANTIZERS)[act.quantizer].sites
-        if kind not in sites:
+        if kind not in act.code_format.sites:
             raise PolicyError(
-                f'{name}: the {act.quantizer} quantizer is for {", ".join(sites)} only.'
+                f'{name}: the {act.format} format is for {", ".join(act.code_format.sites)} only.'
             )
         if kind != 'linear':
             act = replace(act, reparametrize=False)

@@ -5,14 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .spec import WeightSpec
-
-__all__ = ['QuantizedWeight', 'multiplier_dtype']
-
-
-def multiplier_dtype(spec: WeightSpec) -> torch.dtype:
-    """Type of the multipliers of groups: uint8, or float32 with float group scales."""
-    return torch.float32 if spec.has_float_groups else torch.uint8
+__all__ = ['QuantizedWeight']
 
 
 @dataclass(frozen=True)

@@ -11,33 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import rank_and_world_size
-from ..errors import SettingError, StateError
-from ..registry import QUANTIZERS, registered
+from ..errors import StateError
 from .code_state import level_bits_of
-from .functional import (
-    dequantize_log_sqrt2,
-    fake_quantize,
-    fake_quantize_log_sqrt2,
-    quantize,
-    quantize_log_sqrt2,
-    to_steps,
-)
+from .format import IntegerFormat
+from .functional import to_steps
 from .observers import MinMaxObserver, build_observer
-from .spec import SITE_GRANULARITIES, ActSpec
+from .spec import ActSpec
 
 __all__ = [
     'ActQuantizer',
     'LearnedQuantizer',
     'NotCalibratedError',
-    'ProbQuantizer',
     'QuantState',
-    'build_act_quantizer',
 ]
 
 # Scales are learned without a constraint; this floor keeps a bad step from reaching zero.
 MIN_SCALE = 1e-8
-# Ranges of observed values that are narrower count as this wide.
-TINY_RANGE = 1e-8
 # Dtypes of inputs that the ops of training take; another one is computed in its own precision.
 CODED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -89,19 +78,15 @@ class LearnedQuantizer(nn.Module):
         self._set_state(QuantState(state))
 
 
-@QUANTIZERS.register_module(name='uniform')
 class ActQuantizer(LearnedQuantizer):
-    """Learned uniform activation quantizer (LSQ, LSQ+).
+    """Activation quantizer with learned parameters (LSQ, LSQ+); what a code stands for, its format
+    says (:mod:`.format`).
 
     ``scale`` (and ``offset`` for a float zero-point) are parameters of their final shape from
     the start; calibration fills them in place, so an optimizer may already hold them.
 
-    A subclass that is registered in ``gplq_mm.registry.QUANTIZERS`` can be named in a policy. It
-    overrides :meth:`effective_scale` for other scales; for another grid :meth:`cover` and
-    :meth:`nearest` (calibration), :meth:`fake_quantize` (training) and :meth:`codes`.
-
     Args:
-        spec: Bits, zero-point, granularity, observer.
+        spec: Format, bits, zero-point, granularity, observer.
         shape: Shape of scale and offset, broadcastable to the input, with at most one axis
             longer than 1.
         name: Full name of the site, for messages.
@@ -110,18 +95,18 @@ class ActQuantizer(LearnedQuantizer):
     # Bytes a value of what backward is given, 1 or 2. With one, 4 bits of it are the rounding
     # residual, and the gradient of a scale is a few percent off; more than 4 bits take two.
     saved_bytes: int = 2
-    # Kinds of sites that the quantizer may stand at.
-    sites: tuple[str, ...] = tuple(SITE_GRANULARITIES)
-    # Whether codes of a signed spec without a zero-point start below 0.
-    has_signed_codes: bool = True
 
     def __init__(self, spec: ActSpec, shape: tuple[int, ...], name: str = ''):
         super().__init__(name)
         self.spec = spec
+        self.format = spec.code_format
         self.qmin, self.qmax = spec.code_range
         self.enabled = True
         self.observer = None
-        self.scale = nn.Parameter(torch.ones(shape))
+        if self.format.learns_scale:
+            self.scale = nn.Parameter(torch.ones(shape))
+        else:
+            self.register_buffer('scale', torch.ones(shape))
         if spec.zero_point == 'float':
             self.offset = nn.Parameter(torch.zeros(shape))
         else:
@@ -132,50 +117,6 @@ class ActQuantizer(LearnedQuantizer):
         # scale of the tensor: by them weights here and there differ from the float model's.
         self.register_buffer('channel_scale', None)
         self.register_buffer('channel_offset', None)
-
-    @classmethod
-    def is_uniform(cls) -> bool:
-        """Whether a code q stands for ``scale * q + offset`` of :meth:`grid`, and a value gets the
-        nearest one. Then, frozen, it computes and deploys as the plain uniform quantizer does."""
-        return cls.codes is ActQuantizer.codes
-
-    @classmethod
-    def cover(cls, spec: ActSpec, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Grid of ``spec`` that covers ``[low, high]``; where calibration looks for its scales.
-
-        Args:
-            spec: Bits and zero-point.
-            low, high: Ends of the range, ``(channels,)``.
-
-        Returns:
-            Scale (positive) and offset, ``(channels,)`` each. The offset of a symmetric grid is
-            zero, and that of an integer zero-point a multiple of the scale.
-        """
-        qmin, qmax = spec.code_range
-        if spec.zero_point == 'none':
-            reach = torch.maximum(high, -low) if spec.signed else high
-            return reach.clamp(min=TINY_RANGE) / qmax, torch.zeros_like(high)
-        if spec.zero_point == 'integer':
-            low, high = low.clamp(max=0), high.clamp(min=0)
-        # A constant channel: any scale will do as long as it can be represented beside its
-        # offset in float32.
-        floor = torch.maximum(low.abs(), high.abs()) * 1e-6
-        scale = torch.maximum(high - low, floor.clamp(min=TINY_RANGE)) / (qmax - qmin)
-        if spec.zero_point == 'integer':
-            zero_point = (-low / scale).round().clamp(qmin, qmax)
-            return scale, -scale * zero_point
-        return scale, low
-
-    @classmethod
-    def nearest(cls, spec: ActSpec, x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-        """Values of the grid that ``x`` is rounded to, without gradients; a new tensor.
-
-        Args:
-            spec: Bits and zero-point.
-            x: Values, any shape.
-            scale, offset: Of :meth:`cover`, broadcastable to ``x``.
-        """
-        return quantize(x, scale, offset, *spec.code_range).mul_(scale).add_(offset)
 
     @property
     def row_relative(self) -> bool:
@@ -190,10 +131,10 @@ class ActQuantizer(LearnedQuantizer):
         return [self.qmin, self.qmax, level_bits_of(self.qmin, self.qmax, num_bytes)]
 
     def keeps_codes(self, x: Tensor) -> bool:
-        """Whether codes are all that backward needs of ``x``: the quantizer rounds, on a uniform
-        grid, and not in float64. A subclass rounds in its own way."""
+        """Whether codes are all that backward needs of ``x``: the quantizer rounds to
+        integers, and not in float64. A subclass of the format rounds in its own way."""
         return (
-            type(self) is ActQuantizer
+            type(self.format) is IntegerFormat
             and self.enabled
             and self._state >= QuantState.LEARNING
             and x.dtype in CODED_DTYPES
@@ -261,11 +202,11 @@ class ActQuantizer(LearnedQuantizer):
     def effective_scale(self) -> Tensor:
         """The scale in force, positive; its gradient is that of the parameter."""
         scale = self.scale
-        if self._state == QuantState.FROZEN:
-            return scale
-        # Straight through the floor: a scale that fell below it must be able to come back.
-        # The difference is exactly zero, so the value is exactly the floor.
-        return scale.detach().clamp(min=MIN_SCALE) + (scale - scale.detach())
+        if self._state != QuantState.FROZEN:
+            # Straight through the floor: a scale that fell below it must be able to come back.
+            # The difference is exactly zero, so the value is exactly the floor.
+            scale = scale.detach().clamp(min=MIN_SCALE) + (scale - scale.detach())
+        return self.format.constrain(scale)
 
     def grid(self) -> tuple[Tensor, Tensor | None]:
         """Effective scale (positive) and offset (None for a symmetric grid)."""
@@ -301,24 +242,16 @@ class ActQuantizer(LearnedQuantizer):
             return x
         self._require_scale()
         self.check_shape(x)
-        return self.fake_quantize(x)
-
-    def fake_quantize(self, x: Tensor) -> Tensor:
-        """``x`` on the grid, same shape and dtype, differentiable in ``x``, scale and offset."""
-        scale, offset = self.grid()
-        return fake_quantize(x, scale, offset, self.qmin, self.qmax, self._grad_scale(x))
+        return self.format.fake_quantize(x, *self.grid(), self._grad_scale(x))
 
     def codes(self, x: Tensor) -> Tensor:
-        """Integer codes of ``x`` in float32; what the deployed model computes with."""
+        """Codes of ``x`` in float32; what the deployed model computes with."""
         self._require_scale()
-        scale, offset = self.grid()
-        return quantize(x.float(), scale, offset, self.qmin, self.qmax)
+        return self.format.codes(x.float(), *self.grid())
 
     def clips(self, x: Tensor) -> Tensor:
         """Which values of ``x`` lie beyond the ends of the grid; bool, shape of ``x``."""
-        scale, offset = self.grid()
-        steps = x if offset is None else x - offset
-        return (steps < (self.qmin - 0.5) * scale) | (steps > (self.qmax + 0.5) * scale)
+        return self.format.clips(x, *self.grid())
 
     def steps(self, x: Tensor) -> Tensor:
         """What :meth:`codes` rounds and clamps, float32."""
@@ -349,48 +282,3 @@ class ActQuantizer(LearnedQuantizer):
 
     def extra_repr(self) -> str:
         return f'{self.spec.bits} bit, {self.spec.granularity}, {self._state.name}'
-
-
-@QUANTIZERS.register_module(name='log_sqrt2')
-class ProbQuantizer(ActQuantizer):
-    """Quantizer of attention probabilities on zero and powers of sqrt(2) (RepQ-ViT, eq. 9)."""
-
-    sites = ('probs',)
-    has_signed_codes = False
-
-    def __init__(self, spec: ActSpec, shape: tuple[int, ...], name: str = ''):
-        if spec.zero_point != 'none':
-            raise SettingError(f'{name}: log_sqrt2 has no zero-point; set zero_point="none".')
-        super().__init__(spec, shape, name)
-
-    @classmethod
-    def cover(cls, spec: ActSpec, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """The scale is the largest value."""
-        return high.clamp(min=TINY_RANGE), torch.zeros_like(high)
-
-    @classmethod
-    def nearest(cls, spec: ActSpec, x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-        qmax = spec.code_range[1]
-        return dequantize_log_sqrt2(quantize_log_sqrt2(x, scale, qmax), scale, qmax)
-
-    def fake_quantize(self, x: Tensor) -> Tensor:
-        scale, _ = self.grid()
-        return fake_quantize_log_sqrt2(x, scale, self.qmax, self._grad_scale(x))
-
-    def codes(self, x: Tensor) -> Tensor:
-        self._require_scale()
-        return quantize_log_sqrt2(x.float(), self.grid()[0], self.qmax)
-
-    def clips(self, x: Tensor) -> Tensor:
-        return x > self.grid()[0]
-
-
-def build_act_quantizer(spec: ActSpec, shape: tuple[int, ...], name: str) -> ActQuantizer:
-    """Quantizer that ``spec.quantizer`` names.
-
-    Args:
-        spec: Bits, zero-point, granularity, observer.
-        shape: Shape of the scale.
-        name: Full name of the site, for messages.
-    """
-    return registered(QUANTIZERS)[spec.quantizer](spec, shape, name)

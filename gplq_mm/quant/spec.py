@@ -4,13 +4,17 @@ Nothing here touches a tensor. A spec is frozen, so that one object can travel f
 to the quantizer, the PTQ method and the deployed header without anyone changing it on the way.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
+import torch
 from mmengine.registry import Registry
 
 from ..errors import SettingError
-from ..registry import OBSERVERS, QUANTIZERS, registered
+from ..registry import FORMATS, OBSERVERS, registered
+from .format import Format
 
 __all__ = ['ActSpec', 'PolicyError', 'SiteSpec', 'WeightSpec']
 
@@ -20,7 +24,7 @@ WEIGHT_OBSERVERS = ('minmax', 'percentile', 'mse')
 LAYOUTS = ('folded', 'raw')
 GROUP_SCALES = ('integer', 'float')
 # Settings that are younger than the first files, and what a file means that does not name them.
-LATER_FIELDS = {'group_scale': 'integer', 'reparametrize': False}
+LATER_FIELDS = {'group_scale': 'integer', 'reparametrize': False, 'format': 'integer'}
 
 # Granularities whose scale does not lie on the reduction axis of the product that follows, or
 # can be folded into a weight before that is quantized. Anything else is not an integer product.
@@ -45,11 +49,11 @@ def check_choice(owner: str, field: str, value: Any, choices: tuple) -> None:
         raise PolicyError(f'{owner}.{field}={value!r} is not one of {", ".join(choices)}.')
 
 
-def _check_registered(field: str, value: Any, registry: Registry) -> None:
+def _check_registered(owner: str, field: str, value: Any, registry: Registry) -> None:
     names = registered(registry)
     if not isinstance(value, str) or value not in names:
         raise PolicyError(
-            f'activation.{field}={value!r} is not one of {", ".join(names)}. One of your own is '
+            f'{owner}.{field}={value!r} is not one of {", ".join(names)}. One of your own is '
             'known once its module is imported; a config does that with custom_imports.'
         )
 
@@ -68,8 +72,61 @@ def _without_later_defaults(settings: dict) -> dict:
     }
 
 
+def named_today(saved: Mapping, known: Mapping) -> dict:
+    """Settings of a file under their names of today, with those that are younger than it.
+
+    Args:
+        saved: Of ``to_dict`` of a spec.
+        known: Has the names of the spec's settings.
+    """
+    later = {key: value for key, value in LATER_FIELDS.items() if key in known}
+    found = {**later, **saved}
+    if 'quantizer' in found:
+        name = found.pop('quantizer')
+        found['format'] = 'integer' if name == 'uniform' else name
+    return found
+
+
+class _Coded:
+    """What both specs say of their codes."""
+
+    _owner = ''
+
+    @property
+    def settings(self) -> dict:
+        """What the format leaves no choice in.
+
+        Raises:
+            PolicyError: If it is not meant for this spec.
+        """
+        found = getattr(registered(FORMATS)[self.format], self._owner)
+        if found is None:
+            raise PolicyError(f'{self._owner}.format={self.format!r} is not meant for it.')
+        return found
+
+    @cached_property
+    def code_format(self) -> Format:
+        """What a code stands for.
+
+        Raises:
+            PolicyError: If another setting does not go with the format.
+        """
+        for key, value in self.settings.items():
+            if getattr(self, key) != value:
+                raise PolicyError(
+                    f'{self._owner}.{key}={getattr(self, key)!r} does not go with format='
+                    f'{self.format!r}; set {key}={value!r}.'
+                )
+        return registered(FORMATS)[self.format](*self._codes())
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Smallest and largest code, both included."""
+        return self.code_format.qmin, self.code_format.qmax
+
+
 @dataclass(frozen=True)
-class ActSpec:
+class ActSpec(_Coded):
     """How one activation tensor is quantized.
 
     Attributes:
@@ -82,8 +139,9 @@ class ActSpec:
         observer: Calibration: ``'minmax'``, ``'percentile'``, ``'mse'``, or another entry of
             ``gplq_mm.registry.OBSERVERS``.
         percentile: The two quantiles of the percentile observer, fractions of 1.
-        quantizer: ``'uniform'``, ``'log_sqrt2'`` (zero and powers of sqrt(2); attention
-            probabilities only, RepQ-ViT), or another entry of ``gplq_mm.registry.QUANTIZERS``.
+        format: What a code stands for: ``'integer'``, ``'log_sqrt2'`` (zero and powers of sqrt(2);
+            attention probabilities only, RepQ-ViT), or another entry of
+            ``gplq_mm.registry.FORMATS``.
         tokens: Number of tokens, needed by ``granularity='token'`` where the layer itself does
             not know it (a Swin window does, a ViT does not).
         row_relative: Attention probabilities only: quantize them relative to the largest of
@@ -94,13 +152,15 @@ class ActSpec:
             :mod:`gplq_mm.ptq.norms`). No other input is touched by it.
     """
 
+    _owner = 'activation'
+
     bits: int = 4
     zero_point: str = 'float'
     signed: bool = True
     granularity: str = 'channel'
     observer: str = 'mse'
     percentile: tuple[float, float] = (0.01, 0.99)
-    quantizer: str = 'uniform'
+    format: str = 'integer'
     tokens: int | None = None
     row_relative: bool = False
     reparametrize: bool = False
@@ -109,8 +169,8 @@ class ActSpec:
         _check_bits('activation', self.bits)
         check_choice('activation', 'zero_point', self.zero_point, ZERO_POINTS)
         check_choice('activation', 'granularity', self.granularity, GRANULARITIES)
-        _check_registered('observer', self.observer, OBSERVERS)
-        _check_registered('quantizer', self.quantizer, QUANTIZERS)
+        _check_registered('activation', 'observer', self.observer, OBSERVERS)
+        _check_registered('activation', 'format', self.format, FORMATS)
         if not isinstance(self.percentile, (list, tuple)) or len(self.percentile) != 2:
             raise PolicyError(f'activation.percentile={self.percentile!r} must be two fractions.')
         object.__setattr__(self, 'percentile', tuple(self.percentile))
@@ -127,21 +187,21 @@ class ActSpec:
                 "set granularity='tensor' and zero_point='float' or 'none', or reparametrize=False."
             )
 
-    @property
-    def code_range(self) -> tuple[int, int]:
-        """Smallest and largest code, both included."""
-        signed = self.signed and registered(QUANTIZERS)[self.quantizer].has_signed_codes
-        if self.zero_point == 'none' and signed:
-            return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
-        return 0, 2**self.bits - 1
+    def _codes(self) -> tuple:
+        return self.bits, self.zero_point, self.signed
 
     def to_dict(self) -> dict:
-        """Plain data for files, without :data:`LATER_FIELDS` that are at their default."""
-        return {**_without_later_defaults(asdict(self)), 'percentile': list(self.percentile)}
+        """Plain data for files, without :data:`LATER_FIELDS` that are at their default.
+
+        Files have always named the format, ``'uniform'`` for integers, a quantizer.
+        """
+        saved = {'quantizer' if key == 'format' else key: v for key, v in asdict(self).items()}
+        saved['quantizer'] = 'uniform' if self.format == 'integer' else self.format
+        return {**_without_later_defaults(saved), 'percentile': list(self.percentile)}
 
 
 @dataclass(frozen=True)
-class WeightSpec:
+class WeightSpec(_Coded):
     """How one weight is quantized: signed codes, no zero-point, one float scale a row.
 
     Attributes:
@@ -156,7 +216,11 @@ class WeightSpec:
             (``folded`` only).
         observer: How scales are chosen: ``'mse'``, ``'percentile'`` or ``'minmax'``.
         percentile: Fraction of a row's magnitudes that the percentile observer keeps unclipped.
+        format: What a code stands for: ``'integer'``, or another entry of
+            ``gplq_mm.registry.FORMATS`` that is meant for weights.
     """
+
+    _owner = 'weight'
 
     bits: int = 4
     layout: str = 'folded'
@@ -164,9 +228,11 @@ class WeightSpec:
     observer: str = 'mse'
     percentile: float = 0.999
     group_scale: str = 'integer'
+    format: str = 'integer'
 
     def __post_init__(self):
         _check_bits('weight', self.bits)
+        _check_registered('weight', 'format', self.format, FORMATS)
         check_choice('weight', 'layout', self.layout, LAYOUTS)
         check_choice('weight', 'group_scale', self.group_scale, GROUP_SCALES)
         check_choice('weight', 'observer', self.observer, WEIGHT_OBSERVERS)
@@ -175,22 +241,33 @@ class WeightSpec:
         if not 0.5 < self.percentile <= 1:
             raise PolicyError(f'weight.percentile={self.percentile!r} must lie in (0.5, 1].')
 
+    def _codes(self) -> tuple:
+        # Of 8 bits -128 is left out: |multiplier * code| <= 127.
+        return self.bits, 'none', True, 127
+
     @property
-    def code_range(self) -> tuple[int, int]:
-        """Smallest and largest code. At 8 bits -128 is left out: |multiplier * code| <= 127."""
-        return -min(2 ** (self.bits - 1), 127), 2 ** (self.bits - 1) - 1
+    def is_folded(self) -> bool:
+        """Whether the activation scale is multiplied into the weight first."""
+        return self.layout == 'folded'
+
+    def group_width(self, columns: int) -> int:
+        """Columns of ``columns`` that share a multiplier; a whole row in the raw layout."""
+        return self.group_size if self.is_folded else max(columns, 1)
 
     @property
     def has_float_groups(self) -> bool:
         """Whether every group has a float scale of its own."""
-        return self.layout == 'folded' and self.group_scale == 'float'
+        return self.is_folded and self.group_scale == 'float'
+
+    @property
+    def multiplier_dtype(self) -> torch.dtype:
+        """Type of the multipliers of groups: uint8, or float32 with float group scales."""
+        return torch.float32 if self.has_float_groups else torch.uint8
 
     @property
     def max_multiplier(self) -> int:
         """Largest integer multiplier, so that multiplier * code fits a signed byte."""
-        if self.layout == 'raw':
-            return 1
-        return max(1, min(15, 127 // -self.code_range[0]))
+        return max(1, min(15, 127 // -self.code_range[0])) if self.is_folded else 1
 
     @property
     def has_one_step(self) -> bool:

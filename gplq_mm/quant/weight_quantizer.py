@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StateError
-from .quantized_weight import QuantizedWeight, multiplier_dtype
+from .quantized_weight import QuantizedWeight
 from .spec import WeightSpec
 
 __all__ = ['WeightQuantizer']
@@ -41,7 +41,7 @@ class WeightQuantizer(nn.Module):
     @property
     def group_size(self) -> int:
         """Columns that share a multiplier; a whole row in the raw layout."""
-        return self.spec.group_size if self.spec.layout == 'folded' else max(self.shape[1], 1)
+        return self.spec.group_width(self.shape[1])
 
     @property
     def is_quantized(self) -> bool:
@@ -59,16 +59,17 @@ class WeightQuantizer(nn.Module):
             ValueError: If shape, range, group size or kind of multipliers are not this
                 quantizer's.
         """
-        qmin, qmax = self.spec.code_range
         if tuple(weight.codes.shape) != self.shape or weight.group_size != self.group_size:
             raise ValueError(
                 f'{self.site}: got integers of shape {tuple(weight.codes.shape)} in groups of '
                 f'{weight.group_size}, the layer has {self.shape} in groups of {self.group_size}.'
             )
-        if weight.codes.numel() and not (
-            qmin <= int(weight.codes.min()) and int(weight.codes.max()) <= qmax
-        ):
-            raise ValueError(f'{self.site}: weight codes leave [{qmin}, {qmax}].')
+        codes = weight.codes.float()
+        if not torch.equal(self.spec.code_format.round_(codes.clone()), codes):
+            qmin, qmax = self.spec.code_range
+            raise ValueError(
+                f'{self.site}: weight codes leave [{qmin}, {qmax}] of {self.spec.format}.'
+            )
         if weight.multiplier.is_floating_point() != self.spec.has_float_groups:
             raise ValueError(
                 f'{self.site}: got multipliers of type {weight.multiplier.dtype}, which do not go '
@@ -76,7 +77,7 @@ class WeightQuantizer(nn.Module):
             )
         self.codes = weight.codes.to(torch.int8)
         self.row_scale = weight.row_scale.float()
-        self.multiplier = weight.multiplier.to(multiplier_dtype(self.spec))
+        self.multiplier = weight.multiplier.to(self.spec.multiplier_dtype)
         self.permutation = weight.permutation.to(torch.int32)
         self.bias = bias.float()
         self._forget()

@@ -301,8 +301,8 @@ HEADERS = {
     'float groups': (spec_entry('weight', group_scale='float'), "group_scale='float'"),
     'group scale': (spec_entry('weight', group_scale='half'), 'integer, float'),
     'granularity': (spec_entry('activation', granularity='token'), 'no quantizer of this site'),
-    'quantizer': (spec_entry('activation', quantizer='log_sqrt2'), 'no quantizer of this site'),
-    'quantizer unknown': (spec_entry('activation', quantizer='os.system'), 'is not one of'),
+    'format': (spec_entry('activation', quantizer='log_sqrt2'), 'does not go with format'),
+    'format unknown': (spec_entry('activation', quantizer='os.system'), 'is not one of'),
     'observer unknown': (spec_entry('activation', observer='os.system'), 'is not one of'),
     'operand missing': (
         section('attention', {'backbone.layers.0.attn': {'q': None}}),

@@ -103,7 +103,7 @@ def test_convolutions(tmp_path):
         ),
         dict(activation=dict(bits=8), weight=dict(bits=4, group_size=16)),
         # An attention without a packed form: it stays arithmetic on rounded values.
-        dict(probs=dict(quantizer='log_sqrt2', row_relative=False)),
+        dict(probs=dict(format='log_sqrt2', row_relative=False)),
     ],
     ids=['symmetric', 'W3A3', 'W6A8', 'W4A8', 'simulated'],
 )

@@ -9,13 +9,13 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
 from gplq_mm.models import GPLQ
-from gplq_mm.registry import FAMILIES, QUANTIZERS, WEIGHT_PTQ
+from gplq_mm.registry import FAMILIES, FORMATS, WEIGHT_PTQ
 
 
 @pytest.fixture
 def own_registries(monkeypatch):
     """What the examples register is forgotten."""
-    for registry in (FAMILIES, QUANTIZERS, WEIGHT_PTQ):
+    for registry in (FAMILIES, FORMATS, WEIGHT_PTQ):
         registry.import_from_location()
         monkeypatch.setattr(registry, '_module_dict', dict(registry.module_dict))
 
@@ -33,28 +33,26 @@ def run_page(page: Path) -> dict:
 
 def test_extending(own_registries):
     space = run_page(DOCS / 'extending.md')
-    assert {'power_of_two'} <= set(QUANTIZERS.module_dict)
+    assert {'power_of_two'} <= set(FORMATS.module_dict)
     assert WEIGHT_PTQ.get('AdaRound') is space['AdaRound']
     assert FAMILIES.get('MyFamily') is space['MyFamily']
 
 
-def test_a_config_imports_a_quantizer_of_ones_own(own_registries, tmp_path, monkeypatch):
-    quantizer = next(
-        code.text for code in blocks(DOCS / 'extending.md') if 'PowerOfTwoQuantizer' in code.text
-    )
-    (tmp_path / 'my_power_of_two.py').write_text(f'import torch\n{quantizer}')
+def test_a_config_imports_a_format_of_ones_own(own_registries, tmp_path, monkeypatch):
+    own = next(code.text for code in blocks(DOCS / 'extending.md') if 'PowerOfTwo(' in code.text)
+    (tmp_path / 'my_power_of_two.py').write_text(f'import torch\n{own}')
     config = tmp_path / 'my_gplq.py'
     config.write_text(
         f"_base_ = ['{ROOT}/configs/quickstart/gplq_vit_mnist.py']\n"
         "custom_imports = dict(imports=['my_power_of_two'])\n"
-        "model = dict(teacher=False, policy=dict(activation=dict(quantizer='power_of_two')))\n"
+        "model = dict(teacher=False, policy=dict(activation=dict(format='power_of_two')))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     cfg = Config.fromfile(config)
     cfg.model.mimic = None
     model = MODELS.build(cfg.model)
     layer = model.architecture.backbone.layers[0].attn.qkv
-    assert type(layer.act_quantizer).__name__ == 'PowerOfTwoQuantizer'
+    assert type(layer.act_quantizer.format).__name__ == 'PowerOfTwo'
     sys.modules.pop('my_power_of_two')
 
 

@@ -44,7 +44,7 @@ def test_numbers(run_dir):
     quantizer = next(
         q
         for q in act_quantizers(run_dir[1].model).values()
-        if q.spec.quantizer == 'uniform' and q.scale.numel() == q.scale.shape[-1]
+        if q.spec.format == 'integer' and q.scale.numel() == q.scale.shape[-1]
     )
     assert quantizer.state == QuantState.FROZEN
     scale, offset = quantizer.grid()

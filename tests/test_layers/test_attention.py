@@ -184,7 +184,7 @@ def test_another_number_of_tokens_is_refused():
 
 def test_log_sqrt2_probabilities():
     model, x = build('vit')
-    quantized(model, x, probs=dict(quantizer='log_sqrt2', row_relative=False))
+    quantized(model, x, probs=dict(format='log_sqrt2', row_relative=False))
     probs = model.attn.scaled_dot_product_attention.probs
     out = probs(torch.rand(2, HEADS, 16, 16).pow(4))
     assert (out == 0).any()

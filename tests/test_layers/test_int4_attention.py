@@ -88,7 +88,7 @@ def test_windows(cls, masked, policy):
 REFUSED = {
     'excluded': (dict(exclude=[r'a\.v$']), 'v is not quantized'),
     'log_sqrt2': (
-        dict(probs=dict(quantizer='log_sqrt2', zero_point='none', row_relative=False)),
+        dict(probs=dict(format='log_sqrt2', zero_point='none', row_relative=False)),
         'log_sqrt2',
     ),
     'token': (dict(q=dict(granularity='token', tokens=10)), 'scale per token'),

@@ -137,7 +137,7 @@ LATE_ERRORS = {
     # The second layer of the first block, an attention, and what is built last.
     'layer': (dict(rules=[dict(pattern='proj', activation=dict(granularity='head'))]), None),
     'grid': (
-        dict(rules=[dict(pattern='layers.1.ffn', activation=dict(quantizer='log_sqrt2'))]),
+        dict(rules=[dict(pattern='layers.1.ffn', activation=dict(format='log_sqrt2'))]),
         None,
     ),
     'attention': (dict(q=dict(granularity='token')), None),

@@ -23,9 +23,9 @@ PLAIN = dict(sweeps=0, refine_scale=False, use_importance=False)
 def fixed_problem(out=16, columns=48, bits=4, seed=0):
     """Weight, damped Hessian and one step a row."""
     weight = torch.randn(out, columns, generator=torch.Generator().manual_seed(seed))
-    limits = WeightSpec(bits=bits).code_range
-    step = (weight.abs().amax(1, keepdim=True) / limits[1] * 0.8).expand(out, columns)
-    return weight, damped_hessian(correlated_moment(columns, seed)), step, limits
+    code_format = WeightSpec(bits=bits).code_format
+    step = (weight.abs().amax(1, keepdim=True) / code_format.qmax * 0.8).expand(out, columns)
+    return weight, damped_hessian(correlated_moment(columns, seed)), step, code_format
 
 
 @pytest.mark.parametrize('layout', ['folded', 'raw'])
@@ -56,28 +56,28 @@ def test_identity_hessian_is_rounding_to_nearest(order):
 
 @pytest.mark.parametrize('order', ['activation', 'stored'])
 def test_blocks_do_not_show(order):
-    weight, hessian, step, limits = fixed_problem()
-    one = gptq_round(weight, hessian, step, limits, 1, order)
-    whole = gptq_round(weight, hessian, step, limits, 1000, order)
+    weight, hessian, step, code_format = fixed_problem()
+    one = gptq_round(weight, hessian, step, code_format, 1, order)
+    whole = gptq_round(weight, hessian, step, code_format, 1000, order)
     # A float32 sum in another order may turn a near tie.
-    assert (one != gptq_round(weight, hessian, step, limits, 7, order)).float().mean() < 0.01
+    assert (one != gptq_round(weight, hessian, step, code_format, 7, order)).float().mean() < 0.01
     assert (one != whole).float().mean() < 0.01
-    start = quantize(weight, step, None, *limits).to(torch.int8)
-    one = coordinate_descent(weight, start, hessian, step, limits, 2, 1)
-    seven = coordinate_descent(weight, start, hessian, step, limits, 2, 7)
+    start = code_format.codes(weight, step, None).to(torch.int8)
+    one = coordinate_descent(weight, start, hessian, step, code_format, 2, 1)
+    seven = coordinate_descent(weight, start, hessian, step, code_format, 2, 7)
     assert (one != seven).float().mean() < 0.01
 
 
 def test_error_feedback_is_the_textbook_one():
     # The formula of the paper (eq. 2, 3), with the inverse of the remaining Hessian each time.
-    weight, hessian, step, limits = fixed_problem(out=5, columns=12)
+    weight, hessian, step, code_format = fixed_problem(out=5, columns=12)
     rest, expected = weight.double().clone(), torch.empty(5, 12)
     for k in range(12):
         inverse = torch.linalg.inv(hessian[k:, k:])
-        expected[:, k] = quantize(rest[:, k], step[:, k].double(), None, *limits)
+        expected[:, k] = code_format.codes(rest[:, k], step[:, k].double(), None)
         error = (rest[:, k] - expected[:, k] * step[:, k]) / inverse[0, 0]
         rest[:, k:] -= error[:, None] * inverse[0]
-    codes = gptq_round(weight, hessian, step, limits, 5, 'stored')
+    codes = gptq_round(weight, hessian, step, code_format, 5, 'stored')
     assert torch.equal(codes, expected.to(torch.int8))
 
 
@@ -87,15 +87,15 @@ def test_error_feedback_is_the_textbook_one():
     st.integers(-6, 6),
 )  # fmt: skip
 def test_refinement_never_raises_the_error(out, columns, bits, seed, exponent):
-    weight, hessian, step, limits = fixed_problem(out, columns, bits, seed)
+    weight, hessian, step, code_format = fixed_problem(out, columns, bits, seed)
     weight, step = weight * 10.0**exponent, step * 10.0**exponent
-    codes = quantize(weight, step, None, *limits).to(torch.int8)
+    codes = code_format.codes(weight, step, None).to(torch.int8)
     error = output_error(weight, codes * step, hessian)
     bound = 1e-5 * output_error(weight, torch.zeros(()), hessian)
     for _ in range(3):
-        codes = coordinate_descent(weight, codes, hessian, step, limits)
-        assert codes.min() >= limits[0]
-        assert codes.max() <= limits[1]
+        codes = coordinate_descent(weight, codes, hessian, step, code_format)
+        assert codes.min() >= code_format.qmin
+        assert codes.max() <= code_format.qmax
         after = output_error(weight, codes * step, hessian)
         assert after <= error + bound
         scale = refit_row_scale(weight, codes, hessian, step[:, 0])
@@ -106,27 +106,27 @@ def test_refinement_never_raises_the_error(out, columns, bits, seed, exponent):
 
 
 def test_known_products_with_the_hessian_change_nothing():
-    weight, hessian, step, limits = fixed_problem()
-    codes = quantize(weight, step, None, *limits).to(torch.int8)
+    weight, hessian, step, code_format = fixed_problem()
+    codes = code_format.codes(weight, step, None).to(torch.int8)
     product = codes.double() @ hessian
     scale = refit_row_scale(weight, codes, hessian, step[:, 0])
     assert torch.equal(refit_row_scale(weight, codes, None, step[:, 0], product), scale)
     pull = ((weight - codes * step).double() @ hessian).float()
-    known = coordinate_descent(weight, codes, hessian, step, limits, pull=pull)
+    known = coordinate_descent(weight, codes, hessian, step, code_format, pull=pull)
     assert not torch.equal(known, codes)
     # A float32 sum in another order may turn a near tie.
-    fresh = coordinate_descent(weight, codes, hessian, step, limits)
+    fresh = coordinate_descent(weight, codes, hessian, step, code_format)
     assert (known != fresh).float().mean() < 0.01
 
 
 def test_coordinate_descent_ends_in_a_coordinatewise_minimum():
-    weight, hessian, step, limits = fixed_problem(out=4, columns=10, bits=3)
-    codes = gptq_round(weight, hessian, step, limits)
-    codes = coordinate_descent(weight, codes, hessian, step, limits, sweeps=50)
+    weight, hessian, step, code_format = fixed_problem(out=4, columns=10, bits=3)
+    codes = gptq_round(weight, hessian, step, code_format)
+    codes = coordinate_descent(weight, codes, hessian, step, code_format, sweeps=50)
     least = output_error(weight, codes * step, hessian)
     for row in range(4):
         for column in range(10):
-            for code in range(limits[0], limits[1] + 1):
+            for code in range(code_format.qmin, code_format.qmax + 1):
                 other = codes.clone()
                 other[row, column] = code
                 assert output_error(weight, other * step, hessian) >= least - 1e-5
@@ -227,8 +227,8 @@ def test_missing_moment_is_refused():
 
 
 def test_bad_hessian_or_order_is_refused():
-    weight, hessian, step, limits = fixed_problem()
+    weight, hessian, step, code_format = fixed_problem()
     with pytest.raises(ValueError, match='not positive definite'):
-        gptq_round(weight, -hessian, step, limits)
+        gptq_round(weight, -hessian, step, code_format)
     with pytest.raises(ValueError, match='order'):
-        gptq_round(weight, hessian, step, limits, order='random')
+        gptq_round(weight, hessian, step, code_format, order='random')

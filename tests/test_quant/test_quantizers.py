@@ -9,7 +9,6 @@ from gplq_mm.quant import (
     ActQuantizer,
     ActSpec,
     NotCalibratedError,
-    ProbQuantizer,
     QuantizedWeight,
     QuantState,
     WeightQuantizer,
@@ -138,11 +137,6 @@ def test_another_number_of_tokens():
     quantizer = calibrated(x=torch.randn(2, 9, 4), shape=(9, 1), granularity='token')
     with pytest.raises(ValueError, match=r'9 scales along axis -2.*has 7'):
         quantizer(torch.randn(2, 7, 4))
-
-
-def test_log_sqrt2_has_no_zero_point():
-    with pytest.raises(ValueError, match='zero_point="none"'):
-        ProbQuantizer(ActSpec(quantizer='log_sqrt2'), (1,), 'p')
 
 
 def integers(**changes):

@@ -111,8 +111,8 @@ def test_repq_preset_clips_what_few_values_reach():
 
 
 def test_log_sqrt2_is_for_probabilities():
-    policy = QuantPolicy(rules=[dict(pattern='.', activation=dict(quantizer='log_sqrt2'))])
-    assert policy.resolve('attn.probs', 'probs').activation.quantizer == 'log_sqrt2'
+    policy = QuantPolicy(rules=[dict(pattern='.', activation=dict(format='log_sqrt2'))])
+    assert policy.resolve('attn.probs', 'probs').activation.format == 'log_sqrt2'
     with pytest.raises(PolicyError, match='probs'):
         policy.resolve('attn.q', 'q')
 

@@ -1,15 +1,15 @@
-"""Quantizers of a user's own in packed models."""
+"""Formats of a user's own in packed models."""
 
 import pytest
 import torch
 from builders import images
-from own_quantizers import register_for
+from own_formats import register_for
 from packed_models import assert_close_but_for_flips, quantized_classifier, run_config
 
 from gplq_mm.deploy import DeployError, convert, load, save
 from gplq_mm.layers import QuantAttention
 from gplq_mm.quant import PolicyError
-from gplq_mm.registry import QUANTIZERS
+from gplq_mm.registry import FORMATS
 
 
 @pytest.fixture(autouse=True)
@@ -18,21 +18,21 @@ def _registered(monkeypatch):
 
 
 @torch.no_grad()
-def test_a_uniform_grid_needs_its_quantizer_no_more(tmp_path, monkeypatch):
-    own = dict(quantizer='even_scale')
+def test_integers_need_their_format_no_more(tmp_path, monkeypatch):
+    own = dict(format='even_scale')
     simulated = quantized_classifier('vit', dict(activation=own, q=own, k=own, v=own))
     expected = simulated(images(4))
     path = tmp_path / 'vit.safetensors'
     save(simulated, run_config('vit'), path)
-    monkeypatch.delitem(QUANTIZERS.module_dict, 'even_scale')
+    monkeypatch.delitem(FORMATS.module_dict, 'even_scale')
     loaded = load(path)
     assert loaded.deploy_report.simulated == {}
     assert_close_but_for_flips(loaded(images(4)), expected)
 
 
 @torch.no_grad()
-def test_probabilities_on_another_grid_stay_simulated(tmp_path, monkeypatch):
-    own = dict(quantizer='square_root', row_relative=False)
+def test_probabilities_of_another_format_stay_simulated(tmp_path, monkeypatch):
+    own = dict(format='square_root', row_relative=False)
     simulated = quantized_classifier('vit', dict(probs=own))
     expected = simulated(images(4))
     path = tmp_path / 'vit.safetensors'
@@ -41,13 +41,13 @@ def test_probabilities_on_another_grid_stay_simulated(tmp_path, monkeypatch):
     assert all('square_root' in reason for reason in loaded.deploy_report.simulated.values())
     assert sum(isinstance(module, QuantAttention) for module in loaded.modules()) == 2
     assert_close_but_for_flips(loaded(images(4)), expected)
-    monkeypatch.delitem(QUANTIZERS.module_dict, 'square_root')
+    monkeypatch.delitem(FORMATS.module_dict, 'square_root')
     with pytest.raises(DeployError, match=r"'square_root' is not one of .*custom_imports"):
         load(path)
 
 
-def test_a_layer_on_another_grid_is_a_simulation():
-    own = dict(quantizer='square_root', zero_point='none')
+def test_a_layer_of_another_format_is_a_simulation():
+    own = dict(format='square_root', zero_point='none')
     rule = dict(pattern=r'layers\.0\.ffn\.layers\.1$', activation=own)
     with pytest.raises(PolicyError, match=r'layers\.0\.ffn.*square_root.*layout="raw"'):
         quantized_classifier('vit', dict(rules=[rule]))
