@@ -1,7 +1,6 @@
 """Size of a quantized model: bytes of the packed file, mean bits of weights and activations."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ def code_sizes(model: nn.Module, widths: Iterable[int]) -> dict[str, dict[int, i
     widths = tuple(widths)
     return {
         name: {
-            bits: replace(site.weight.spec, bits=bits).code_format.bytes(*site.weight.shape)
+            bits: site.weight.spec.with_bits(bits).code_format.bytes(*site.weight.shape)
             for bits in widths
         }
         for name, site in weighted_sites(model).items()
@@ -40,7 +39,8 @@ def other_bytes(model: nn.Module) -> int:
         if site.weight is not None:
             owned.append(f'{site.path}.')
             rows, columns = site.weight.shape
-            groups = -(-columns // site.weight.group_size)
+            blocks = site.weight.spec.code_format.block_size
+            groups = 0 if blocks else -(-columns // site.weight.group_size)
             # Float32 scale and bias; two multipliers to a byte.
             total += rows * (8 + (groups + 1) // 2) + columns * (2 if columns <= 2**15 else 4)
         else:

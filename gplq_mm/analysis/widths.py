@@ -53,7 +53,7 @@ def weight_noise(
         power = max(float(weight.double().square().sum()), 1e-30)
         errors = {}
         for bits in sorted({*widths, spec.bits}):
-            value = method(weight, replace(spec, bits=bits), permutation, None)
+            value = method(weight, spec.with_bits(bits), permutation, None)
             errors[bits] = float((value.dequantize() - weight).double().square().sum()) / power
         result[name] = {0: errors[spec.bits], **{bits: errors[bits] for bits in widths}}
         step()
@@ -126,9 +126,9 @@ def _sample(quantizer: ActQuantizer, x: Tensor) -> Tensor:
 
 def _noise(quantizer: ActQuantizer, bits: int, sample: Tensor) -> float:
     """Relative squared error of all ranks' samples on a grid of ``bits`` calibrated on them."""
-    spec = replace(
-        quantizer.spec, bits=bits, granularity='channel', tokens=None, reparametrize=False
-    )
+    spec = quantizer.spec.with_bits(bits)
+    if spec.code_format.block_size is None:
+        spec = replace(spec, granularity='channel', tokens=None, reparametrize=False)
     other = ActQuantizer(spec, (sample.shape[1],), quantizer.site).to(sample.device)
     other.observe()
     observer = other.observer

@@ -40,6 +40,12 @@ def check_packable(layer: QuantWeightLayer) -> None:
             f'{layer.site}: the weight is not quantized yet. Only a model after Stage 2 can be '
             'deployed: finish the run with tools/train.py, or take its w4a4 checkpoint.'
         )
+    for spec in (quantizer.spec, act.spec):
+        if not spec.code_format.is_integer_product:
+            raise DeployError(
+                f'{layer.site}: {spec.format} is a simulation that no integer product can compute. '
+                'Quantize weights and activations with format="integer", the default.'
+            )
     if not layer.is_folded:
         raise DeployError(
             f'{layer.site}: layout "raw" is a simulation that no integer product can compute. '

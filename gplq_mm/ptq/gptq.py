@@ -181,8 +181,8 @@ class GPTQ:
         sweeps: Sweeps of coordinate descent after GPTQ; each costs about as much as GPTQ.
             Defaults to 4.
         refine_scale: Whether the scales are refitted to the codes, before each sweep and at the
-            end: the row's, and before it those of its groups where they are floats. Defaults to
-            True.
+            end: the row's, and before it those of its groups where they are floats. Those of
+            block-scaled formats stay. Defaults to True.
 
     Raises:
         SettingError: For an option out of range.
@@ -249,13 +249,15 @@ class GPTQ:
         codes = gptq_round(weight, hessian, *grid, self.block_size, self.order)
         hessian = hessian.float()
         target = weight @ hessian
+        # Scales of blocks have a format of their own.
+        refines = self.refine_scale and spec.code_format.block_size is None
         for sweep in range(self.sweeps + 1):
-            if self.refine_scale and spec.has_float_groups:
+            if refines and spec.has_float_groups:
                 multiplier = refit_group_scale(weight, codes, hessian, row_scale, multiplier, width)
                 multiple = expand_multiplier(multiplier, width, weight.shape[1])
             integers = codes * multiple
             product = integers @ hessian
-            if self.refine_scale:
+            if refines:
                 row_scale = refit_row_scale(weight, integers, hessian, row_scale, product)
                 grid = (row_scale[:, None] * multiple, spec.code_format)
             if sweep == self.sweeps:

@@ -97,7 +97,7 @@ def search_two_level(
         best, least = keep_better(best, least, base, error)
 
     for _ in range(REFITS):
-        codes = spec.code_format.codes(weight, best * multiple, None)
+        codes = spec.code_format.codes_at(weight, best * multiple)
         base = fit_step(weight, codes.mul_(multiple), importance, (1, 2))
         base = torch.where(base > 0, base, best)
         other, error = _choose(weight, base, multiple, (-1, 1), importance, spec)
@@ -129,3 +129,22 @@ def search_float(
     # A group of zeros wants no step. Of any other the floor raises no error: a value is rounded to
     # the nearer neighbour, and never to one that is farther than zero.
     return most, (step / most).clamp_(min=LEAST_RATIO)
+
+
+def search_block_scales(
+    weight: Tensor, wanted: Tensor, importance: Tensor | None, spec: WeightSpec, unit: Tensor
+) -> Tensor:
+    """Scales ``(R, G, 1)`` of a block-scaled format, whose step is ``unit`` times that of a code.
+
+    ``'mse'`` takes the best one of those around the wanted step and around the step that makes the
+    largest value a 4 instead of a 6; others take the one that covers the wanted step.
+    """
+    around = spec.code_format.scales_around
+    below, best = around(wanted / unit)
+    if spec.observer != 'mse':
+        return best
+    least = squared_error(weight, unit * best, importance, spec)
+    for scale in (below, *around(weight.abs().amax(-1, keepdim=True) / (8 * unit))):
+        error = squared_error(weight, unit * scale, importance, spec)
+        best, least = keep_better(best, least, scale, error)
+    return best

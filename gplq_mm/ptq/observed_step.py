@@ -30,7 +30,7 @@ def squared_error(
     weight: Tensor, step: Tensor, importance: Tensor | None, spec: WeightSpec
 ) -> Tensor:
     """Squared error per group ``(R, G, 1)`` of a weight ``(R, G, S)`` at steps ``(R, G, 1)``."""
-    error = spec.code_format.nearest(weight, step, None).sub_(weight).square_()
+    error = spec.code_format.codes_at(weight, step).mul_(step).sub_(weight).square_()
     if importance is not None:
         error.mul_(importance)
     return error.sum(-1, keepdim=True)
@@ -77,7 +77,7 @@ def observed_step(
         step = safe * smallest ** (i / (points - 1))
         best, least = keep_better(best, least, step, squared_error(weight, step, importance, spec))
     for _ in range(REFITS):
-        codes = spec.code_format.codes(weight, best, None)
+        codes = spec.code_format.codes_at(weight, best)
         step = fit_step(weight, codes, importance, (-1,))
         step = torch.where(step > 0, step, best)
         best, least = keep_better(best, least, step, squared_error(weight, step, importance, spec))

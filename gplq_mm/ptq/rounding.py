@@ -105,5 +105,5 @@ class RoundToNearest:
         row_scale, multiplier = search_group_scales(weight, spec, importance)
         width = spec.group_width(weight.shape[1])
         step = row_scale[:, None] * expand_multiplier(multiplier, width, weight.shape[1])
-        codes = spec.code_format.codes(weight, step, None).to(torch.int8)
+        codes = spec.code_format.codes_at(weight, step).to(torch.int8)
         return QuantizedWeight(codes, row_scale, multiplier, permutation, width)

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..quant.spec import WeightSpec
-from .group_steps import LEAST_RATIO, cover_steps, search_float, search_two_level
+from .group_steps import (
+    LEAST_RATIO,
+    cover_steps,
+    search_block_scales,
+    search_float,
+    search_two_level,
+)
 from .observed_step import GROUP_GRID, ROW_GRID, observed_step
 
 __all__ = ['search_group_scales', 'search_row_scale']
@@ -63,7 +69,8 @@ def search_group_scales(
     cover every a_nj at the least total noise power ``sum_j (t * g_j)**2``, ``'mse'`` minimises
     the (importance-weighted) squared error itself and is never worse than a single scale a row.
     With float group scales every group gets the step that it wants, and ``'mse'`` is never worse
-    than with integer multipliers.
+    than with integer multipliers. The blocks of a block-scaled format get one of the two scales of
+    the format beside it.
 
     Args:
         weight: ``(out, K)`` in stored order, any floating dtype. The last group may be short.
@@ -85,7 +92,8 @@ def search_group_scales(
     width = spec.group_width(columns)
     groups = -(-columns // width)
     multiplier = torch.ones(out, groups, dtype=spec.multiplier_dtype, device=weight.device)
-    if spec.has_one_step or groups == 1:
+    blocks = spec.code_format.block_size is not None
+    if not blocks and (spec.has_one_step or groups == 1):
         return search_row_scale(weight, spec, importance), multiplier
 
     # Zeros are padded to the last group: their code is zero, so they add no error.
@@ -93,10 +101,17 @@ def search_group_scales(
     if importance is not None:
         importance = F.pad(importance, (0, pad)).view(groups, width)
     scale = torch.empty(out, device=weight.device)
+    if blocks:
+        # A block scale has a format of its own, so it is searched in its own unit.
+        scale.fill_(spec.code_format.tensor_scale(weight.abs().amax()) / 2)
     for rows in _chunks(weight):
-        block, unit = _normalise(weight[rows])
+        block, unit = (weight[rows], scale[rows]) if blocks else _normalise(weight[rows])
         block = F.pad(block, (0, pad)).view(len(block), groups, width)
         wanted, error = observed_step(block, importance, spec, GROUP_GRID)
+        if blocks:
+            multiple = search_block_scales(block, wanted, importance, spec, unit[:, None, None])
+            multiplier[rows] = multiple.squeeze(-1)
+            continue
         if spec.has_float_groups:
             base, multiple = search_float(block, wanted, error, importance, spec)
         elif spec.observer == 'mse':

@@ -1,5 +1,6 @@
 """Quantization core: specs, rounding, observers, quantizers. Pure torch, knows no model."""
 
+from .block_format import BlockFormat, MXFP4Format, NVFP4Format
 from .format import Format, IntegerFormat, LogSqrt2Format
 from .functional import (
     dequantize,
@@ -25,13 +26,16 @@ from .weight_quantizer import WeightQuantizer
 __all__ = [
     'ActQuantizer',
     'ActSpec',
+    'BlockFormat',
     'Format',
     'IntegerFormat',
     'LearnedQuantizer',
     'LearnedWeightQuantizer',
     'LogSqrt2Format',
     'MSEObserver',
+    'MXFP4Format',
     'MinMaxObserver',
+    'NVFP4Format',
     'NotCalibratedError',
     'PercentileObserver',
     'PolicyError',

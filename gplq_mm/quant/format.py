@@ -15,6 +15,7 @@ from .functional import (
     quantize,
     quantize_log_sqrt2,
     round_steps_,
+    to_steps,
 )
 
 __all__ = ['SITES', 'Format', 'IntegerFormat', 'LogSqrt2Format']
@@ -98,6 +99,10 @@ class Format:
     def round_(self, steps: Tensor) -> Tensor:
         """Codes of values that are given in units of the scale, in place; for weights."""
         raise NotImplementedError
+
+    def codes_at(self, weight: Tensor, step: Tensor) -> Tensor:
+        """Codes of a weight at given steps of a code, a new tensor."""
+        return self.round_(to_steps(weight, step, None))
 
     def fake_quantize(
         self, x: Tensor, scale: Tensor, offset: Tensor | None, grad_scale: float

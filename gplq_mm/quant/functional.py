@@ -16,6 +16,7 @@ __all__ = [
     'fake_quantize_log_sqrt2',
     'quantize',
     'quantize_log_sqrt2',
+    'round_e2m1_',
     'round_steps_',
     'to_steps',
 ]
@@ -53,6 +54,16 @@ def quantize(x: Tensor, scale: Tensor, offset: Tensor | None, qmin: int, qmax: i
 def round_steps_(steps: Tensor, qmin: int, qmax: int) -> Tensor:
     """Codes of values that are given in units of their step, half to even; in place."""
     return steps.round_().clamp_(qmin, qmax)
+
+
+def round_e2m1_(halves: Tensor) -> Tensor:
+    """Nearest e2m1 of values that are given in halves, half to even mantissas; in place.
+
+    An e2m1 is 0, 0.5, 1, 1.5, 2, 3, 4 or 6 with a sign; what lies beyond 6 becomes 6.
+    """
+    magnitude = halves.abs()
+    gap = (magnitude >= 4).to(halves.dtype).add_(magnitude >= 8, alpha=2).add_(1)
+    return halves.div_(gap).round_().mul_(gap).clamp_(-12, 12)
 
 
 def dequantize(codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:

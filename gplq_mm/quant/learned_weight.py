@@ -47,6 +47,11 @@ class LearnedWeightQuantizer(LearnedQuantizer):
                 f'{name}: direct.granularity="tensor" goes with weight.layout="raw" only; the '
                 'folded layout has a scale for each row.'
             )
+        if not spec.code_format.is_integer_product:
+            raise PolicyError(
+                f'{name}: direct QAT learns the scales of integers; set weight=dict('
+                f'format="integer") instead of {spec.format!r}.'
+            )
         rows, columns = shape
         self.spec = spec
         self.granularity = granularity

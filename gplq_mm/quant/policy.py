@@ -74,7 +74,16 @@ def _override(spec, changes: dict, where: str):
         raise PolicyError(
             f'{where} has unknown key(s) {sorted(unknown)}; known are {sorted(known)}.'
         )
-    return replace(spec, **changes)
+    if 'bits' in changes and 'format' not in changes:
+        spec = spec.with_bits(changes['bits'])
+    spec = replace(spec, **changes)
+    for key, value in spec.settings.items() if 'format' in changes else ():
+        if changes.get(key, value) != value:
+            raise PolicyError(
+                f'{where}.{key}={changes[key]!r} does not go with format={spec.format!r}, '
+                f'which has {key}={value!r}.'
+            )
+    return spec
 
 
 def _activation_part(policy: Mapping) -> dict:

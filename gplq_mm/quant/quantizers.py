@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import rank_and_world_size
-from ..errors import StateError
+from ..errors import SettingError, StateError
 from .code_state import level_bits_of
 from .format import IntegerFormat
 from .functional import to_steps

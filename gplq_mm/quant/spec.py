@@ -5,7 +5,7 @@ to the quantizer, the PTQ method and the deployed header without anyone changing
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -104,6 +104,11 @@ class _Coded:
             raise PolicyError(f'{self._owner}.format={self.format!r} is not meant for it.')
         return found
 
+    def with_bits(self, bits: int):
+        """The same at another width; of integers where the format has no such width."""
+        has_it = self.settings.get('bits', bits) == bits
+        return replace(self, bits=bits, format=self.format if has_it else 'integer')
+
     @cached_property
     def code_format(self) -> Format:
         """What a code stands for.
@@ -140,8 +145,8 @@ class ActSpec(_Coded):
             ``gplq_mm.registry.OBSERVERS``.
         percentile: The two quantiles of the percentile observer, fractions of 1.
         format: What a code stands for: ``'integer'``, ``'log_sqrt2'`` (zero and powers of sqrt(2);
-            attention probabilities only, RepQ-ViT), or another entry of
-            ``gplq_mm.registry.FORMATS``.
+            attention probabilities only, RepQ-ViT), ``'mxfp4'``, ``'nvfp4'`` (block-scaled,
+            :mod:`.block_format`), or another entry of ``gplq_mm.registry.FORMATS``.
         tokens: Number of tokens, needed by ``granularity='token'`` where the layer itself does
             not know it (a Swin window does, a ViT does not).
         row_relative: Attention probabilities only: quantize them relative to the largest of
@@ -216,8 +221,8 @@ class WeightSpec(_Coded):
             (``folded`` only).
         observer: How scales are chosen: ``'mse'``, ``'percentile'`` or ``'minmax'``.
         percentile: Fraction of a row's magnitudes that the percentile observer keeps unclipped.
-        format: What a code stands for: ``'integer'``, or another entry of
-            ``gplq_mm.registry.FORMATS`` that is meant for weights.
+        format: What a code stands for: ``'integer'``, ``'mxfp4'``, ``'nvfp4'``, or another entry
+            of ``gplq_mm.registry.FORMATS`` that is meant for weights.
     """
 
     _owner = 'weight'
@@ -250,14 +255,19 @@ class WeightSpec(_Coded):
         """Whether the activation scale is multiplied into the weight first."""
         return self.layout == 'folded'
 
+    @property
+    def has_groups(self) -> bool:
+        """Whether a row has several scales, of its groups or of the blocks of the format."""
+        return self.is_folded or self.code_format.block_size is not None
+
     def group_width(self, columns: int) -> int:
-        """Columns of ``columns`` that share a multiplier; a whole row in the raw layout."""
-        return self.group_size if self.is_folded else max(columns, 1)
+        """Columns of ``columns`` that share a multiplier; a whole row without groups."""
+        return self.group_size if self.has_groups else max(columns, 1)
 
     @property
     def has_float_groups(self) -> bool:
         """Whether every group has a float scale of its own."""
-        return self.is_folded and self.group_scale == 'float'
+        return self.has_groups and self.group_scale == 'float'
 
     @property
     def multiplier_dtype(self) -> torch.dtype:

@@ -57,5 +57,5 @@ def test_a_layer_of_another_format_is_a_simulation():
     with torch.no_grad():
         rounded = layer.act_quantizer(x) @ layer.dequantized_weight().T + layer.bias
         torch.testing.assert_close(layer(x), rounded)
-    with pytest.raises(DeployError, match='raw'):
+    with pytest.raises(DeployError, match='square_root is a simulation'):
         convert(simulated)

@@ -95,13 +95,14 @@ def test_names_are_looked_up_and_not_imported(name):
 
 
 def test_settings_that_a_format_leaves_no_choice_in():
-    policy = QuantPolicy(probs=dict(format='log_sqrt2', zero_point='float', signed=True))
+    rule = dict(pattern='probs', activation=dict(format='log_sqrt2'))
+    policy = QuantPolicy(probs=dict(zero_point='float', signed=True), rules=[rule])
     spec = policy.resolve('attn.probs', 'probs').activation
     assert (spec.zero_point, spec.signed, spec.code_range) == ('none', False, (0, 15))
     with pytest.raises(PolicyError, match=r'zero_point=.float. does not go .*log_sqrt2'):
         ActQuantizer(ActSpec(format='log_sqrt2'), (1,), 'p')
     with pytest.raises(PolicyError, match=r'weight\.format=.log_sqrt2. is not meant'):
-        QuantPolicy(weight=dict(format='log_sqrt2')).resolve('fc', 'linear')
+        QuantPolicy(weight=dict(format='log_sqrt2'))
 
 
 def test_bytes_of_weights_in_a_file():
