@@ -32,7 +32,7 @@ ALLOWED = {
     | {'ops', 'ptq', 'evaluation', 'models', 'engine', 'deploy', 'progress'},
     '__init__': {'version'},
 }
-FRAMEWORKS = {'mmpretrain', 'mmdet'}
+FRAMEWORKS = {'mmpretrain', 'mmdet', 'mmseg', 'timm', 'transformers'}
 MAY_USE_FRAMEWORKS = {'models', 'datasets'}
 
 

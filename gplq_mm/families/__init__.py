@@ -5,9 +5,10 @@ Models are known by the names of their classes, and no package of models is impo
 
 from .classifiers import Classifiers
 from .detectors import Detectors
+from .hugging_face import HuggingFace
 from .resnet import ResNet
 from .swin import Swin
 from .timm import Timm
 from .vit import ViT
 
-__all__ = ['Classifiers', 'Detectors', 'ResNet', 'Swin', 'Timm', 'ViT']
+__all__ = ['Classifiers', 'Detectors', 'HuggingFace', 'ResNet', 'Swin', 'Timm', 'ViT']

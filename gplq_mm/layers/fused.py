@@ -18,11 +18,13 @@ _mlp = torch.ops.gplq_mm.int4_mlp.default
 
 
 def is_plain(*modules: nn.Module) -> bool:
-    """Whether no hook would be skipped by not calling these modules and their children."""
+    """Whether no hook would be skipped by not calling these modules and their children. Those
+    with which transformers captures outputs on request do not count."""
     return not any(
-        child._forward_hooks or child._forward_pre_hooks
+        getattr(hook, '__module__', None) != 'transformers.utils.output_capturing'
         for module in modules
         for child in module.modules()
+        for hook in (*child._forward_hooks.values(), *child._forward_pre_hooks.values())
     )
 
 

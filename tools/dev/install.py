@@ -34,6 +34,9 @@ CACHE = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'gplq
 BUILD_TOOLS = ('setuptools', 'wheel', 'packaging', 'ninja')
 LIBRARY_INPUTS = ('requirements.txt', 'constraints.txt', 'setup.py', 'gplq_mm/version.py')
 KERNELS = ROOT / 'gplq_mm' / 'ops' / 'csrc'
+# What tests find in a folder of its own: mmpretrain 1.3.6 cannot be imported beside transformers 5.
+APART = VENV / 'transformers'
+APART_PACKAGES = ('transformers', 'tokenizers', 'regex')
 DONE = 'ok ({seconds} s)'
 UNCHANGED = 'unchanged'
 
@@ -333,8 +336,19 @@ def install_libraries(step, level):
     return DONE
 
 
+def install_apart(step, level):
+    """Step 5 of a development installation: the packages of :data:`APART`."""
+    packages = pinned(*APART_PACKAGES)
+    if finished().get('apart') == digest(*packages):
+        return UNCHANGED
+    shutil.rmtree(APART, ignore_errors=True)
+    step.pip_install('--no-deps', '--target', APART, *packages)
+    remember('apart', digest(*packages))
+    return DONE
+
+
 def check_imports(step, level):
-    """Step 5: what was installed can be imported."""
+    """Last step: what was installed can be imported."""
     made_from = digest(
         *[f'{name} {value}' for name, value in finished().items() if name != 'imports']
     )
@@ -354,6 +368,7 @@ def main():
     if level not in LEVELS:
         sys.exit(f'{level} is none of {", ".join(LEVELS)}.')
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    apart = [('transformers', 'transformers, apart from the environment', install_apart)]
     steps = (
         ('environment', 'environment .venv', create_environment),
         ('torch', 'torch', install_torch),
@@ -363,6 +378,7 @@ def main():
             install_mmcv,
         ),
         ('libraries', 'OpenMMLab, other libraries, gplq_mm', install_libraries),
+        *(apart if level == 'development' else ()),
         ('imports', 'check that everything can be imported', check_imports),
     )
     for number, (name, title, function) in enumerate(steps, 1):
