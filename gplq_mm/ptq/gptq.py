@@ -219,17 +219,7 @@ class GPTQ:
         permutation: Tensor | None = None,
         second_moment: Tensor | None = None,
     ) -> QuantizedWeight:
-        """Rounds ``weight``.
-
-        Args:
-            weight: ``(out, K)``, in its own column order, in the space that is quantized.
-            spec: Bits, layout, groups and observer.
-            permutation: int64 ``(K,)``: stored column j is column ``permutation[j]``. None for
-                the weight's own order.
-            second_moment: ``(K, K)`` of the layer's input, in the weight's own column order.
-
-        Returns:
-            Integers and scales, in stored order.
+        """Rounds ``weight``; arguments and result are those of :class:`RoundToNearest`.
 
         Raises:
             ValueError: If the second moment is missing or unusable, or shapes do not agree.

@@ -3,15 +3,15 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .curves import draw_losses, draw_pca, draw_watched, draw_weight_drift
-from .style import COLORS, label_rows, new_figure, styled, to_png
+from .style import COLORS, SETTINGS, label_rows, legend_below, new_figure, to_png
 
 # Effects below this share of the largest one are drawn at the edge.
 EFFECT_RANGE = 1e-5
-CASES = ('weights', 'activations', 'both')
 CASE_LABELS = {
     'weights': 'weights quantized',
     'activations': 'activations quantized',
@@ -36,7 +36,7 @@ def draw_figures(analysis: Mapping[str, Any]) -> dict[str, bytes]:
         Name -> PNG file, in the order in which they are to be read.
     """
     pictures = {}
-    with styled():
+    with rc_context(SETTINGS):
         for name, draw in DRAWERS.items():
             figure = draw(analysis)
             if figure is not None:
@@ -46,13 +46,12 @@ def draw_figures(analysis: Mapping[str, Any]) -> dict[str, bytes]:
 
 def draw_sqnr(analysis: Mapping) -> Figure | None:
     """SQNR at every layer's output."""
-    layers = {name: layer['errors'] for name, layer in analysis['layers'].items()}
-    layers = {name: errors for name, errors in layers.items() if errors}
+    layers = {n: layer['errors'] for n, layer in analysis['layers'].items() if layer['errors']}
     if not layers:
         return None
     names = list(layers)
     figure, (axes,) = new_figure(8, rows=len(names))
-    for case in CASES:
+    for case in CASE_LABELS:
         points = [
             (layers[name][case]['sqnr_db'], row)
             for row, name in enumerate(names)
@@ -71,7 +70,7 @@ def draw_sqnr(analysis: Mapping) -> Figure | None:
     label_rows(axes, names)
     axes.set_xlabel("SQNR at the layer's output (dB; larger is better)")
     axes.set_title('Signal-to-quantization-noise ratio, input of the float model')
-    axes.legend(loc='upper center', bbox_to_anchor=(0.4, -0.45 / figure.get_figheight()), ncol=3)
+    legend_below(axes, 3)
     return figure
 
 
@@ -105,18 +104,13 @@ def draw_sensitivity(analysis: Mapping) -> Figure | None:
                     label=CASE_LABELS[part] if marker == 'o' else None,
                     zorder=3,
                 )
-    axes.axvline(
-        sensitivity['all_cost'],
-        color=COLORS['both'],
-        linewidth=1,
-        linestyle='--',
-        label='everything quantized',
-    )
+    line = dict(color=COLORS['both'], linewidth=1, linestyle='--', label='everything quantized')
+    axes.axvline(sensitivity['all_cost'], **line)
     axes.set_xscale('log')
     label_rows(axes, names)
     axes.set_xlabel(f'{metric_label(sensitivity["metric"])} (smaller is better)')
     axes.set_title('Effect of quantizing one layer alone on the output of the network')
-    axes.legend(loc='upper center', bbox_to_anchor=(0.4, -0.45 / figure.get_figheight()), ncol=3)
+    legend_below(axes, 3)
     return figure
 
 
@@ -151,9 +145,7 @@ def draw_bits(analysis: Mapping) -> Figure | None:
         axes.set_xticks(range(0, 9, 2))
         axes.set_xlabel('bits')
         axes.set_title(f'{part.capitalize()}: {suggestion[part]["size"]}')
-    panels[0].legend(
-        loc='upper center', bbox_to_anchor=(0.4, -0.45 / figure.get_figheight()), ncol=2
-    )
+    legend_below(panels[0], 2)
     return figure
 
 
@@ -217,7 +209,7 @@ def _draw_rows(
         for row, operands in enumerate(rows.values()):
             draw(panel, row, operands)
         label_rows(panel, list(rows))
-        _legend(panel, figure, {operand for operands in rows.values() for operand in operands})
+        _legend(panel, {operand for operands in rows.values() for operand in operands})
     return figure, panels
 
 
@@ -232,14 +224,12 @@ def _by_row(statistics: Mapping) -> list[dict[str, dict[str, str]]]:
     return [rows for rows in (inputs, attentions) if rows]
 
 
-def _legend(axes, figure: Figure, operands: set[str]) -> None:
+def _legend(axes: Axes, operands: set[str]) -> None:
     for operand, label in OPERANDS.items():
         if operand in operands:
             axes.scatter([], [], s=18, color=COLORS[operand], label=label)
     if operands != {'input'}:
-        axes.legend(
-            loc='upper center', bbox_to_anchor=(0.4, -0.45 / figure.get_figheight()), ncol=4
-        )
+        legend_below(axes, 4)
 
 
 def draw_scale_histogram(analysis: Mapping) -> Figure | None:

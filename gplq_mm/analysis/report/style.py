@@ -1,10 +1,7 @@
 """How pictures look: colours that colour-blind readers tell apart, room for long names."""
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -39,13 +36,6 @@ SETTINGS = {
 }
 
 
-@contextmanager
-def styled() -> Iterator[None]:
-    """Context with the settings of all pictures; nothing outside is changed."""
-    with matplotlib.rc_context(SETTINGS):
-        yield
-
-
 def new_figure(width: float, rows: int | None = None, height: float = 3.2, columns: int = 1):
     """A figure and the list of its axes, without pyplot and thus without a display or global state.
 
@@ -72,6 +62,12 @@ def label_rows(axes: Axes, names: list[str]) -> None:
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis='y', length=0)
     axes.grid(axis='y', linewidth=0.5)
+
+
+def legend_below(axes: Axes, columns: int) -> None:
+    """A legend under the axes, however high the figure is."""
+    place = (0.4, -0.45 / axes.figure.get_figheight())
+    axes.legend(loc='upper center', bbox_to_anchor=place, ncol=columns)
 
 
 def to_png(figure: Figure) -> bytes:
