@@ -10,8 +10,6 @@ from ..errors import SettingError
 from .feature_tap import FeatureTap, feature_layer_of, tapped_outputs
 from .frozen import DTYPES, frozen_outputs, resolve_dtype
 
-__all__ = ['Teacher']
-
 
 class Teacher:
     """A frozen model, in eval mode. It is no module, so nothing saves or trains it.

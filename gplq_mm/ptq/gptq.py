@@ -20,8 +20,6 @@ from .refinement import coordinate_descent, refit_group_scale, refit_row_scale
 from .rounding import expand_multiplier, to_stored_order
 from .scales import search_group_scales
 
-__all__ = ['GPTQ', 'damped_hessian', 'gptq_round']
-
 ORDERS = ('activation', 'stored')
 DAMPING_TRIES = 6
 

@@ -9,16 +9,6 @@ from torch import Tensor
 
 from ..quant.spec import WeightSpec
 
-__all__ = [
-    'GROUP_GRID',
-    'REFITS',
-    'ROW_GRID',
-    'fit_step',
-    'keep_better',
-    'observed_step',
-    'squared_error',
-]
-
 # Grids were chosen on the layers of a real ViT-Ti, where finer ones gain less than 0.5 %: most
 # of what a coarse grid misses comes back through the closed-form refits that follow it.
 ROW_GRID = (40, 0.08)  # points; smallest ratio of step to unclipped step

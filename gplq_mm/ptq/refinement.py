@@ -11,8 +11,6 @@ from ..quant.format import Format
 from .group_steps import LEAST_RATIO
 from .rounding import expand_multiplier
 
-__all__ = ['coordinate_descent', 'refit_group_scale', 'refit_row_scale']
-
 
 @torch.no_grad()
 def coordinate_descent(

@@ -9,8 +9,6 @@ from ..quant.spec import WeightSpec
 from ..registry import WEIGHT_PTQ
 from .scales import search_group_scales
 
-__all__ = ['RoundToNearest', 'expand_multiplier', 'to_stored_order']
-
 # Columns that the calibration images do not excite still matter a little for other images.
 IMPORTANCE_FLOOR = 0.01
 

@@ -23,8 +23,6 @@ from .group_steps import (
 )
 from .observed_step import GROUP_GRID, ROW_GRID, observed_step
 
-__all__ = ['search_group_scales', 'search_row_scale']
-
 # Elements a chunk: half a megabyte stays in a core's cache and still keeps the cores busy; a GPU
 # wants larger launches. About eight temporaries of it live at once, even those below 64 MB.
 CHUNK_ELEMENTS = {'cpu': 2**17, 'cuda': 2**21}

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from .functional import quantize
 
-__all__ = ['attention', 'exp2', 'fma', 'gelu', 'layer_norm']
-
 # An integer above this is not exact in float32.
 EXACT_FLOAT32 = 2**24
 # Below it 2**x is not a normal number.

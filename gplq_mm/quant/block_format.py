@@ -14,8 +14,6 @@ from ..registry import FORMATS
 from .format import TINY_RANGE, Format
 from .functional import round_e2m1_
 
-__all__ = ['BlockFormat', 'MXFP4Format', 'NVFP4Format']
-
 LARGEST_ELEMENT = 6.0
 E4M3 = torch.float8_e4m3fn
 LARGEST_E4M3, LEAST_E4M3 = 448.0, 2.0**-9

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from .functional import TOLERANCE, dequantize, quantize, to_steps
 
-__all__ = ['decode_state', 'encode_state', 'is_inside', 'level_bits_of', 'state_dtype']
-
 
 def level_bits_of(qmin: int, qmax: int, num_bytes: int) -> int:
     """Bits that ``num_bytes`` leave for the level beside codes ``qmin..qmax``."""

@@ -18,8 +18,6 @@ from .functional import (
     to_steps,
 )
 
-__all__ = ['SITES', 'Format', 'IntegerFormat', 'LogSqrt2Format']
-
 # Kinds of sites that have an activation.
 SITES = ('linear', 'conv', 'q', 'k', 'v', 'probs')
 # Ranges of observed values that are narrower count as this wide.

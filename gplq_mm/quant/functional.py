@@ -8,20 +8,6 @@ CVPR-W 2020); an integer zero-point z is ``offset = -scale * z``.
 import torch
 from torch import Tensor
 
-__all__ = [
-    'TOLERANCE',
-    'dequantize',
-    'dequantize_log_sqrt2',
-    'fake_quantize',
-    'fake_quantize_log_sqrt2',
-    'quantize',
-    'quantize_log_sqrt2',
-    'round_e2m1_',
-    'round_steps_',
-    'to_steps',
-]
-
-
 # The ends of a grid belong to it: a value this far beyond them, in steps, still counts as inside.
 # A few ulp of an 8-bit code in float32.
 TOLERANCE = 1e-4

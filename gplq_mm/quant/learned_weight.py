@@ -8,8 +8,6 @@ from .quantized_weight import QuantizedWeight
 from .quantizers import LearnedQuantizer, NotCalibratedError, QuantState
 from .spec import PolicyError, WeightSpec
 
-__all__ = ['LearnedWeightQuantizer']
-
 # The smallest scale in units of the initial one: a bad step must not reach zero.
 MIN_RATIO = 1e-4
 

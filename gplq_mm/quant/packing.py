@@ -14,21 +14,6 @@ not. The halves are made from the panels once a layer.
 import torch
 from torch import Tensor
 
-__all__ = [
-    'PANEL',
-    'half_width',
-    'interleave_halves',
-    'pack_halves',
-    'pack_multiplier_panels',
-    'pack_nibbles',
-    'pack_panels',
-    'panel_order',
-    'unpack_halves',
-    'unpack_multiplier_panels',
-    'unpack_nibbles',
-    'unpack_panels',
-]
-
 # Output rows of a panel: four 512-bit vectors of int32 accumulators.
 PANEL = 64
 # Packed bytes of a row in halves are a multiple of this: the longest step of a GPU kernel that

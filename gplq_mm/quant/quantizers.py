@@ -18,13 +18,6 @@ from .functional import to_steps
 from .observers import MinMaxObserver, build_observer
 from .spec import ActSpec
 
-__all__ = [
-    'ActQuantizer',
-    'LearnedQuantizer',
-    'NotCalibratedError',
-    'QuantState',
-]
-
 # Scales are learned without a constraint; this floor keeps a bad step from reaching zero.
 MIN_SCALE = 1e-8
 # Dtypes of inputs that the ops of training take; another one is computed in its own precision.

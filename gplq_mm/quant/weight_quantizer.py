@@ -10,8 +10,6 @@ from ..errors import StateError
 from .quantized_weight import QuantizedWeight
 from .spec import WeightSpec
 
-__all__ = ['WeightQuantizer']
-
 
 class WeightQuantizer(nn.Module):
     """Holds a quantized weight once Stage 2 has made it; empty before.

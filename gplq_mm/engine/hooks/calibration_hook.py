@@ -12,8 +12,6 @@ from ...registry import HOOKS
 from ..calibration_set import CalibrationSet
 from ..weights import unwrap
 
-__all__ = ['CalibrationHook']
-
 
 @HOOKS.register_module()
 class CalibrationHook(Hook):

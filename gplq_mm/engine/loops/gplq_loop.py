@@ -12,8 +12,6 @@ from ..calibration_set import CalibrationSet
 from ..weights import load_act_qat
 from .quant_loop import QuantTrainLoop
 
-__all__ = ['GPLQTrainLoop']
-
 
 @LOOPS.register_module()
 class GPLQTrainLoop(QuantTrainLoop):

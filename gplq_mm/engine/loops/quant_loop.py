@@ -22,8 +22,6 @@ from ..stage_evaluation import StageEvaluation
 from ..training_data import TrainingData
 from ..weights import unwrap
 
-__all__ = ['QuantTrainLoop']
-
 
 class _RunStateHook(Hook):
     """Carries the loop's record and the model's policy in every checkpoint."""
