@@ -116,7 +116,8 @@ class Int4WeightLayer(nn.Module):
                 'shift': offset * -inverse,
                 'weight': pack_panels(value.codes, quantizer.spec.bits),
                 'multiplier': pack_multiplier_panels(value.multiplier),
-                'position': _inverse(value.permutation),
+                # The inverse of the permutation.
+                'position': value.permutation.argsort().to(torch.int32),
                 'row_scale': value.row_scale,
                 'bias': quantizer.bias,
                 'correction': self._correction(layer, value.integers()),
@@ -158,9 +159,3 @@ class Int4WeightLayer(nn.Module):
 
     def _shape_repr(self) -> str:
         raise NotImplementedError
-
-
-def _inverse(permutation: Tensor) -> Tensor:
-    """``position`` with ``position[permutation[j]] = j``, int32."""
-    order = torch.arange(len(permutation), device=permutation.device, dtype=torch.int32)
-    return torch.empty_like(order).scatter_(0, permutation, order)

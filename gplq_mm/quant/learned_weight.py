@@ -105,9 +105,7 @@ class LearnedWeightQuantizer(LearnedQuantizer):
         if self.spec.has_one_step:
             return self.scale()
         stored = self.multiplier.repeat_interleave(self.group_size, 1)
-        own = torch.empty_like(self.permutation, dtype=torch.int64)
-        own[self.permutation.long()] = torch.arange(len(own), device=own.device)
-        return self.scale() * stored[:, own]
+        return self.scale() * stored[:, self.permutation.argsort()]
 
     def forward(self, matrix: Tensor) -> Tensor:
         """The matrix on its grid; straight through for it, LSQ's gradient for the scale.
