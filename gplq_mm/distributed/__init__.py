@@ -1,6 +1,7 @@
 """What processes of one run share: reductions, layers over the batch of all ranks, lost ranks."""
 
-from .lost_rank import one_of_the_ranks
+from .last_words import LostRankError
+from .lost_rank import one_of_the_ranks, ranks_end_together
 from .rank_invariant import make_rank_invariant
 from .reduce import (
     all_reduce_max,
@@ -15,6 +16,7 @@ from .reduce import (
 )
 
 __all__ = [
+    'LostRankError',
     'all_reduce_max',
     'all_reduce_min',
     'all_reduce_sum',
@@ -26,4 +28,5 @@ __all__ = [
     'make_rank_invariant',
     'one_of_the_ranks',
     'rank_and_world_size',
+    'ranks_end_together',
 ]

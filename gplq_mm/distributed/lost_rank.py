@@ -10,9 +10,10 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
+from .last_words import LastWords, LostRankError, raise_others
 from .reduce import is_distributed, rank_and_world_size
 
-__all__ = ['one_of_the_ranks']
+__all__ = ['one_of_the_ranks', 'ranks_end_together']
 
 # What gloo, NCCL and the store say when the other end is gone, or has not answered in time.
 LOST = re.compile(
@@ -26,13 +27,11 @@ MEND = (
 )
 
 
-def _is_of_a_lost_rank(error: Exception) -> bool:
-    if not isinstance(error, RuntimeError):
-        return False
-    text = str(error)
+def _is_of_communication(error: BaseException) -> bool:
     # gloo's errors have no type of their own.
-    from_outside = isinstance(error, dist.DistError) or 'gloo' in text
-    return from_outside and LOST.search(text) is not None
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and 'gloo' in str(error)
+    )
 
 
 @contextmanager
@@ -47,9 +46,12 @@ def _ended_by_the_launcher() -> Iterator[None]:
             os.kill(os.getpid(), number)
             return
         rank, _ = rank_and_world_size()
+        words = LastWords.current
         sys.exit(
-            f'LostRankError: rank {rank} was ended from outside, because another rank was lost or '
-            f'the job was cancelled. {MEND}'
+            f'LostRankError: {words.cause}'
+            if words is not None and words.cause is not None
+            else f'LostRankError: rank {rank} was ended from outside, because another rank was '
+            f'lost or the job was cancelled. {MEND}'
         )
 
     if threading.current_thread() is not threading.main_thread():
@@ -63,25 +65,62 @@ def _ended_by_the_launcher() -> Iterator[None]:
 
 
 @contextmanager
+def ranks_end_together() -> Iterator[None]:
+    """Around what all ranks do together; also a decorator.
+
+    If one rank raises, the others end within seconds instead of waiting for it until the time of
+    the process group is over. The process group is not to be used after that.
+
+    Raises:
+        LostRankError: If another rank has raised; names it and its error.
+    """
+    if LastWords.current is not None or not is_distributed():
+        yield
+        return
+    with _listening():
+        yield
+
+
+@contextmanager
+def _listening() -> Iterator[None]:
+    words = LastWords.current = LastWords()
+    try:
+        yield
+    except LostRankError:
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        if _is_of_communication(error):
+            # The words of a rank can arrive later than the end of its connection.
+            words.read(seconds=2)
+            raise_others()
+            if LOST.search(str(error)) is not None:
+                reason = str(error).strip().partition('\n')[0]
+                rank, _ = rank_and_world_size()
+                raise LostRankError(
+                    f'rank {rank} ended, because another rank was lost or does not answer '
+                    f'({reason}). {MEND}'
+                ) from error
+        words.leave(error)
+        raise
+    finally:
+        LastWords.current = None
+        words.close()
+
+
+@contextmanager
 def one_of_the_ranks() -> Iterator[None]:
     """Around a program that may be one rank of several.
 
     A rank that is done waits for the others, which may still write the results. If another rank
-    dies, hangs for longer than ``env_cfg.dist_cfg.timeout`` or is ended by its launcher, the
-    program ends with one line that says so.
+    raises, dies, hangs for longer than ``env_cfg.dist_cfg.timeout`` or is ended by its launcher,
+    the program ends with one line that says so.
     """
-    with _ended_by_the_launcher():
-        try:
+    try:
+        with _ended_by_the_launcher(), _listening():
             yield
             if is_distributed():
                 dist.barrier()
-                dist.destroy_process_group()
-        except RuntimeError as error:
-            if not _is_of_a_lost_rank(error):
-                raise
-            reason = str(error).strip().partition('\n')[0]
-            rank, _ = rank_and_world_size()
-            sys.exit(
-                f'LostRankError: rank {rank} ended, because another rank was lost or does not '
-                f'answer ({reason}). {MEND}'
-            )
+        if is_distributed():
+            dist.destroy_process_group()
+    except LostRankError as error:
+        sys.exit(f'LostRankError: {error}')

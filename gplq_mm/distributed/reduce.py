@@ -1,8 +1,13 @@
 """Reductions over ranks. A single process is a group of one, so callers never ask."""
 
+import pickle
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
+
+from .last_words import wait_for
 
 __all__ = [
     'all_reduce_max',
@@ -22,12 +27,15 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def _buffer(tensor: Tensor) -> Tensor:
+    # NCCL sends CUDA tensors only, gloo takes the tensor where it is.
+    return tensor.cuda() if dist.get_backend() == 'nccl' else tensor.contiguous()
+
+
 def _all_reduce(tensor: Tensor, op) -> Tensor:
     if is_distributed():
-        # NCCL reduces CUDA tensors only, gloo takes the tensor where it is.
-        on_gpu = dist.get_backend() == 'nccl'
-        buffer = tensor.cuda() if on_gpu else tensor.contiguous()
-        dist.all_reduce(buffer, op=op)
+        buffer = _buffer(tensor)
+        wait_for(dist.all_reduce(buffer, op=op, async_op=True))
         tensor.copy_(buffer)
     return tensor
 
@@ -58,19 +66,29 @@ def broadcast_(tensors: list[Tensor]) -> None:
     """Overwrites ``tensors`` with rank 0's, in place."""
     if is_distributed():
         for tensor in tensors:
-            buffer = tensor.cuda() if dist.get_backend() == 'nccl' else tensor
-            dist.broadcast(buffer, 0)
+            buffer = _buffer(tensor)
+            wait_for(dist.broadcast(buffer, 0, async_op=True))
             if buffer is not tensor:
                 tensor.copy_(buffer)
+
+
+def _all_gather(tensor: Tensor) -> list[Tensor]:
+    buffer = _buffer(tensor)
+    parts = [torch.empty_like(buffer) for _ in range(dist.get_world_size())]
+    wait_for(dist.all_gather(parts, buffer, async_op=True))
+    return [part.cpu() for part in parts]
 
 
 def gather_objects(value):
     """List of every rank's ``value`` (plain data), by rank."""
     if not is_distributed():
         return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+    data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    sizes = [int(size) for size in _all_gather(torch.tensor([len(data)]))]
+    parts = _all_gather(F.pad(data, (0, max(sizes) - len(data))))
+    return [
+        pickle.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)
+    ]
 
 
 def gather_rows(rows: Tensor) -> Tensor:

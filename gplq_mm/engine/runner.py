@@ -14,6 +14,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import BaseLoop, Runner
 
 from ..checkpoint import atomic_write, read_checkpoint, to_plain
+from ..distributed import ranks_end_together
 from ..registry import RUNNERS
 from .class_count import ClassCountHook
 from .mask_check import MaskCheckHook
@@ -79,6 +80,10 @@ class GPLQRunner(Runner):
         self.register_hook(PlainCheckpointHook())
         self.register_hook(ClassCountHook())
         self.register_hook(MaskCheckHook())
+
+    train = ranks_end_together()(Runner.train)
+    val = ranks_end_together()(Runner.val)
+    test = ranks_end_together()(Runner.test)
 
     def setup_env(self, env_cfg: dict) -> None:
         """As in mmengine, and ``--launcher pytorch`` works on machines without a GPU, too.

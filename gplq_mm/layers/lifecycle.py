@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from ..distributed import ranks_end_together
 from ..errors import GPLQError, SettingError
 from ..quant import (
     ActQuantizer,
@@ -77,10 +78,27 @@ def set_saved_bytes(model: nn.Module, saved_bytes: int | None) -> None:
             module.saved_bytes = saved_bytes
 
 
+def _turns(quantizers: list[ActQuantizer], histogram_bytes: int) -> Iterator[list[ActQuantizer]]:
+    """Who observes in each pass over the images: all in the first, then as many as memory holds."""
+    yield quantizers
+    turn: list[ActQuantizer] = []
+    rest = [quantizer for quantizer in quantizers if quantizer.observer.num_passes > 1]
+    for quantizer in rest:
+        held = sum(q.observer.histogram_bytes for q in (*turn, quantizer))
+        if turn and held > histogram_bytes:
+            yield turn
+            turn = []
+        turn.append(quantizer)
+    if turn:
+        yield turn
+
+
+@ranks_end_together()
 def calibrate(
     model: nn.Module,
     run_pass: Callable[[int, int], None],
     observers: Mapping[str, MinMaxObserver] | None = None,
+    histogram_bytes: int = 2**30,
 ) -> None:
     """Initialises every activation quantizer from data, in place.
 
@@ -92,6 +110,8 @@ def calibrate(
         run_pass: ``run_pass(i, n)`` sends the calibration images through the model, pass i of n.
         observers: Name of a quantizer -> what observes in its place. These quantizers are left
             observing: the caller makes a grid of what their observers have seen.
+        histogram_bytes: What the observers may hold at a time, if one alone needs no more. Beyond
+            it they take turns, in a pass each.
 
     Raises:
         GPLQError: If a quantizer is frozen, or saw nothing, or something that is not finite.
@@ -100,17 +120,17 @@ def calibrate(
     by_name = act_quantizers(model)
     for name, quantizer in by_name.items():
         quantizer.observe(observers.get(name))
-    quantizers = list(by_name.values())
-    passes = max(quantizer.observer.num_passes for quantizer in quantizers)
-    for index in range(passes):
+    turns = list(_turns(list(by_name.values()), histogram_bytes))
+    for index, turn in enumerate(turns):
+        for quantizer in by_name.values():
+            quantizer.observer.waits = quantizer not in turn
         with weights_disabled(model):
-            run_pass(index, passes)
-        for quantizer in quantizers:
-            if quantizer.observer.finished_passes < quantizer.observer.num_passes:
-                try:
-                    quantizer.observer.end_pass()
-                except GPLQError as error:
-                    raise type(error)(f'{quantizer.site}: {error}') from None
+            run_pass(index, len(turns))
+        for quantizer in turn:
+            try:
+                quantizer.observer.end_pass()
+            except GPLQError as error:
+                raise type(error)(f'{quantizer.site}: {error}') from None
     for name, quantizer in by_name.items():
         if name not in observers:
             quantizer.finish_observing()

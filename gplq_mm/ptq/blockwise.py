@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..distributed import broadcast_
+from ..distributed import broadcast_, ranks_end_together
 from ..errors import DataError
 from ..layers import (
     Compensation,
@@ -74,6 +74,7 @@ def round_weights(model: nn.Module, method: Callable) -> None:
         _round(layer, method, None)
 
 
+@ranks_end_together()
 @torch.no_grad()
 def quantize_weights(
     model: nn.Module,

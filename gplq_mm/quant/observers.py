@@ -7,6 +7,7 @@ dealt out, and memory does not depend on how many there are.
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from .spec import ActSpec
 
 __all__ = ['MSEObserver', 'MinMaxObserver', 'PercentileObserver', 'build_observer']
 
+# Bins that are worked on together, so that temporary memory is bounded, too.
+BLOCK_BINS = 2**22
 # Narrower ranges are given bins of this width in all.
 TINY_RANGE = 1e-8
 
@@ -56,6 +59,13 @@ class MinMaxObserver:
         self.low = torch.full((channels,), math.inf)
         self.high = torch.full((channels,), -math.inf)
         self.finished_passes = 0
+        # Whether it looks away, since it is not its turn to hold a histogram.
+        self.waits = False
+
+    @property
+    def histogram_bytes(self) -> int:
+        """What it holds from its second pass on until it has seen all."""
+        return 0
 
     def to(self, device: torch.device) -> None:
         """Puts the range to where the data will be and ranks communicate."""
@@ -72,7 +82,7 @@ class MinMaxObserver:
             DataError: For a NaN or an infinity.
         """
         # Observers with fewer passes wait for the others.
-        if x.numel() == 0 or self.finished_passes == self.num_passes:
+        if self.waits or x.numel() == 0 or self.finished_passes == self.num_passes:
             return
         rows = by_channel(x.detach().float(), self.shape)
         if self.finished_passes == 0:
@@ -127,39 +137,79 @@ class _HistogramObserver(MinMaxObserver):
     num_passes = 2
     bins_per_step = 32
 
+    def __init__(self, spec: ActSpec, shape: tuple[int, ...]):
+        super().__init__(spec, shape)
+        self.counts: Tensor | None = None
+        self._covered: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def bins(self) -> int:
+        """Bins a channel: a grid that uses a quarter of the range still has 8 a step."""
+        return self.bins_per_step * 2**self.spec.bits
+
+    @property
+    def histogram_bytes(self) -> int:
+        """float64 counts of all channels."""
+        return self.low.numel() * self.bins * 8
+
     def end_pass(self) -> None:
         super().end_pass()
         if self.finished_passes == 1:
-            # Fine enough that a grid that uses a quarter of the range still has 8 bins a step.
-            self.bins = self.bins_per_step * 2**self.spec.bits
+            self.width = ((self.high - self.low) / self.bins).clamp(min=TINY_RANGE / self.bins)
+            return
+        parts = (self._histogram(), self.low, self.high, self.width)
+        all_reduce_sum(parts[0])
+        channels = max(1, BLOCK_BINS // self.bins)
+        found = [
+            self._search(*block) for block in zip(*(p.split(channels) for p in parts), strict=True)
+        ]
+        self._covered = tuple(torch.cat(ends) for ends in zip(*found, strict=True))
+        self.counts = None
+
+    def _histogram(self) -> Tensor:
+        if self.counts is None:
             shape = (self.low.numel(), self.bins)
             self.counts = torch.zeros(shape, dtype=torch.float64, device=self.low.device)
-            self.width = ((self.high - self.low) / self.bins).clamp(min=TINY_RANGE / self.bins)
-        else:
-            all_reduce_sum(self.counts)
+        return self.counts
 
     def _count(self, rows: Tensor) -> None:
-        index = (rows - self.low).div_(self.width).to(torch.int32).clamp_(0, self.bins - 1)
-        index += torch.arange(rows.shape[1], device=rows.device, dtype=torch.int32) * self.bins
-        counts = torch.bincount(index.flatten(), minlength=self.counts.numel())
-        self.counts += counts.reshape(self.counts.shape)
+        blocks = self._blocks(rows.T, self.low, self.width, self._histogram())
+        for part, low, width, counts in blocks:
+            index = (part.T - low).div_(width).to(torch.int32).clamp_(0, self.bins - 1)
+            index += torch.arange(len(low), device=rows.device, dtype=torch.int32) * self.bins
+            counts += torch.bincount(index.flatten(), minlength=counts.numel()).view_as(counts)
 
-    def _centers(self) -> Tensor:
-        steps = torch.arange(self.bins, device=self.low.device) + 0.5
-        return self.low[:, None] + self.width[:, None] * steps
+    def _blocks(self, *by_channel: Tensor) -> Iterable[tuple[Tensor, ...]]:
+        channels = max(1, BLOCK_BINS // self.bins)
+        return zip(*(tensor.split(channels) for tensor in by_channel), strict=True)
+
+    def _limits(self) -> tuple[Tensor, Tensor]:
+        return self._covered
+
+    def _search(
+        self, counts: Tensor, low: Tensor, high: Tensor, width: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Ends of the range that is to be covered, of some channels ``(c,)``.
+
+        Args:
+            counts: Histogram, float64 ``(c, bins)``.
+            low, high: Ends of the range of all values.
+            width: Width of a bin.
+        """
+        raise NotImplementedError
 
 
 class PercentileObserver(_HistogramObserver):
     """Covers from the low to the high percentile of every channel (paper: 1st and 99th)."""
 
-    def _limits(self) -> tuple[Tensor, Tensor]:
-        share = self.counts.cumsum(1) / self.counts.sum(1, keepdim=True)
+    def _search(
+        self, counts: Tensor, low: Tensor, high: Tensor, width: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        share = counts.cumsum(1) / counts.sum(1, keepdim=True)
         low_q, high_q = self.spec.percentile
         first = (share > low_q).double().argmax(1)
         last = (share >= high_q).double().argmax(1)
-        low = self.low + first * self.width
-        high = self.low + (last + 1) * self.width
-        return low.float(), high.float()
+        return (low + first * width).float(), (low + (last + 1) * width).float()
 
 
 OBSERVERS.register_module(name='percentile', module=PercentileObserver)
@@ -175,26 +225,29 @@ class MSEObserver(_HistogramObserver):
     num_candidates = 24
     num_rounds = 2
 
-    def _limits(self) -> tuple[Tensor, Tensor]:
-        centers = self._centers()
+    def _search(
+        self, counts: Tensor, low: Tensor, high: Tensor, width: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        steps = torch.arange(self.bins, device=low.device) + 0.5
+        centers = low[:, None] + width[:, None] * steps
         # float32 is enough to rank candidates, and twice as fast.
-        weights = (self.counts / self.counts.sum(1, keepdim=True)).float()
-        low, high = self.low.clone(), self.high.clone()
+        weights = (counts / counts.sum(1, keepdim=True)).float()
+        lowest, highest = low, high
         best = self._error(centers, weights, low, high)
         symmetric = self.spec.zero_point == 'none'
         shares = torch.linspace(0, 1, self.num_candidates + 1)[1:-1].tolist()
         for _ in range(1 if symmetric else self.num_rounds):
             for end in ('high',) if symmetric else ('high', 'low'):
                 # The end that stays, fixed while the other moves through its candidates.
-                fixed_low, fixed_high = low.clone(), high.clone()
+                fixed_low, fixed_high = low, high
                 for share in shares:
                     if symmetric:
-                        trial_low, trial_high = self.low * share, self.high * share
+                        trial_low, trial_high = lowest * share, highest * share
                     elif end == 'high':
                         trial_low = fixed_low
-                        trial_high = fixed_low + (self.high - fixed_low) * share
+                        trial_high = fixed_low + (highest - fixed_low) * share
                     else:
-                        trial_low = fixed_high + (self.low - fixed_high) * share
+                        trial_low = fixed_high + (lowest - fixed_high) * share
                         trial_high = fixed_high
                     error = self._error(centers, weights, trial_low, trial_high)
                     better = error < best

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+import torch.multiprocessing as mp
+from fault_ranks import FAULTS, fail_on_rank
 from tiny_ranks import assert_same_training, rank_config
-from tiny_runs import ROOT, load, run, weights
+from tiny_runs import ROOT, load, run, run_ranks, weights
 
 import gplq_mm.distributed.lost_rank as module
 from gplq_mm.distributed import one_of_the_ranks
@@ -117,6 +119,40 @@ def test_hanging_rank(tmp_path, float_checkpoints):
     last = logs[0].read_text().splitlines()[-1]
     assert last.startswith('LostRankError: rank 0 ended, because another rank was lost or does not')
     assert 'Timed out waiting 5000ms' in last
+
+
+@pytest.mark.parametrize('fault', FAULTS)
+def test_raising_rank(tmp_path, fault):
+    """Ranks without a launcher, none of which ends its process."""
+    mp.spawn(fail_on_rank, (str(tmp_path), fault), nprocs=2)
+    told, own = ((tmp_path / f'{rank}.txt').read_text().splitlines()[-1] for rank in range(2))
+    cause = FAULTS[fault][1]
+    assert own.startswith(cause)
+    assert told.startswith(f'gplq_mm.distributed.last_words.LostRankError: rank 1 ended: {cause}')
+
+
+PROGRAM = f"""
+import os, runpy
+from mmengine.runner import EpochBasedTrainLoop
+
+def broken(*_args):
+    raise KeyError('no such digit')
+
+if os.environ['RANK'] == '1':
+    EpochBasedTrainLoop.run_iter = broken
+runpy.run_path('{ROOT}/tools/train.py', run_name='__main__')
+"""
+
+
+def test_raising_rank_of_a_program(tmp_path, float_checkpoints):
+    """The other one waits for a gradient, and ends before its launcher ends it."""
+    script, path = tmp_path / 'script.py', tmp_path / 'config.py'
+    script.write_text(PROGRAM)
+    rank_config(tmp_path / 'run', float_checkpoints['vit'], 2).dump(path)
+    result = run_ranks(2, tmp_path, script, str(path), '--launcher', 'pytorch')
+    assert result.returncode != 0
+    assert "\nLostRankError: rank 1 ended: KeyError: 'no such digit'" in result.stderr
+    assert "\nKeyError: 'no such digit'" in result.stderr
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import pytest
 import torch
 from builders import build_float, build_quantized, images
 
+import gplq_mm.quant.observers as observers
 from gplq_mm.layers import (
     act_quantizers,
     calibrate,
@@ -43,6 +44,32 @@ def test_calibration_sees_the_float_model(preset):
     assert passes == [(0, 2), (1, 2)]
     assert is_calibrated(model)
     assert not torch.allclose(model(images()), expected(images()))
+
+
+@torch.no_grad()
+def test_histograms_take_turns_in_bounded_memory(monkeypatch):
+    policy = dict(activation=dict(bits=8))
+    model, bounded = fresh(**policy), fresh(**policy)
+    bounded.load_state_dict(model.state_dict())
+    quantizers, held, passes = act_quantizers(bounded).values(), [], []
+
+    def run_pass(index, count):
+        passes.append((index, count))
+        bounded(images())
+        counts = [getattr(q.observer, 'counts', None) for q in quantizers]
+        held.append(sum(c.nbytes for c in counts if c is not None))
+
+    calibrate(model, lambda _index, _passes: model(images()))
+    # As much as the largest alone; and blocks of two channels.
+    largest = max(q.scale.numel() for q in quantizers) * 32 * 256 * 8
+    monkeypatch.setattr(observers, 'BLOCK_BINS', 2 * 32 * 256)
+    calibrate(bounded, run_pass, histogram_bytes=largest)
+    assert held[0] == 0
+    assert largest / 2 < max(held) <= largest
+    assert passes == [(i, len(passes)) for i in range(len(passes))]
+    assert 3 < len(passes) < len(quantizers)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, bounded.state_dict()[name]), name
 
 
 def test_calibration_names_the_quantizer_that_saw_nothing():
