@@ -1,4 +1,4 @@
-"""Checks of what the attention op is given.
+"""Checks of what the attention op is given; they raise ValueError.
 
 ``csrc/cpu/attention.cpp`` makes the same checks with the same words; a test compares them.
 """
@@ -31,9 +31,6 @@ def check_attention(
     """Checks the arguments of ``int4_attention``.
 
     Values of tensors are only looked at on the CPU: elsewhere that would wait for the device.
-
-    Raises:
-        ValueError: What is wrong, in one sentence.
     """
     check_float(qkv)
     require(heads >= 1, f'heads must be at least 1, got {heads}.')

@@ -1,4 +1,4 @@
-"""Checks of what the ops are given.
+"""Checks of what the ops are given; each raises ValueError in one sentence.
 
 ``csrc/cpu/checks.cpp`` makes the same checks with the same words; a test compares them.
 """
@@ -56,11 +56,7 @@ def _name(dtype: torch.dtype) -> str:
 def check_tensor(
     name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], shape: Sequence[int], device
 ) -> None:
-    """Checks dtype, device and shape.
-
-    Raises:
-        ValueError: What is wrong, in one sentence.
-    """
+    """Checks dtype, device and shape."""
     wanted = ' or '.join(_name(dtype) for dtype in dtypes)
     require(tensor.dtype in dtypes, f'{name} must be {wanted}, got {_name(tensor.dtype)}.')
     require(tensor.device == device, f'{name} must be on {device}, got {tensor.device}.')
@@ -71,11 +67,7 @@ def check_tensor(
 
 
 def check_codes(grid: Sequence[int]) -> None:
-    """Checks that ``grid`` begins with the ends of a range of codes that fit a byte.
-
-    Raises:
-        ValueError: If they do not.
-    """
+    """Checks that ``grid`` begins with the ends of a range of codes that fit a byte."""
     low, high = grid[0], grid[1]
     require(
         0 <= high - low < MAX_CODES and low >= -CODE_LIMIT and high < CODE_LIMIT,
@@ -85,21 +77,13 @@ def check_codes(grid: Sequence[int]) -> None:
 
 
 def check_float(x: Tensor) -> None:
-    """Checks the dtype of an op's input.
-
-    Raises:
-        ValueError: If it is none that is computed in float32.
-    """
+    """Checks the dtype of an op's input."""
     wanted = ', '.join(_name(dtype) for dtype in FLOATS)
     require(x.dtype in FLOATS, f'the input must be one of {wanted}, got {_name(x.dtype)}.')
 
 
 def check_input(x: Tensor, columns: int) -> None:
-    """Checks dtype and last axis of an op's input.
-
-    Raises:
-        ValueError: If ``x`` is not floating or its last axis is not ``columns`` long.
-    """
+    """Checks dtype and last axis of an op's input."""
     check_float(x)
     require(x.dim() > 0, 'the input must have at least one axis.')
     require(
@@ -109,11 +93,7 @@ def check_input(x: Tensor, columns: int) -> None:
 
 
 def check_quantize(x: Tensor, inverse: Tensor, shift: Tensor, grid: Sequence[int]) -> None:
-    """Checks the arguments of ``quantize_codes``.
-
-    Raises:
-        ValueError: What is wrong, in one sentence.
-    """
+    """Checks the arguments of ``quantize_codes``."""
     require(len(grid) >= 2, f'grid must be [code_min, code_max, ...], got {len(grid)} integers.')
     check_codes(grid)
     require(x.dim() > 0, 'the input must have at least one axis.')
@@ -130,9 +110,6 @@ def check_layer(layer: Sequence[Tensor], grid: Sequence[int], device: torch.devi
     Args:
         layer, grid: As in :mod:`.reference`.
         device: Where the tensors must be.
-
-    Raises:
-        ValueError: What is wrong, in one sentence.
     """
     require(
         len(layer) == len(LAYER_FIELDS),
@@ -188,40 +165,24 @@ def _check_range(name: str, tensor: Tensor, low: int, high: int) -> None:
 
 
 def check_norm(norm_weight: Tensor, norm_bias: Tensor, columns: int, device) -> None:
-    """Checks the parameters of a LayerNorm over ``columns``.
-
-    Raises:
-        ValueError: What is wrong, in one sentence.
-    """
+    """Checks the parameters of a LayerNorm over ``columns``."""
     check_tensor('norm_weight', norm_weight, FLOATS, (columns,), device)
     check_tensor('norm_bias', norm_bias, FLOATS, (columns,), device)
 
 
 def check_residual(x: Tensor, residual: Tensor, rows: int) -> None:
-    """Checks what is added to a layer's output of ``rows`` columns for the input ``x``.
-
-    Raises:
-        ValueError: What is wrong, in one sentence.
-    """
+    """Checks what is added to a layer's output of ``rows`` columns for the input ``x``."""
     check_tensor('residual', residual, FLOATS, (*x.shape[:-1], rows), x.device)
 
 
 def check_gamma(gamma: Tensor | None, rows: int, device) -> None:
-    """Checks the factors of a layer's ``rows`` output columns.
-
-    Raises:
-        ValueError: What is wrong, in one sentence.
-    """
+    """Checks the factors of a layer's ``rows`` output columns."""
     if gamma is not None:
         check_tensor('gamma', gamma, FLOATS, (rows,), device)
 
 
 def check_mlp(first_rows: int, second_columns: int, columns: int, second_rows: int) -> None:
-    """Checks that two layers follow each other and lead back to ``columns``.
-
-    Raises:
-        ValueError: What is wrong, in one sentence.
-    """
+    """Checks that two layers follow each other and lead back to ``columns``."""
     require(
         first_rows == second_columns,
         f'the first layer gives {first_rows} columns, the second takes {second_columns}.',
@@ -233,11 +194,7 @@ def check_mlp(first_rows: int, second_columns: int, columns: int, second_rows: i
 
 
 def check_conv(x: Tensor, columns: int, geometry: Sequence[int]) -> None:
-    """Checks the input and the geometry of a convolution.
-
-    Raises:
-        ValueError: What is wrong, in one sentence.
-    """
+    """Checks the input and the geometry of a convolution."""
     require(
         len(geometry) == 8,
         'geometry must be kernel, stride, padding, dilation (height, width each), '

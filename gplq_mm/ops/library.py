@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import native, reference
 
-__all__ = ['SCHEMAS', 'announced']
+__all__ = ['SCHEMAS', 'announced', 'register']
 
 SCHEMAS = {
     # codes uint8, shape of x
@@ -53,28 +53,12 @@ SCHEMAS = {
 _LIBRARY = torch.library.Library('gplq_mm', 'DEF')
 
 
-def _fake_quantize_codes(x, inverse, shift, grid):
-    return torch.empty_like(x, dtype=torch.uint8)
-
-
 def _fake_like(x, *_args):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _fake_accumulate(x, layer, grid):
-    return x.new_empty(*x.shape[:-1], layer[5].shape[0], dtype=torch.int32)
-
-
-def _fake_linear(x, layer, grid):
-    return x.new_empty(*x.shape[:-1], layer[5].shape[0])
-
-
-def _fake_linear_add(x, layer, grid, residual, gamma):
-    return torch.empty_like(residual, memory_format=torch.contiguous_format)
-
-
-def _fake_norm_linear(x, norm_weight, norm_bias, eps, layer, grid):
-    return x.new_empty(*x.shape[:-1], layer[5].shape[0])
+def _fake_linear(x, layer, dtype=None):
+    return x.new_empty(*x.shape[:-1], layer[5].shape[0], dtype=dtype)
 
 
 def _fake_conv2d(x, layer, grid, geometry):
@@ -96,13 +80,13 @@ def _fake_attention(
 
 
 _FAKES = {
-    'quantize_codes': _fake_quantize_codes,
+    'quantize_codes': lambda x, *_args: torch.empty_like(x, dtype=torch.uint8),
     'layer_norm': _fake_like,
     'gelu': _fake_like,
-    'int4_accumulate': _fake_accumulate,
-    'int4_linear': _fake_linear,
-    'int4_linear_add': _fake_linear_add,
-    'int4_norm_linear': _fake_norm_linear,
+    'int4_accumulate': lambda x, layer, grid: _fake_linear(x, layer, torch.int32),
+    'int4_linear': lambda x, layer, grid: _fake_linear(x, layer),
+    'int4_linear_add': lambda x, layer, grid, residual, gamma: _fake_like(residual),
+    'int4_norm_linear': lambda x, weight, bias, eps, layer, grid: _fake_linear(x, layer),
     'int4_mlp': _fake_like,
     'int4_conv2d': _fake_conv2d,
     'int4_attention': _fake_attention,
@@ -120,12 +104,18 @@ def announced(function: Callable, what: str = 'int4 ops') -> Callable:
     return run
 
 
-def _register() -> None:
-    for name, schema in SCHEMAS.items():
-        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, announced(getattr(reference, name)), 'CompositeExplicitAutograd')
-        torch.library.register_fake(f'gplq_mm::{name}', _FAKES[name], lib=_LIBRARY)
-    native.load()
+def register(
+    library: torch.library.Library,
+    schemas: dict[str, str],
+    fakes: dict[str, Callable],
+    plain: Callable[[str], Callable],
+) -> None:
+    """Defines ops with what computes them in plain torch, ``plain(name)``, and their fakes."""
+    for name, schema in schemas.items():
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, plain(name), 'CompositeExplicitAutograd')
+        torch.library.register_fake(f'gplq_mm::{name}', fakes[name], lib=library)
 
 
-_register()
+register(_LIBRARY, SCHEMAS, _FAKES, lambda name: announced(getattr(reference, name)))
+native.load()

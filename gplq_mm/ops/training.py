@@ -5,12 +5,14 @@ They have no autograd formula of their own: :mod:`gplq_mm.layers.saved_codes` ca
 backward ops from its autograd functions.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..quant.code_state import state_dtype
 from . import training_attention, training_mlp, training_reference
-from .library import announced
+from .library import announced, register
 
 __all__ = ['SCHEMAS']
 
@@ -72,20 +74,12 @@ def _real(x: Tensor) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.float32)
 
 
+def _reals(*like: Tensor) -> tuple[Tensor, ...]:
+    return tuple(map(_real, like))
+
+
 def _fake_fake_quant(x, scale, offset, grid):
     return _real(x), x.new_empty(x.shape, dtype=state_dtype(*grid))
-
-
-def _fake_gradients(grad, state, scale, offset, grid):
-    return _real(grad), _real(scale), _real(scale)
-
-
-def _fake_softmax(scores, factor, bias, mask, scale, offset, grid, row_relative):
-    return scores.new_empty(*scores.shape[:-1], 1)
-
-
-def _fake_softmax_backward(grad, scores, factor, bias, mask, scale, offset, grid, row_relative):
-    return _real(scale), _real(scale)
 
 
 def _fake_attention(
@@ -105,7 +99,7 @@ def _fake_attention_backward(
 ) -> list[Tensor]:
     inputs = [state.new_empty(state.shape, dtype=grad.dtype) for state in states]
     added = grad.new_empty(0) if bias is None else _real(bias)
-    return [*inputs, added, *(_real(scale) for scale in (*scales, *scales))]
+    return [*inputs, added, *_reals(*scales, *scales)]
 
 
 def _fake_mlp(x, weights, biases, scales, offsets, grids):
@@ -117,23 +111,19 @@ def _fake_mlp(x, weights, biases, scales, offsets, grids):
 def _fake_mlp_backward(grad, state, hidden, weights, scales, offsets, grids) -> list[Tensor]:
     first, second = (grad.new_empty(weight.shape) for weight in weights)
     biases = (grad.new_empty(weight.shape[0]) for weight in weights)
-    learned = (_real(scale) for scale in (*scales, *scales))
-    return [grad.new_empty(state.shape), first, second, *biases, *learned]
+    return [grad.new_empty(state.shape), first, second, *biases, *_reals(*scales, *scales)]
 
 
 _FAKES = {
     'fake_quant': _fake_fake_quant,
     'fake_quant_values': lambda state, scale, offset, grid: _real(state),
-    'fake_quant_backward': _fake_gradients,
+    'fake_quant_backward': lambda grad, state, scale, *_: (_real(grad), *_reals(scale, scale)),
     'gelu_fake_quant': lambda x, scale, offset, grid: _real(x),
-    'gelu_fake_quant_backward': lambda grad, x, scale, offset, grid: (
-        _real(x),
-        _real(x),
-        _real(scale),
-        _real(scale),
+    'gelu_fake_quant_backward': lambda grad, x, scale, *_: _reals(x, x, scale, scale),
+    'softmax_fake_quant_': lambda scores, *_: scores.new_empty(*scores.shape[:-1], 1),
+    'softmax_fake_quant_backward_': lambda grad, scores, factor, bias, mask, scale, *_: _reals(
+        scale, scale
     ),
-    'softmax_fake_quant_': _fake_softmax,
-    'softmax_fake_quant_backward_': _fake_softmax_backward,
     'attention_fake_quant': _fake_attention,
     'attention_fake_quant_backward': _fake_attention_backward,
     'mlp_fake_quant': _fake_mlp,
@@ -141,14 +131,10 @@ _FAKES = {
 }
 
 
-def _register() -> None:
-    for name, schema in SCHEMAS.items():
-        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        # These are made of the other ops and of matrix products, on every device.
-        composed = getattr(training_attention, name, getattr(training_mlp, name, None))
-        function = composed or announced(getattr(training_reference, name), 'training ops')
-        _LIBRARY.impl(name, function, 'CompositeExplicitAutograd')
-        torch.library.register_fake(f'gplq_mm::{name}', _FAKES[name], lib=_LIBRARY)
+def _plain(name: str) -> Callable:
+    # These are made of the other ops and of matrix products, on every device.
+    composed = getattr(training_attention, name, getattr(training_mlp, name, None))
+    return composed or announced(getattr(training_reference, name), 'training ops')
 
 
-_register()
+register(_LIBRARY, SCHEMAS, _FAKES, _plain)

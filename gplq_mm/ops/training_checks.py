@@ -1,4 +1,7 @@
-"""Checks of what the ops of training are given; those of the C++ kernels use the same words."""
+"""Checks of what the ops of training are given; each raises ValueError, which says what is wrong.
+
+Those of the C++ kernels use the same words.
+"""
 
 from collections.abc import Sequence
 
@@ -29,11 +32,7 @@ def check_learned_grid(
     grid: Sequence[int],
     device: torch.device,
 ) -> None:
-    """Checks scale, offset and grid against the shape of what they quantize.
-
-    Raises:
-        ValueError: What is wrong, in one sentence.
-    """
+    """Checks scale, offset and grid against the shape of what they quantize."""
     require(len(shape) > 0, 'the input must have at least one axis.')
     require(
         len(grid) == 3, f'grid must be [code_min, code_max, level_bits], got {len(grid)} integers.'
@@ -59,31 +58,19 @@ def check_learned_grid(
 
 
 def check_quantized(x: Tensor, scale: Tensor, offset: Tensor | None, grid: Sequence[int]) -> None:
-    """Checks what is quantized, or its gradient, and its grid.
-
-    Raises:
-        ValueError: What is wrong, in one sentence.
-    """
+    """Checks what is quantized, or its gradient, and its grid."""
     check_float(x)
     check_learned_grid(x.shape, scale, offset, grid, x.device)
 
 
 def check_gelu(x: Tensor, scale: Tensor, offset: Tensor | None, grid: Sequence[int]) -> None:
-    """Checks the input of a GELU and the grid of its output.
-
-    Raises:
-        ValueError: What is wrong, in one sentence.
-    """
+    """Checks the input of a GELU and the grid of its output."""
     check_quantized(x, scale, offset, grid)
     require(scale.numel() in (1, *scale.shape[-1:]), 'scale must have one number, or one a column.')
 
 
 def check_state(state: Tensor, grid: Sequence[int]) -> None:
-    """Checks dtype and memory of a state.
-
-    Raises:
-        ValueError: If it is none of this grid.
-    """
+    """Checks dtype and memory of a state."""
     require(
         len(grid) == 3, f'grid must be [code_min, code_max, level_bits], got {len(grid)} integers.'
     )
@@ -92,11 +79,7 @@ def check_state(state: Tensor, grid: Sequence[int]) -> None:
 
 
 def check_same_shape(first: str, a: Tensor, second: str, b: Tensor) -> None:
-    """Checks that two tensors have one shape.
-
-    Raises:
-        ValueError: If they have not.
-    """
+    """Checks that two tensors have one shape."""
     require(a.shape == b.shape, f'{first} has shape {list(a.shape)}, {second} {list(b.shape)}.')
 
 
@@ -108,11 +91,7 @@ def check_scores(
     offset: Tensor | None,
     grid: Sequence[int],
 ) -> None:
-    """Checks the arguments of a softmax.
-
-    Raises:
-        ValueError: What is wrong, in one sentence.
-    """
+    """Checks the arguments of a softmax."""
     require(scores.dim() == 4, f'scores must have 4 axes, got {scores.dim()}.')
     batch, heads, queries, keys = scores.shape
     check_tensor('scores', scores, (torch.float32,), scores.shape, scores.device)
@@ -132,10 +111,6 @@ def check_scores(
 
 
 def check_score_gradient(grad: Tensor, scores: Tensor) -> None:
-    """Checks the gradient that a softmax replaces in place.
-
-    Raises:
-        ValueError: What is wrong, in one sentence.
-    """
+    """Checks the gradient that a softmax replaces in place."""
     check_tensor('grad', grad, (torch.float32,), scores.shape, scores.device)
     require(grad.is_contiguous(), 'grad must be contiguous.')

@@ -15,16 +15,20 @@ import triton
 import triton.language as tl
 
 from ..quant.code_state import TOLERANCE
-from .triton_kernels import MAGIC, SQRT_HALF, fma
+from .triton_common import MAGIC, SQRT_HALF, fma
 
 __all__ = [
+    'code_of',
     'decode_kernel',
     'encode_kernel',
     'fake_quant_backward_kernel',
     'gelu_backward_kernel',
     'gelu_kernel',
-    'softmax_backward_kernel',
-    'softmax_kernel',
+    'grid_of',
+    'is_outside',
+    'shares',
+    'store_sums',
+    'tile_of',
 ]
 
 _TOLERANCE = tl.constexpr(TOLERANCE)
@@ -32,7 +36,7 @@ _DENSITY = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
 
 
 @triton.jit
-def _tile(rows, columns, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def tile_of(rows, columns, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Block of rows and block of columns of a program; its rows and columns; where its values lie
     in a contiguous tensor, and which of them exist."""
     blocks = tl.cdiv(columns, BLOCK)
@@ -59,7 +63,7 @@ def _numbers(scale, offset, channel, OFFSET: tl.constexpr):
 
 
 @triton.jit
-def _grid(
+def grid_of(
     scale, offset, row, column, columns, inner, channels,
     OFFSET: tl.constexpr, PER_COLUMN: tl.constexpr,
 ):  # fmt: skip
@@ -76,7 +80,7 @@ def _grid(
 
 
 @triton.jit
-def _code(steps, CODE_MIN: tl.constexpr, CODE_MAX: tl.constexpr):
+def code_of(steps, CODE_MIN: tl.constexpr, CODE_MAX: tl.constexpr):
     """Nearest code of values in steps, half to even, as float32; NaN stays."""
     # No minimum or maximum, which would drop a NaN.
     steps = tl.where(steps < CODE_MIN, CODE_MIN, steps)
@@ -85,7 +89,7 @@ def _code(steps, CODE_MIN: tl.constexpr, CODE_MAX: tl.constexpr):
 
 
 @triton.jit
-def _is_outside(steps, CODE_MIN: tl.constexpr, CODE_MAX: tl.constexpr):
+def is_outside(steps, CODE_MIN: tl.constexpr, CODE_MAX: tl.constexpr):
     """Whether nothing of the gradient passes; so it is for NaN."""
     low: tl.constexpr = CODE_MIN - _TOLERANCE
     high: tl.constexpr = CODE_MAX + _TOLERANCE
@@ -100,7 +104,7 @@ def _gelu(x):
 
 
 @triton.jit
-def _shares(above, outside, code, residual):
+def shares(above, outside, code, residual):
     """What values add to the gradients of x, scale and offset."""
     return (
         tl.where(outside, 0.0, above),
@@ -110,7 +114,7 @@ def _shares(above, outside, code, residual):
 
 
 @triton.jit
-def _store_sums(
+def store_sums(
     parts, of_scale, of_offset, row_block, column_block, row, column, rows, columns,
     PER_COLUMN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -157,13 +161,13 @@ def encode_kernel(
     end: tl.constexpr = middle - 1
     low: tl.constexpr = CODE_MIN - _TOLERANCE
     high: tl.constexpr = CODE_MAX + _TOLERANCE
-    _, _, row, column, place, mask = _tile(rows, columns, WIDE, ROWS, BLOCK)
-    step, zero, inverse, shift = _grid(
+    _, _, row, column, place, mask = tile_of(rows, columns, WIDE, ROWS, BLOCK)
+    step, zero, inverse, shift = grid_of(
         scale, offset, row, column, columns, 1, channels, OFFSET, PER_COLUMN
     )
     value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
     steps = fma(value, inverse, shift)
-    code = _code(steps, CODE_MIN, CODE_MAX)
+    code = code_of(steps, CODE_MIN, CODE_MAX)
     tl.store(x_hat + place, fma(code, step, zero), mask=mask)
     # What lies outside gets a level that no inner value of its code has.
     level = (code - steps) * most
@@ -190,172 +194,85 @@ def decode_kernel(
     WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Values on the grid from their states."""
-    _, _, row, column, place, mask = _tile(rows, columns, WIDE, ROWS, BLOCK)
-    step, zero, _, _ = _grid(scale, offset, row, column, columns, 1, channels, OFFSET, PER_COLUMN)
+    _, _, row, column, place, mask = tile_of(rows, columns, WIDE, ROWS, BLOCK)
+    step, zero, _, _ = grid_of(scale, offset, row, column, columns, 1, channels, OFFSET, PER_COLUMN)
     bits = tl.load(state + place, mask=mask, other=0)
     code, _, _ = _decode(bits, CODE_MIN, CODE_MAX, LEVEL_BITS)
     tl.store(x_hat + place, fma(code, step, zero), mask=mask)
 
 
-@triton.jit(do_not_specialize=['rows'])
+@triton.jit(do_not_specialize=['rows', 'channels'])
 def fake_quant_backward_kernel(
     grad,  # (rows, columns) float32, float16 or bfloat16
     state,  # (rows, columns) uint8 or int16
     grad_x,  # (rows, columns) float32
-    parts,  # as _store_sums writes them
-    rows, columns,
+    parts,  # as store_sums writes them
+    scale, offset,  # not read
+    rows, columns, channels,
     CODE_MIN: tl.constexpr, CODE_MAX: tl.constexpr, LEVEL_BITS: tl.constexpr,
-    PER_COLUMN: tl.constexpr,
+    OFFSET: tl.constexpr, PER_COLUMN: tl.constexpr,
     WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the input, and sums of those of scale and offset."""
-    row_block, column_block, row, column, place, mask = _tile(rows, columns, WIDE, ROWS, BLOCK)
+    row_block, column_block, row, column, place, mask = tile_of(rows, columns, WIDE, ROWS, BLOCK)
     above = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
     bits = tl.load(state + place, mask=mask, other=0)
     code, residual, outside = _decode(bits, CODE_MIN, CODE_MAX, LEVEL_BITS)
-    of_x, of_scale, of_offset = _shares(above, outside, code, residual)
+    of_x, of_scale, of_offset = shares(above, outside, code, residual)
     tl.store(grad_x + place, of_x, mask=mask)
-    _store_sums(
+    store_sums(
         parts, of_scale, of_offset, row_block, column_block, row, column, rows, columns,
         PER_COLUMN, ROWS, BLOCK,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=['rows'])
+@triton.jit(do_not_specialize=['rows', 'channels'])
 def gelu_kernel(
     x,  # (rows, columns) float32, float16 or bfloat16
     x_hat,  # (rows, columns) float32
     scale, offset,  # float32 (columns,), or (1,) without PER_COLUMN; offset is read with OFFSET
-    rows, columns,
-    CODE_MIN: tl.constexpr, CODE_MAX: tl.constexpr,
+    rows, columns, channels,
+    CODE_MIN: tl.constexpr, CODE_MAX: tl.constexpr, LEVEL_BITS: tl.constexpr,
     OFFSET: tl.constexpr, PER_COLUMN: tl.constexpr,
     WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """GELU on the grid."""
-    _, _, row, column, place, mask = _tile(rows, columns, WIDE, ROWS, BLOCK)
-    step, zero, inverse, shift = _grid(
-        scale, offset, row, column, columns, 1, 1, OFFSET, PER_COLUMN
+    _, _, row, column, place, mask = tile_of(rows, columns, WIDE, ROWS, BLOCK)
+    step, zero, inverse, shift = grid_of(
+        scale, offset, row, column, columns, 1, channels, OFFSET, PER_COLUMN
     )
     value, _ = _gelu(tl.load(x + place, mask=mask, other=0.0).to(tl.float32))
-    code = _code(fma(value, inverse, shift), CODE_MIN, CODE_MAX)
+    code = code_of(fma(value, inverse, shift), CODE_MIN, CODE_MAX)
     tl.store(x_hat + place, fma(code, step, zero), mask=mask)
 
 
-@triton.jit(do_not_specialize=['rows'])
+@triton.jit(do_not_specialize=['rows', 'channels'])
 def gelu_backward_kernel(
     grad, x,  # (rows, columns) float32, float16 or bfloat16
     grad_x, x_hat,  # (rows, columns) float32
-    parts,  # as _store_sums writes them
+    parts,  # as store_sums writes them
     scale, offset,  # as in gelu_kernel
-    rows, columns,
-    CODE_MIN: tl.constexpr, CODE_MAX: tl.constexpr,
+    rows, columns, channels,
+    CODE_MIN: tl.constexpr, CODE_MAX: tl.constexpr, LEVEL_BITS: tl.constexpr,
     OFFSET: tl.constexpr, PER_COLUMN: tl.constexpr,
     WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the input of GELU, its output on the grid, and sums as above."""
-    row_block, column_block, row, column, place, mask = _tile(rows, columns, WIDE, ROWS, BLOCK)
-    step, zero, inverse, shift = _grid(
-        scale, offset, row, column, columns, 1, 1, OFFSET, PER_COLUMN
+    row_block, column_block, row, column, place, mask = tile_of(rows, columns, WIDE, ROWS, BLOCK)
+    step, zero, inverse, shift = grid_of(
+        scale, offset, row, column, columns, 1, channels, OFFSET, PER_COLUMN
     )
     above = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
     value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
     activated, phi = _gelu(value)
     steps = fma(activated, inverse, shift)
-    code = _code(steps, CODE_MIN, CODE_MAX)
-    outside = _is_outside(steps, CODE_MIN, CODE_MAX)
-    of_x, of_scale, of_offset = _shares(above, outside, code, code - steps)
+    code = code_of(steps, CODE_MIN, CODE_MAX)
+    outside = is_outside(steps, CODE_MIN, CODE_MAX)
+    of_x, of_scale, of_offset = shares(above, outside, code, code - steps)
     slope = phi + value * (_DENSITY * tl.exp(-0.5 * value * value))
     tl.store(grad_x + place, of_x * slope, mask=mask)
     tl.store(x_hat + place, fma(code, step, zero), mask=mask)
-    _store_sums(
+    store_sums(
         parts, of_scale, of_offset, row_block, column_block, row, column, rows, columns,
         PER_COLUMN, ROWS, BLOCK,
-    )  # fmt: skip
-
-
-@triton.jit
-def _probabilities(
-    scores, bias, mask, place, ok, row, column, columns, queries, item_rows, windows, factor,
-    ROW_RELATIVE: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
-):  # fmt: skip
-    """Probabilities (ROWS, BLOCK), or numerators with ROW_RELATIVE; denominators (ROWS, 1)."""
-    value = tl.load(scores + place, mask=ok, other=0.0) * factor
-    if BIAS:
-        at = (row % item_rows)[:, None] * columns + column[None, :]
-        value += tl.load(bias + at, mask=ok, other=0.0)
-    if MASK:
-        mask_row = row // item_rows % windows * queries + row % queries
-        value += tl.load(mask + mask_row[:, None] * columns + column[None, :], mask=ok, other=0.0)
-    value = tl.where((column < columns)[None, :], value, float('-inf'))
-    value = tl.exp(value - tl.max(value, 1)[:, None])
-    total = tl.sum(value, 1)[:, None]
-    below = tl.broadcast_to(total, value.shape)
-    if not ROW_RELATIVE:
-        value = tl.div_rn(value, below)
-    # A maximum passes over NaN: the rest of its row must not look as if there were none.
-    return tl.where(below == below, value, below), total
-
-
-@triton.jit(do_not_specialize=['rows', 'inner', 'channels', 'windows'])
-def softmax_kernel(
-    scores,  # float32 (rows, columns), rows in the order (batch, heads, queries); replaced
-    total,  # float32 (rows,)
-    bias,  # float32 (item_rows, columns), item_rows = heads * queries; read with BIAS
-    mask,  # float32 (windows * queries, columns); read with MASK
-    scale, offset,  # float32 (channels,); offset is read with OFFSET
-    rows, columns, queries, item_rows, windows, inner, channels, factor,
-    CODE_MIN: tl.constexpr, CODE_MAX: tl.constexpr, ROW_RELATIVE: tl.constexpr,
-    OFFSET: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
-    WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Quantized numbers of a softmax in place of the scores; a program holds whole rows."""
-    _, _, row, column, place, ok = _tile(rows, columns, WIDE, ROWS, BLOCK)
-    step, zero, inverse, shift = _grid(
-        scale, offset, row, column, columns, inner, channels, OFFSET, False
-    )
-    probs, sums = _probabilities(
-        scores, bias, mask, place, ok, row, column, columns, queries, item_rows, windows, factor,
-        ROW_RELATIVE, BIAS, MASK,
-    )  # fmt: skip
-    code = _code(fma(probs, inverse, shift), CODE_MIN, CODE_MAX)
-    tl.store(scores + place, fma(code, step, zero), mask=ok)
-    tl.store(total + row[:, None], sums, mask=(row < rows)[:, None])
-
-
-@triton.jit(do_not_specialize=['rows', 'inner', 'channels', 'windows'])
-def softmax_backward_kernel(
-    grad,  # float32 (rows, columns), of the quantized numbers; becomes that of the scores
-    scores,  # as in softmax_kernel; become the quantized numbers
-    parts,  # float32 (2, rows)
-    bias, mask, scale, offset,  # as in softmax_kernel
-    rows, columns, queries, item_rows, windows, inner, channels, factor,
-    CODE_MIN: tl.constexpr, CODE_MAX: tl.constexpr, ROW_RELATIVE: tl.constexpr,
-    OFFSET: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
-    WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Gradients of softmax_kernel, whose output is computed again."""
-    row_block, column_block, row, column, place, ok = _tile(rows, columns, WIDE, ROWS, BLOCK)
-    step, zero, inverse, shift = _grid(
-        scale, offset, row, column, columns, inner, channels, OFFSET, False
-    )
-    probs, total = _probabilities(
-        scores, bias, mask, place, ok, row, column, columns, queries, item_rows, windows, factor,
-        ROW_RELATIVE, BIAS, MASK,
-    )  # fmt: skip
-    above = tl.load(grad + place, mask=ok, other=0.0)
-    steps = fma(probs, inverse, shift)
-    code = _code(steps, CODE_MIN, CODE_MAX)
-    p_hat = fma(code, step, zero)
-    outside = _is_outside(steps, CODE_MIN, CODE_MAX)
-    of_probs, of_scale, of_offset = _shares(above, outside, code, code - steps)
-    # What reaches the scores through the denominator.
-    if ROW_RELATIVE:
-        taken = tl.div_rn(tl.sum(above * p_hat, 1)[:, None], total)
-    else:
-        taken = tl.sum(of_probs * probs, 1)[:, None]
-    tl.store(grad + place, probs * (of_probs - taken), mask=ok)
-    tl.store(scores + place, p_hat, mask=ok)
-    _store_sums(
-        parts, of_scale, of_offset, row_block, column_block, row, column, rows, columns,
-        False, ROWS, BLOCK,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import re
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,11 +44,16 @@ GEMMS = {
 def kernels():
     import triton
 
-    from gplq_mm.ops import triton_kernels
+    from gplq_mm.ops import triton_attention, triton_common, triton_gemm, triton_quantize
 
-    if triton.knobs.runtime.interpret or triton_kernels.INTERPRETED:
+    if triton.knobs.runtime.interpret or triton_common.INTERPRETED:
         pytest.skip('TRITON_INTERPRET is set: kernels are interpreted in this process')
-    return triton_kernels
+    return SimpleNamespace(
+        attention_kernel=triton_attention.attention_kernel,
+        expand_kernel=triton_gemm.expand_kernel,
+        gemm_kernel=triton_gemm.gemm_kernel,
+        quantize_kernel=triton_quantize.quantize_kernel,
+    )
 
 
 def compile_kernel(kernel, capability, pointers, numbers, constants, divisible=(), **options):
@@ -56,7 +62,7 @@ def compile_kernel(kernel, capability, pointers, numbers, constants, divisible=(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from gplq_mm.ops.triton_kernels import LAUNCH
+    from gplq_mm.ops.triton_common import LAUNCH
 
     names = kernel.arg_names
     types = {**pointers, **numbers, **dict.fromkeys(constants, 'constexpr')}
@@ -85,8 +91,7 @@ def compile_gemm(kernels, capability, out, flags, config):
 
 
 def configs_for(capability: int, flags: dict, rows: int) -> list:
-    from gplq_mm.ops.triton_kernels import GEMM_CONFIGS
-    from gplq_mm.ops.triton_ops import eligible_configs
+    from gplq_mm.ops.triton_tuning import GEMM_CONFIGS, eligible_configs
 
     flags = {**PLAIN, **flags}
     return eligible_configs(
@@ -123,12 +128,14 @@ def test_products_run_on_int8_tensor_cores(kernels, capability, name):
 @pytest.mark.parametrize('name', ['linear', 'linear of 8 bits', 'linear of few rows'])
 @pytest.mark.parametrize('rows', [1, 64, 256, 4096])
 def test_every_eligible_config_fits_the_device(kernels, capability, name, rows):
+    from gplq_mm.ops.triton_tuning import shared_bytes
+
     out, flags = GEMMS[name]
     for config in configs_for(capability, flags, rows):
         compiled = compile_gemm(kernels, capability, out, flags, config)
         assert compiled.metadata.shared <= SHARED[capability]
         flags_ = {**PLAIN, **flags}
-        estimate = kernels.shared_bytes(config, flags_['A_PACKED'], flags_['W_PACKED'])
+        estimate = shared_bytes(config, flags_['A_PACKED'], flags_['W_PACKED'])
         block = config.kwargs
         result = 4 * block['BLOCK_M'] * block['BLOCK_N']
         assert compiled.metadata.shared <= max(estimate, result) + SLACK
@@ -138,14 +145,14 @@ def test_every_eligible_config_fits_the_device(kernels, capability, name, rows):
 @pytest.mark.parametrize('group_size', [16, 32, 48, 64, 128, 3072])
 @pytest.mark.parametrize('rows', [1, 16, 64, 256, 65536])
 def test_there_is_a_config_for_every_shape(kernels, half, group_size, rows):
-    from gplq_mm.ops.triton_ops import eligible_configs
+    from gplq_mm.ops.triton_tuning import GEMM_CONFIGS, eligible_configs
 
     for w_packed in (True, False):
         if w_packed and group_size % 32:
             continue
         for a_packed in (True, False):
             kept = eligible_configs(
-                list(kernels.GEMM_CONFIGS), half, group_size, rows, a_packed, w_packed, SHARED[89]
+                list(GEMM_CONFIGS), half, group_size, rows, a_packed, w_packed, SHARED[89]
             )
             assert 1 <= len(kept) <= 8
             assert all(half % config.kwargs['BLOCK_K'] == 0 for config in kept)
@@ -227,13 +234,14 @@ def test_attention_compiles(kernels, capability, keys, queries, depth):
 @pytest.fixture
 def without_device(kernels, monkeypatch, tmp_path):
     """Launches compile for sm_90 and run nothing; the product is tuned among two configs."""
-    from gplq_mm.ops import triton_ops
+    from gplq_mm.ops.triton_gemm import tuned_gemm
+    from gplq_mm.ops.triton_tuning import GEMM_CONFIGS
 
-    chosen = [kernels.GEMM_CONFIGS[i] for i in (4, 8)]
-    monkeypatch.setattr(triton_ops._tuned_gemm, 'configs', chosen)
+    chosen = [GEMM_CONFIGS[i] for i in (4, 8)]
+    monkeypatch.setattr(tuned_gemm, 'configs', chosen)
     with CompileOnly(monkeypatch, 90, tmp_path) as compiler:
         yield compiler
-    triton_ops._tuned_gemm.cache.clear()
+    tuned_gemm.cache.clear()
 
 
 def plain_layer(columns: int, rows: int, group_size: int = 32):
@@ -250,12 +258,12 @@ def plain_layer(columns: int, rows: int, group_size: int = 32):
 
 @pytest.mark.parametrize(('columns', 'rows', 'm'), [(768, 96, 300), (1, 1, 1)])
 def test_linear_launches(without_device, columns, rows, m):
-    from gplq_mm.ops import triton_ops
+    from gplq_mm.ops import triton_gemm, triton_ops
 
     layer, grid = plain_layer(columns, rows)
     x = torch.zeros(m, columns, dtype=torch.bfloat16)
     triton_ops.int4_linear(x, layer, grid)
-    expand = ['expand_kernel'] if m > triton_ops.UNPACK_IN_LOOP_ROWS else []
+    expand = ['expand_kernel'] if m > triton_gemm.UNPACK_IN_LOOP_ROWS else []
     names = without_device.names
     assert names[0] == 'quantize_kernel'
     assert [name for name in names[1:] if name != 'gemm_kernel'] == expand

@@ -16,9 +16,9 @@ GRID, WIDE_GRID = [0, 15, 4], [-8, 7, 12]
 def ops():
     import triton
 
-    from gplq_mm.ops import triton_kernels, triton_training
+    from gplq_mm.ops import triton_common, triton_training
 
-    if triton.knobs.runtime.interpret or triton_kernels.INTERPRETED:
+    if triton.knobs.runtime.interpret or triton_common.INTERPRETED:
         pytest.skip('TRITON_INTERPRET is set: kernels are interpreted in this process')
     return triton_training
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from gplq_mm.benchmark import gpu, report
-from gplq_mm.ops import reference, triton_layer, triton_ops
+from gplq_mm.ops import reference, triton_gemm, triton_layer, triton_ops, triton_quantize
 from gplq_mm.quant.packing import pack_multiplier_panels, pack_panels
 
 CPU = torch.device('cpu')
@@ -93,11 +93,11 @@ def test_weights_may_be_unpacked_before_or_within_the_product(group_size, act_bi
     x = torch.randn(17, 150)
     prepared = triton_layer.prepared_layer(layer, grid, CPU)
     assert prepared.unpacks_in_loop
-    codes = triton_ops._quantize(x, prepared, 17)
+    codes = triton_quantize.quantize(x, prepared, 17)
     expected = reference.int4_accumulate(x, layer, grid)
     for in_loop in (True, False):
         out = torch.empty(17, 70, dtype=torch.int32)
-        triton_ops._multiply(codes, prepared, out, unpack_in_loop=in_loop)
+        triton_gemm.multiply(codes, prepared, out, unpack_in_loop=in_loop)
         assert torch.equal(out, expected)
 
 
@@ -308,8 +308,8 @@ def test_gelu_is_exact():
     first, inverse, shift, second = triton_layer.prepared_mlp(layer1, grid1, layer2, grid2, CPU)
     x = torch.randn(6, 8)
     hidden = torch.empty(6, 128)
-    codes = triton_ops._quantize(x, first, 6)
-    triton_ops._multiply(codes, first, hidden, gelu=True)
+    codes = triton_quantize.quantize(x, first, 6)
+    triton_gemm.multiply(codes, first, hidden, gelu=True)
     expected = F.gelu(reference.int4_linear(x, layer1, grid1))
     # The rows of the first layer stand as the second reads them: two columns a byte.
     order = second.source.long().clone()

@@ -14,7 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gplq_mm.ops import training_attention, training_reference, triton_training
+from gplq_mm.ops import (
+    training_attention,
+    training_reference,
+    triton_common,
+    triton_softmax,
+    triton_training,
+)
 from gplq_mm.quant.code_state import level_bits_of
 from gplq_mm.quant.functional import to_steps
 
@@ -209,7 +215,7 @@ def test_any_memory_format():
 
 
 def test_large_tensors_count_in_64_bits(monkeypatch):
-    monkeypatch.setattr(triton_training, 'WIDE_FROM', 1)
+    monkeypatch.setattr(triton_common, 'WIDE_FROM', 1)
     test_backward.hypothesis.inner_test(
         ((3, 11, 130), (130,)), make_grid(4), True, torch.float32, 0
     )
@@ -236,7 +242,7 @@ def test_nothing_to_do():
 
 
 def test_long_rows_of_scores_take_the_reference(monkeypatch, caplog):
-    monkeypatch.setattr(triton_training, 'MAX_KEYS', 8)
+    monkeypatch.setattr(triton_softmax, 'MAX_KEYS', 8)
     scores, grad = torch.randn(1, 1, 2, 9), torch.randn(1, 1, 2, 9)
     rest = (1.0, None, None, torch.tensor(0.1), None, make_grid(4), True)
     copies = scores.clone(), grad.clone()
