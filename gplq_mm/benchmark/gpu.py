@@ -59,7 +59,7 @@ def linear(
         shapes: Name, tokens an image, inputs, outputs of each.
         device: Where.
     """
-    from ..ops import triton_layer, triton_ops
+    from ..ops import triton_gemm, triton_layer, triton_quantize
 
     bf16, int8 = (dict(device=device, dtype=dtype) for dtype in (torch.bfloat16, torch.int8))
     for name, tokens, columns, outputs in shapes:
@@ -73,8 +73,8 @@ def linear(
             m = batch * tokens
             x = torch.randn(m, columns, **bf16)
             codes = torch.randint(-8, 8, (m, columns), **int8)
-            packed = triton_ops._quantize(x, prepared, m)
-            product = triton_ops._multiply, packed, prepared, torch.empty(m, outputs, **bf16)
+            packed = triton_quantize.quantize(x, prepared, m)
+            product = triton_gemm.multiply, packed, prepared, torch.empty(m, outputs, **bf16)
             calls = {
                 OURS: bound(torch.ops.gplq_mm.int4_linear, x, layer, grid),
                 'torch_bf16': bound(F.linear, x, weight, bias),

@@ -113,14 +113,14 @@ def one_of_the_ranks() -> Iterator[None]:
 
     A rank that is done waits for the others, which may still write the results. If another rank
     raises, dies, hangs for longer than ``env_cfg.dist_cfg.timeout`` or is ended by its launcher,
-    the program ends with one line that says so.
+    this one ends, too, and says so.
+
+    Raises:
+        LostRankError: If another rank raises, dies or hangs.
     """
-    try:
-        with _ended_by_the_launcher(), _listening():
-            yield
-            if is_distributed():
-                dist.barrier()
+    with _ended_by_the_launcher(), _listening():
+        yield
         if is_distributed():
-            dist.destroy_process_group()
-    except LostRankError as error:
-        sys.exit(f'LostRankError: {error}')
+            dist.barrier()
+    if is_distributed():
+        dist.destroy_process_group()

@@ -16,7 +16,7 @@ from tiny_ranks import assert_same_training, rank_config
 from tiny_runs import ROOT, load, run, run_ranks, weights
 
 import gplq_mm.distributed.lost_rank as module
-from gplq_mm.distributed import one_of_the_ranks
+from gplq_mm.distributed import LostRankError, one_of_the_ranks
 
 ITERATIONS = 100
 
@@ -127,7 +127,7 @@ def test_raising_rank(tmp_path, fault):
     mp.spawn(fail_on_rank, (str(tmp_path), fault), nprocs=2)
     told, own = ((tmp_path / f'{rank}.txt').read_text().splitlines()[-1] for rank in range(2))
     cause = FAULTS[fault][1]
-    assert own.startswith(cause)
+    assert cause in own
     assert told.startswith(f'gplq_mm.distributed.last_words.LostRankError: rank 1 ended: {cause}')
 
 
@@ -174,7 +174,7 @@ class TestErrors:
     )
     def test_of_communication(self, error):
         with (
-            pytest.raises(SystemExit, match='LostRankError: rank 3 ended') as caught,
+            pytest.raises(LostRankError, match='rank 3 ended') as caught,
             one_of_the_ranks(),
         ):
             raise error
