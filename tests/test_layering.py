@@ -14,7 +14,7 @@ ALLOWED = {
     'registry': {'errors'},
     'version': set(),
     'checkpoint': {'errors'},
-    'distributed': set(),
+    'distributed': {'errors'},
     'quant': {'errors', 'registry', 'distributed'},
     'ops': {'errors', 'registry', 'quant'},
     'layers': {'errors', 'registry', 'distributed', 'quant', 'ops'},

@@ -152,7 +152,7 @@ def test_raising_rank_of_a_program(tmp_path, float_checkpoints):
     result = run_ranks(2, tmp_path, script, str(path), '--launcher', 'pytorch')
     assert result.returncode != 0
     assert "\nLostRankError: rank 1 ended: KeyError: 'no such digit'" in result.stderr
-    assert "\nKeyError: 'no such digit'" in result.stderr
+    assert result.stderr.count("KeyError: 'no such digit'") > 1
 
 
 @pytest.fixture
