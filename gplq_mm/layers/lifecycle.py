@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..distributed import ranks_end_together
-from ..errors import GPLQError, SettingError
+from ..errors import DataError, SettingError
 from ..quant import (
     ActQuantizer,
     LearnedQuantizer,
@@ -129,7 +129,7 @@ def calibrate(
         for quantizer in turn:
             try:
                 quantizer.observer.end_pass()
-            except GPLQError as error:
+            except (DataError, SettingError) as error:
                 raise type(error)(f'{quantizer.site}: {error}') from None
     for name, quantizer in by_name.items():
         if name not in observers:
