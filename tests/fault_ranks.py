@@ -2,7 +2,9 @@
 
 import time
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -33,15 +35,13 @@ def _quantize(_rank: int) -> None:
 
 
 def _compensate(rank: int) -> None:
-    if rank:
-        QwT._solve = _broken
-    _quantize(rank)
+    with patch.object(QwT, '_solve', _broken) if rank else nullcontext():
+        _quantize(rank)
 
 
 def _stream(rank: int) -> None:
-    if rank:
-        Stream.finish = _broken
-    _quantize(rank)
+    with patch.object(Stream, 'finish', _broken) if rank else nullcontext():
+        _quantize(rank)
 
 
 def _own_step(rank: int) -> None:
@@ -53,23 +53,28 @@ FAULTS = {
     'nan': (_calibrate, 'DataError: calibration met a NaN'),
     'compensation': (_compensate, 'OSError: no space left'),
     'stream': (_stream, 'OSError: no space left'),
-    'own step': (_own_step, 'OSError: no space left'),
+    'step': (_own_step, 'OSError: no space left'),
 }
 
 
-def fail_on_rank(rank: int, folder: str, fault: str) -> None:
-    """Process ``rank`` of two; writes its traceback, and lives on until both have one."""
+def fail_on_rank(rank: int, folder: str) -> None:
+    """Process ``rank`` of two, which writes the last line of every traceback.
+
+    It lives on until both have one: what ends a rank is not that the other's process ends.
+    """
     torch.set_num_threads(1)
-    dist.init_process_group(
-        'gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2
-    )
-    try:
-        FAULTS[fault][0](rank)
-    except Exception:
-        Path(folder, f'{rank}.part').write_text(traceback.format_exc())
-        Path(folder, f'{rank}.part').rename(Path(folder, f'{rank}.txt'))
-    deadline = time.monotonic() + 60
-    while not all(Path(folder, f'{r}.txt').exists() for r in range(2)):
-        assert time.monotonic() < deadline, 'the other rank still waits'
-        time.sleep(0.05)
-    dist.destroy_process_group()
+    for name, (fault, _) in FAULTS.items():
+        rendezvous = f'file://{folder}/{name}-rendezvous'
+        dist.init_process_group('gloo', init_method=rendezvous, rank=rank, world_size=2)
+        files = [Path(folder, f'{name}-{r}.txt') for r in range(2)]
+        try:
+            fault(rank)
+        except Exception:
+            part = files[rank].with_suffix('.part')
+            part.write_text(traceback.format_exc().splitlines()[-1])
+            part.rename(files[rank])
+        deadline = time.monotonic() + 60
+        while not all(file.exists() for file in files):
+            assert time.monotonic() < deadline, f'{name}: the other rank still waits'
+            time.sleep(0.05)
+        dist.destroy_process_group()
