@@ -2,13 +2,17 @@
 
 A file may come from anyone, and some configs of the OpenMMLab packages reach code, files or the
 network: a ``type`` that is no registered name is imported by path, a few options are passed to
-``eval``, others name a checkpoint. So a config from a file is plain data, its types are looked
-up in the registries and nowhere else, and its strings are plain words.
+``eval``, others name a checkpoint, and some classes read what their config names (files, other
+configs, model hubs). Without the checks here, reading a packed file could run its author's code,
+which the format (safetensors, JSON) is to prevent. So a config from a file is plain data, its types
+are looked up in the registries and nowhere else, their classes come from modules that are listed
+(:attr:`.Family.scopes`), and its strings are plain words.
 """
 
 import copy
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -19,7 +23,6 @@ from mmengine.registry import TASK_UTILS as ROOT_TASK_UTILS
 from mmengine.registry import TRANSFORMS as ROOT_TRANSFORMS
 from mmengine.registry import Registry
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from ..layers import DeployError
 from ..layers.family import scopes
@@ -30,25 +33,8 @@ __all__ = ['build_architecture', 'check_config', 'decode', 'encode', 'inference_
 MODEL_REGISTRIES = (ROOT_MODELS, ROOT_TASK_UTILS)
 # Looked up in mmcv.ops by name, not in a registry.
 OPERATORS = ('RoIAlign', 'RoIPool', 'nms', 'soft_nms', 'nms_rotated')
-# Classes that read what their config names: files, model hubs, other configs.
-REACHING_OUT = (
-    'mmpretrain.utils.',
-    'mmpretrain.models.multimodal.',
-    'mmpretrain.models.selfsup.',
-    'mmpretrain.models.retrievers.',
-    'mmpretrain.models.backbones.timm_backbone',
-    'mmpretrain.models.classifiers.timm',
-    'mmpretrain.models.classifiers.hugging_face',
-    'mmdet.models.language_models.',
-    'mmdet.models.mot.',
-    'mmdet.models.trackers.',
-    'mmdet.models.tracking_heads.',
-    'mmdet.models.task_modules.tracking.',
-    'mmdet.models.detectors.kd_one_stage',
-    'mmdet.models.detectors.lad',
-    'mmdet.models.detectors.glip',
-    'mmdet.models.detectors.grounding_dino',
-)
+# Modules of mmcv, which registers its classes in mmengine's registries.
+MMCV_MODULES = r'(cnn|ops|transforms)\.'
 # Entries that name a checkpoint, and those that only training needs (some constructors ask for
 # them, so they stay as None).
 LEFT_OUT = ('init_cfg', 'pretrained')
@@ -60,6 +46,7 @@ FORBIDDEN_KEYS = (
     'checkpoint_path',
     'load_from',
     'ckpt',
+    'teacher_ckpt',
     'teacher_config',
 )
 TYPE = re.compile(r'[A-Za-z_]\w*([./][A-Za-z_]\w*)?', re.ASCII)
@@ -131,7 +118,8 @@ def _candidates(registry: Registry, name: str, scope: str) -> Iterator[type]:
         return
     # The import runs no code of the file.
     if scope in known and scope != 'mmengine':
-        import_module(f'{scope}.registry')
+        with suppress(ModuleNotFoundError):
+            import_module(f'{scope}.registry')
     child = registry.children.get(scope)
     for owner in (child, registry):
         if owner is not None:
@@ -147,11 +135,14 @@ def _check_type(name: Any, scope: str, registries: tuple[Registry, ...], where: 
         return
     for registry in registries:
         for cls in _candidates(registry, name, scope):
-            module = f'{getattr(cls, "__module__", "")}.'
-            if module.startswith(REACHING_OUT):
+            package, _, module = getattr(cls, '__module__', '').partition('.')
+            modules = {'mmcv': MMCV_MODULES, **scopes()}.get(package)
+            # Of another package, it was registered by the program that reads the file.
+            if modules is not None and not re.match(modules, module):
                 raise DeployError(
-                    f'{where}: {name} is not built from a file, since it reads other files; '
-                    'this architecture cannot be deployed.'
+                    f'{where}: {name} is not built from a file, since {cls.__module__} may hold '
+                    'classes that read other files or a model hub; this architecture cannot be '
+                    'deployed.'
                 )
             return
     raise DeployError(
@@ -216,53 +207,22 @@ def check_scope(scope: str) -> None:
         raise DeployError(f'scope {scope!r} is none of {", ".join(scopes())}.')
 
 
-class _Budget(TorchFunctionMode):
-    """Stops a config that asks for far more memory than its file has weights for.
-
-    Args:
-        elements: Tensor elements that may be created.
-    """
-
-    FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
-    RANGES = (torch.arange, torch.linspace, torch.eye)
-    # A module costs memory beside its tensors.
-    LEAST = 2048
-
-    def __init__(self, elements: int):
-        super().__init__()
-        self.left = elements
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in self.FACTORIES or func in self.RANGES:
-            self.left -= max(func(*args, **{**kwargs, 'device': 'meta'}).numel(), self.LEAST)
-            if self.left < 0:
-                raise DeployError(
-                    'the architecture in the header is far larger than the weights of the file; '
-                    'the file is damaged or forged, get it again.'
-                )
-        return func(*args, **kwargs)
-
-
-def build_architecture(config: dict, scope: str, elements: int) -> nn.Module:
+def build_architecture(config: dict, scope: str) -> nn.Module:
     """Builds the float model of a checked config; the global random state stays as it is.
 
     Args:
         config: Decoded config of a model.
         scope: Scope of types without one.
-        elements: How many elements the file's tensors stand for.
 
     Raises:
-        DeployError: If the config does not build, or needs far more than ``elements``.
+        DeployError: If the config is not safe to build, or does not build.
     """
     check_scope(scope)
     check_config(config, scope)
     try:
-        with torch.random.fork_rng(devices=[]), _Budget(2 * elements + 2**24):
+        with torch.random.fork_rng(devices=[]):
             # Detectors read their config by attribute, and write into it.
             return MODELS.build(ConfigDict({**copy.deepcopy(config), '_scope_': scope}))
-    except DeployError:
-        raise
     except Exception as error:
         raise DeployError(
             'the architecture in the header cannot be built with the installed packages '

@@ -82,9 +82,7 @@ def _assemble(header: dict, table: TensorTable) -> nn.Module:
     check_scope(scope)
     if pipeline is not None:
         check_pipeline(pipeline, scope)
-    # Two codes share a byte.
-    elements = sum(2 * tensor.numel() for tensor in table.tensors.values())
-    model = build_architecture(config, scope, elements)
+    model = build_architecture(config, scope)
     _swap_layers(model, _section(header, 'layers', dict))
     _swap_attention(model, _section(header, 'attention', dict))
     make_reproducible(model)

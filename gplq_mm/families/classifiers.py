@@ -12,4 +12,7 @@ class Classifiers(Family):
     as of any model with a head."""
 
     headlines = {'accuracy/top1': ('top1', 1.0)}
-    scopes = ('mmpretrain',)
+    scopes = {
+        'mmpretrain': r'models\.((backbones\.(?!timm_)|heads|losses|necks)\b|classifiers\.image$|'
+        r'utils\.(data_preprocessor|norm)$)|datasets\.transforms\.'
+    }

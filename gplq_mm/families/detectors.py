@@ -74,4 +74,8 @@ class Detectors(Family):
     }
     outputs = {'mmdet.models.detectors.base.BaseDetector': DetectorOutputs}
     headlines = {'coco/bbox_mAP': ('bbox_mAP', 100.0), 'coco/segm_mAP': ('segm_mAP', 100.0)}
-    scopes = ('mmdet',)
+    scopes = {
+        'mmdet': r'models\.(backbones|data_preprocessors|dense_heads\.(?!atss_vl)|'
+        r'detectors\.(?!glip|grounding|kd_|lad)|layers|losses|necks|roi_heads|seg_heads|'
+        r'task_modules\.(?!tracking))|datasets\.transforms\.'
+    }

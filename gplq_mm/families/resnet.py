@@ -19,4 +19,3 @@ class ResNet(Family):
         )
         for name in ('BasicBlock', 'Bottleneck')
     }
-    scopes = ('mmpretrain', 'mmdet')

@@ -282,4 +282,3 @@ class Swin(Family):
         'mmpretrain.models.utils.embed.PatchMerging': fuse_patch_merging,
         'mmdet.models.layers.transformer.utils.PatchMerging': fuse_patch_merging,
     }
-    scopes = ('mmpretrain', 'mmdet')

@@ -117,4 +117,3 @@ class ViT(Family):
             fuse_block, Int4EncoderLayer
         ),
     }
-    scopes = ('mmpretrain',)

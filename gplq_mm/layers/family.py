@@ -5,7 +5,7 @@ written down by the class's name in full (``'package.module.Class'``): no packag
 imported here, and a model is never traced.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,9 @@ class Family:
             callable from a preprocessed batch to named groups of tensors.
         headlines: Metric of a data set's evaluator -> its name in the summary, and the factor that
             makes it percent or AP points.
-        scopes: Packages whose registries a packed file may name.
+        scopes: Package whose registry a packed file may name -> regular expression of its modules
+            whose classes are built from a file, without the package's name. Those of other
+            modules may read what their config names.
     """
 
     attentions: Mapping[str, AttentionKind] = {}
@@ -78,7 +80,7 @@ class Family:
     features: Mapping[str, Callable[[nn.Module], nn.Module | None]] = {}
     outputs: Mapping[str, Callable[[nn.Module], Callable]] = {}
     headlines: Mapping[str, tuple[str, float]] = {}
-    scopes: Iterable[str] = ()
+    scopes: Mapping[str, str] = {}
 
 
 # What a subclass is as well. How it computes may differ.
@@ -119,10 +121,10 @@ def headlines() -> dict[str, tuple[str, float]]:
     return {key: value for family in families() for key, value in family.headlines.items()}
 
 
-def scopes() -> tuple[str, ...]:
-    """Packages whose registries a packed file may name: mmengine's, ours and the families'."""
-    named = dict.fromkeys(scope for family in families() for scope in family.scopes)
-    return ('mmengine', *named, 'gplq_mm')
+def scopes() -> dict[str, str]:
+    """Those of mmengine, of all families (see :class:`Family`) and of this package."""
+    named = {scope: modules for family in families() for scope, modules in family.scopes.items()}
+    return {'mmengine': r'model\.', **named, 'gplq_mm': r'models\.simple_feature_pyramid$'}
 
 
 _classes: dict[tuple[type, type], type] = {}

@@ -367,12 +367,19 @@ ARCHITECTURES = {
     'other files': (
         'backbone',
         {'type': 'mmpretrain.TIMMBackbone', 'model_name': 'resnet18'},
-        'reads other files',
+        'may hold classes that read other files',
+    ),
+    'model hub': (
+        'head',
+        {'type': 'mmdet.ATSSVLFusionHead', 'lang_model_name': 'bert-base-uncased'},
+        'may hold classes that read other files',
+    ),
+    'quantized twice': (
+        'backbone',
+        {'type': 'gplq_mm.QuantBackbone'},
+        'may hold classes that read',
     ),
     'huge number': ('backbone.patch_size', 2**40, 'too large'),
-    'huge image': ('backbone.img_size', 2**19, 'far larger than the weights'),
-    'huge width': ('head.num_classes', 2**20, 'far larger than the weights'),
-    'many layers': ('backbone.arch.num_layers', 2**18, 'far larger than the weights'),
     'more classes': ('head.num_classes', 7, r'needs'),
     'unknown option': ('backbone.speed', 3, 'cannot be built'),
     'wrong value': ('backbone.arch.num_heads', 'two', 'cannot be built'),
