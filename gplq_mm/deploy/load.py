@@ -18,7 +18,7 @@ from ..layers.family import entry_of
 from ..layers.replace import kind_of, set_module, twin_of
 from ..layers.reproducible import make_reproducible
 from ..ops.device import resolve_device
-from ..quant import PolicyError, SiteSpec
+from ..quant import ActSpec, SiteSpec, WeightSpec
 from ..quant.spec import SITE_GRANULARITIES
 from .architecture import build_architecture, check_pipeline, check_scope, decode
 from .convert import convert_in_place
@@ -26,11 +26,10 @@ from .export import attentions, other_entries
 from .format import read_file
 from .packed_tensors import (
     TensorTable,
-    act_spec_of,
     fill_attention,
     fill_compensation,
     fill_layer,
-    weight_spec_of,
+    spec_of,
 )
 
 __all__ = ['load']
@@ -119,12 +118,12 @@ def _swap_layers(model: nn.Module, entries: dict) -> None:
         module = _submodule(model, name)
         if kind is None or kind != kind_of(module):
             raise DeployError(f'{name} is no {kind} layer of the architecture. {AGAIN}')
-        act = act_spec_of(entry.get('activation'), name)
+        act = spec_of(ActSpec, entry.get('activation'), name)
         _check_site(act, kind, name)
-        spec = SiteSpec(act, weight_spec_of(entry.get('weight'), name))
+        spec = SiteSpec(act, spec_of(WeightSpec, entry.get('weight'), name))
         try:
             set_module(model, name, twin_of(module).from_float(module, spec, name))
-        except (PolicyError, ValueError) as error:
+        except ValueError as error:
             raise DeployError(f'{error} {AGAIN}') from error
 
 
@@ -143,12 +142,12 @@ def _swap_attention(model: nn.Module, entries: dict) -> None:
         specs = {}
         for operand, spec in entry.items():
             site = f'{name}.{operand}'
-            specs[operand] = None if spec is None else act_spec_of(spec, site)
+            specs[operand] = None if spec is None else spec_of(ActSpec, spec, site)
             if spec is not None:
                 _check_site(specs[operand], operand, site)
         try:
             known.quantize(module, specs, name)
-        except (PolicyError, ValueError) as error:
+        except ValueError as error:
             raise DeployError(f'{error} {AGAIN}') from error
 
 

@@ -19,19 +19,15 @@ from ..layers.attention import OPERANDS
 from ..layers.replace import kind_of
 from ..quant import (
     ActQuantizer,
-    ActSpec,
-    PolicyError,
     QuantizedWeight,
     QuantState,
     WeightQuantizer,
-    WeightSpec,
 )
 from ..quant.packing import pack_nibbles, unpack_nibbles
-from ..quant.spec import named_today
+from ..quant.spec import completed
 
 __all__ = [
     'TensorTable',
-    'act_spec_of',
     'attention_record',
     'channels_of',
     'compensation_record',
@@ -39,7 +35,7 @@ __all__ = [
     'fill_compensation',
     'fill_layer',
     'layer_record',
-    'weight_spec_of',
+    'spec_of',
 ]
 
 # A multiplier 1..15 minus this is a 4-bit code.
@@ -85,34 +81,20 @@ def _is_of(value: Any, hint: Any) -> bool:
     return isinstance(value, int | float if hint is float else hint)
 
 
-def _spec(cls: type, data: Any, where: str):
+def spec_of(cls: type, data: Any, where: str) -> Any:
+    """Spec of a class from a header, or DeployError."""
     hints = get_type_hints(cls)
-    if isinstance(data, Mapping):
-        data = named_today(data, hints)
-    if (
-        not isinstance(data, Mapping)
-        or set(data) != set(hints)
-        or not all(_is_of(data[key], hint) for key, hint in hints.items())
-    ):
+    fields = completed(cls, data) if isinstance(data, Mapping) else {}
+    if set(fields) != set(hints) or not all(_is_of(fields[key], hints[key]) for key in hints):
         raise DeployError(
             f'{where}: the header does not describe the quantizer; deploy the checkpoint again.'
         )
     try:
-        spec = cls(**data)
+        spec = cls(**fields)
         spec.code_format  # noqa: B018 (checks what does not go with it)
         return spec
-    except (PolicyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise DeployError(f'{where}: {error}') from error
-
-
-def act_spec_of(data: Any, where: str) -> ActSpec:
-    """Spec from a header, or DeployError."""
-    return _spec(ActSpec, data, where)
-
-
-def weight_spec_of(data: Any, where: str) -> WeightSpec:
-    """Spec from a header, or DeployError."""
-    return _spec(WeightSpec, data, where)
 
 
 # -- grids ------------------------------------------------------------------------------------
@@ -213,7 +195,7 @@ def fill_layer(name: str, layer: QuantWeightLayer, table: TensorTable) -> None:
 def _act_entry(quantizer: ActQuantizer) -> dict:
     """Spec of a quantizer; integers of any kind are plain ones now that it is frozen."""
     entry = quantizer.spec.to_dict()
-    return {**entry, 'quantizer': 'uniform'} if quantizer.format.is_integer_product else entry
+    return {**entry, 'format': 'integer'} if quantizer.format.is_integer_product else entry
 
 
 # -- attention --------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from .spec import (
     SiteSpec,
     WeightSpec,
     check_choice,
+    completed,
 )
 
 __all__ = ['QuantPolicy']
@@ -84,6 +85,16 @@ def _override(spec, changes: dict, where: str):
                 f'which has {key}={value!r}.'
             )
     return spec
+
+
+def _completed(policy: Mapping) -> dict:
+    """A saved policy with all fields of its specs."""
+    activations = {key: completed(ActSpec, spec) for key, spec in policy['activations'].items()}
+    return {
+        **policy,
+        'weight': completed(WeightSpec, policy['weight']),
+        'activations': activations,
+    }
 
 
 def _activation_part(policy: Mapping) -> dict:
@@ -244,7 +255,7 @@ class QuantPolicy:
             saved: Of :meth:`to_dict`.
             activations_only: Whether it may differ in what acts in Stage 2 only.
         """
-        own = self.to_dict()
+        own, saved = self.to_dict(), _completed(saved)
         if activations_only:
             saved, own = _activation_part(saved), _activation_part(own)
         return [key for key in own if saved.get(key) != own[key]]

@@ -23,8 +23,6 @@ GRANULARITIES = ('tensor', 'channel', 'head', 'token')
 WEIGHT_OBSERVERS = ('minmax', 'percentile', 'mse')
 LAYOUTS = ('folded', 'raw')
 GROUP_SCALES = ('integer', 'float')
-# Settings that are younger than the first files, and what a file means that does not name them.
-LATER_FIELDS = {'group_scale': 'integer', 'reparametrize': False, 'format': 'integer'}
 
 # Granularities whose scale does not lie on the reduction axis of the product that follows, or
 # can be folded into a weight before that is quantized. Anything else is not an integer product.
@@ -63,28 +61,19 @@ def _check_bits(owner: str, bits: Any) -> None:
         raise PolicyError(f'{owner}.bits={bits!r} must be an integer from 2 to 8.')
 
 
-def _without_later_defaults(settings: dict) -> dict:
-    """Leaves out what the first files mean without naming it, so that theirs are still the same."""
-    return {
-        key: value
-        for key, value in settings.items()
-        if key not in LATER_FIELDS or value != LATER_FIELDS[key]
-    }
-
-
-def named_today(saved: Mapping, known: Mapping) -> dict:
-    """Settings of a file under their names of today, with those that are younger than it.
+def completed(kind: type, stored: Mapping) -> dict:
+    """All fields of a stored spec; what its writer did not know is at its default.
 
     Args:
-        saved: Of ``to_dict`` of a spec.
-        known: Has the names of the spec's settings.
+        kind: :class:`ActSpec` or :class:`WeightSpec`.
+        stored: Of their ``to_dict``, or some of it.
     """
-    later = {key: value for key, value in LATER_FIELDS.items() if key in known}
-    found = {**later, **saved}
-    if 'quantizer' in found:
-        name = found.pop('quantizer')
-        found['format'] = 'integer' if name == 'uniform' else name
-    return found
+    stored = dict(stored)
+    if 'quantizer' in stored:
+        # What the first files call the format.
+        name = stored.pop('quantizer')
+        stored['format'] = 'integer' if name == 'uniform' else name
+    return {**kind().to_dict(), **stored}
 
 
 class _Coded:
@@ -196,13 +185,8 @@ class ActSpec(_Coded):
         return self.bits, self.zero_point, self.signed
 
     def to_dict(self) -> dict:
-        """Plain data for files, without :data:`LATER_FIELDS` that are at their default.
-
-        Files have always named the format, ``'uniform'`` for integers, a quantizer.
-        """
-        saved = {'quantizer' if key == 'format' else key: v for key, v in asdict(self).items()}
-        saved['quantizer'] = 'uniform' if self.format == 'integer' else self.format
-        return {**_without_later_defaults(saved), 'percentile': list(self.percentile)}
+        """Plain data for files."""
+        return {**asdict(self), 'percentile': list(self.percentile)}
 
 
 @dataclass(frozen=True)
@@ -285,8 +269,8 @@ class WeightSpec(_Coded):
         return self.max_multiplier == 1 and not self.has_float_groups
 
     def to_dict(self) -> dict:
-        """Plain data for files, without :data:`LATER_FIELDS` that are at their default."""
-        return _without_later_defaults(asdict(self))
+        """Plain data for files."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -301,8 +301,8 @@ HEADERS = {
     'float groups': (spec_entry('weight', group_scale='float'), "group_scale='float'"),
     'group scale': (spec_entry('weight', group_scale='half'), 'integer, float'),
     'granularity': (spec_entry('activation', granularity='token'), 'no quantizer of this site'),
-    'format': (spec_entry('activation', quantizer='log_sqrt2'), 'does not go with format'),
-    'format unknown': (spec_entry('activation', quantizer='os.system'), 'is not one of'),
+    'format': (spec_entry('activation', format='log_sqrt2'), 'does not go with format'),
+    'format unknown': (spec_entry('activation', format='os.system'), 'is not one of'),
     'observer unknown': (spec_entry('activation', observer='os.system'), 'is not one of'),
     'operand missing': (
         section('attention', {'backbone.layers.0.attn': {'q': None}}),
@@ -401,6 +401,24 @@ def test_forged_architecture(forge, path, value, message):
 )
 def test_forged_pipeline(forge, transform):
     refused(forge(section('test_pipeline', [transform])), r'test_pipeline\[0\]')
+
+
+# As files were written first: without the fields of specs that came later.
+EARLIER = {
+    'activation': {
+        **dict(bits=4, zero_point='float', signed=True, granularity='channel', observer='minmax'),
+        **dict(percentile=[0.01, 0.99], quantizer='uniform', tokens=None, row_relative=False),
+    },
+    'weight': dict(bits=4, layout='folded', group_size=32, observer='minmax', percentile=0.999),
+}
+
+
+def test_specs_of_an_earlier_file(forge, packed):
+    def change(header, _):
+        assert header['layers'][FC] != {'kind': 'linear', **EARLIER}
+        header['layers'][FC].update(EARLIER)
+
+    assert torch.equal(load(forge(change))(images(2)), packed[1])
 
 
 def test_nested_without_end(forge):

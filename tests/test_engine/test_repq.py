@@ -25,7 +25,6 @@ from tiny_runs import (
 from gplq_mm.checkpoint import CheckpointError
 from gplq_mm.engine import unwrap
 from gplq_mm.layers import act_quantizers
-from gplq_mm.quant import QuantPolicy
 
 NORMS = {'vit': 4, 'swin': 7}
 
@@ -201,17 +200,6 @@ def test_new_task_begins_with_a_reparametrized_backbone(repq, tmp_path):
     assert read_summary(tmp_path)['weight_drift']['mae'] < 1e-8
     distance = read_summary(tmp_path)['feature_distance']
     assert distance['latent_fp32']['relative_l2'] < 1e-5
-
-
-def test_policies_of_earlier_checkpoints_are_the_same_policy():
-    """They do not name the setting, and neither do new ones that leave it at its default."""
-    policy = QuantPolicy()
-    saved = policy.to_dict()
-    assert not any('reparametrize' in spec for spec in saved['activations'].values())
-    assert policy.differences(saved) == []
-    saved['activations']['linear']['bits'] = 5
-    assert policy.differences(saved) == ['activations']
-    assert QuantPolicy('repq').differences(policy.to_dict()) != []
 
 
 def test_another_preset_is_another_policy(repq, tmp_path, float_checkpoints):

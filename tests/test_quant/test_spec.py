@@ -183,14 +183,19 @@ def test_to_dict_is_plain_and_stable(tmp_path):
     assert policy.to_dict()['weight']['bits'] == 3
 
 
-def test_a_policy_without_the_younger_keys_is_that_of_an_older_file():
-    plain = QuantPolicy(weight=dict(bits=3)).to_dict()
-    assert plain['weight'] == dict(
-        bits=3, layout='folded', group_size=32, observer='mse', percentile=0.999
-    )
-    assert QuantPolicy(weight=dict(bits=3, group_scale='integer')).to_dict() == plain
-    changed = QuantPolicy(weight=dict(bits=3, group_scale='float')).to_dict()
-    assert changed['weight'] == {**plain['weight'], 'group_scale': 'float'}
+def test_a_spec_that_was_stored_without_a_field_has_its_default():
+    policy = QuantPolicy(weight=dict(bits=3))
+    saved = policy.to_dict()
+    assert saved['weight']['group_scale'] == 'integer'
+    assert saved['activations']['linear']['reparametrize'] is False
+    for spec in (saved['weight'], *saved['activations'].values()):
+        spec.pop('group_scale', None)
+        spec.pop('reparametrize', None)
+    assert policy.differences(saved) == []
+    assert QuantPolicy(weight=dict(bits=3, group_scale='float')).differences(saved) == ['weight']
+    saved['activations']['linear']['bits'] = 5
+    assert policy.differences(saved) == ['activations']
+    assert QuantPolicy('repq').differences(policy.to_dict()) != []
 
 
 @pytest.mark.parametrize('bits', [4, 8])
