@@ -9,16 +9,14 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from ..checkpoint import atomic_write
 from ..layers import DeployError
-
-__all__ = ['FORMAT', 'VERSION', 'read_file', 'write_file']
 
 FORMAT = 'gplq_mm packed model'
 VERSION = 1
@@ -65,44 +63,6 @@ def _no_constant(name: str):
     raise ValueError(f'{name} is no number')
 
 
-def _metadata(data: bytes, path: Path) -> dict[str, Any]:
-    """The ``gplq_mm`` document of a file's bytes."""
-    if data[:2] in (b'PK', b'\x80\x02'):
-        raise DeployError(
-            f'{path} is a checkpoint, not a packed model; make one of it with tools/deploy.py.'
-        )
-    length = int.from_bytes(data[:8], 'little')
-    if len(data) < 8 or length > len(data) - 8:
-        raise DeployError(f'{path} is truncated or no safetensors file. {AGAIN}')
-    try:
-        header = json.loads(data[8 : 8 + length])
-        metadata = header.get('__metadata__') or {}
-        document = metadata.get(KEY)
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise DeployError(f'{path} has a damaged header. {AGAIN}') from error
-    if document is None:
-        raise DeployError(
-            f'{path} is a safetensors file that gplq_mm did not write; a packed model is made '
-            'with tools/deploy.py.'
-        )
-    try:
-        document = json.loads(document, parse_constant=_no_constant)
-        name, version = document['format'], document['version']
-        checksum, content = document['sha256'], document['header']
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise DeployError(f'{path} has a damaged header. {AGAIN}') from error
-    if name != FORMAT or type(version) is not int:
-        raise DeployError(f'{path} is not of the format "{FORMAT}". {AGAIN}')
-    if version != VERSION:
-        advice = 'Update gplq_mm.' if version > VERSION else 'Deploy the checkpoint again.'
-        raise DeployError(
-            f'{path} is of format version {version}, this gplq_mm reads version {VERSION}. {advice}'
-        )
-    if not isinstance(content, dict) or not isinstance(checksum, str):
-        raise DeployError(f'{path} has a damaged header. {AGAIN}')
-    return {'sha256': checksum, 'header': content}
-
-
 def read_file(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
     """Reads a packed file and verifies it.
 
@@ -117,17 +77,36 @@ def read_file(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
         raise DeployError(f'{path} does not exist; correct the path, or run tools/deploy.py first.')
     # Into memory, not mapped: a file that changes while it is used must not crash the process.
     data = path.read_bytes()
-    document = _metadata(data, path)
+    if data[:2] in (b'PK', b'\x80\x02'):
+        raise DeployError(
+            f'{path} is a checkpoint, not a packed model; make one of it with tools/deploy.py.'
+        )
     try:
+        with safe_open(path, 'pt') as file:
+            metadata = file.metadata() or {}
         tensors = safetensors.torch.load(data)
     except Exception as error:
         raise DeployError(
-            f'{path} is damaged or names more data than it holds ({error}). {AGAIN}'
+            f'{path} is damaged, truncated or no safetensors file ({error}). {AGAIN}'
         ) from error
+    if KEY not in metadata:
+        raise DeployError(
+            f'{path} is a safetensors file that gplq_mm did not write; a packed model is made '
+            'with tools/deploy.py.'
+        )
     try:
-        checksum = _checksum(document['header'], tensors)
-    except (ValueError, RecursionError) as error:
+        document = json.loads(metadata[KEY], parse_constant=_no_constant)
+        name, version, header = (document[key] for key in ('format', 'version', 'header'))
+        is_whole = document['sha256'] == _checksum(header, tensors)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DeployError(f'{path} has a damaged header. {AGAIN}') from error
-    if checksum != document['sha256']:
+    if name != FORMAT or type(version) is not int:
+        raise DeployError(f'{path} is not of the format "{FORMAT}". {AGAIN}')
+    if version != VERSION:
+        advice = 'Update gplq_mm.' if version > VERSION else 'Deploy the checkpoint again.'
+        raise DeployError(
+            f'{path} is of format version {version}, this gplq_mm reads version {VERSION}. {advice}'
+        )
+    if not is_whole or not isinstance(header, dict):
         raise DeployError(f'{path} was changed or damaged: its checksum does not match. {AGAIN}')
-    return document['header'], tensors
+    return header, tensors
