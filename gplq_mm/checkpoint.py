@@ -16,17 +16,6 @@ from torch import nn
 
 from .errors import GPLQError
 
-__all__ = [
-    'CheckpointError',
-    'adopt_biases',
-    'atomic_write',
-    'atomic_write_text',
-    'load_float_weights',
-    'read_checkpoint',
-    'state_dict_of',
-    'to_plain',
-]
-
 QUANTIZER_KEYS = (
     'act_quantizer.',
     'weight_quantizer.',

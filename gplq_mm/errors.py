@@ -4,8 +4,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ['DataError', 'GPLQError', 'SettingError', 'StateError', 'one_line_errors']
-
 
 class GPLQError(Exception):
     """Base of all errors whose message tells a user what is wrong and what to do.

@@ -20,8 +20,6 @@ from rich.progress import (
 
 from .ptq import Progress as PTQProgress
 
-__all__ = ['show_steps', 'show_weight_ptq', 'track']
-
 Item = TypeVar('Item')
 SECONDS_BETWEEN_LINES = 10.0
 

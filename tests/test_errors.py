@@ -41,4 +41,4 @@ def test_every_error_class_of_the_package_derives_from_the_base():
             ):
                 assert bases & kinds, f'{path}: {node.name}'
                 found += 1
-    assert found > 8
+    assert found > 5

@@ -28,8 +28,6 @@ from ..layers import DeployError
 from ..layers.family import scopes
 from ..registry import MODELS
 
-__all__ = ['build_architecture', 'check_config', 'decode', 'encode', 'inference_architecture']
-
 MODEL_REGISTRIES = (ROOT_MODELS, ROOT_TASK_UTILS)
 # Looked up in mmcv.ops by name, not in a registry.
 OPERATORS = ('RoIAlign', 'RoIPool', 'nms', 'soft_nms', 'nms_rotated')

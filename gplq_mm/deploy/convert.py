@@ -13,8 +13,6 @@ from ..layers.int4_weight import DeployError, Int4WeightLayer
 from ..layers.replace import set_module
 from ..models import GPLQ, QuantBackbone, Stage
 
-__all__ = ['DeployReport', 'convert', 'convert_in_place', 'strip_wrappers']
-
 
 @dataclass
 class DeployReport:

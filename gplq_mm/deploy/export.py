@@ -34,8 +34,6 @@ from .convert import strip_wrappers
 from .format import write_file
 from .packed_tensors import attention_record, compensation_record, layer_record
 
-__all__ = ['SizeReport', 'attentions', 'other_entries', 'save']
-
 PACKAGES = ('torch', 'onedl-mmengine', 'onedl-mmcv', 'onedl-mmpretrain', 'onedl-mmdetection')
 
 

@@ -10,8 +10,6 @@ from ..checkpoint import atomic_write
 from ..layers import DeployError
 from ..layers.int4_weight import Int4WeightLayer
 
-__all__ = ['export_program', 'save_program']
-
 # An exported dimension is a range.
 MAX_BATCH = 2**16
 

@@ -32,8 +32,6 @@ from .packed_tensors import (
     spec_of,
 )
 
-__all__ = ['load']
-
 AGAIN = 'Deploy the checkpoint again.'
 
 

@@ -16,8 +16,6 @@ from ..layers import DeployError
 from ..version import __version__
 from .exported import export_program
 
-__all__ = ['OPSET', 'export_onnx']
-
 # The first operator set with 4-bit integers and blocked scales.
 OPSET = 21
 

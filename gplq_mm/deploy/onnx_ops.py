@@ -27,8 +27,6 @@ from torch.export import ExportedProgram
 from ..ops.reference import LAYER_FIELDS
 from ..quant.packing import unpack_multiplier_panels, unpack_panels
 
-__all__ = ['Translation']
-
 
 @dataclass
 class _Layer:

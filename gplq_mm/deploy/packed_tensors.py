@@ -26,18 +26,6 @@ from ..quant import (
 from ..quant.packing import pack_nibbles, unpack_nibbles
 from ..quant.spec import completed
 
-__all__ = [
-    'TensorTable',
-    'attention_record',
-    'channels_of',
-    'compensation_record',
-    'fill_attention',
-    'fill_compensation',
-    'fill_layer',
-    'layer_record',
-    'spec_of',
-]
-
 # A multiplier 1..15 minus this is a 4-bit code.
 MULTIPLIER_BIAS = 8
 

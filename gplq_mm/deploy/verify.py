@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from ..layers import DeployError, Int4WeightLayer, find_blocks, quant_layers
 from .convert import strip_wrappers
 
-__all__ = ['Agreement', 'compare', 'tensors_in']
-
 
 @dataclass(frozen=True)
 class Agreement:

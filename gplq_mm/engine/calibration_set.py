@@ -14,12 +14,6 @@ from ..errors import DataError
 from ..progress import track
 from .shared_datasets import SharedDatasets, shared_datasets
 
-__all__ = ['CalibrationError', 'CalibrationSet']
-
-
-class CalibrationError(DataError):
-    """Calibration images that are missing, or that must not be used."""
-
 
 def _image_id(dataset, index: int) -> str:
     info = dataset.get_data_info(index)
@@ -48,7 +42,7 @@ class CalibrationSet:
         held_out: Datasets that must not share an image with this one.
 
     Raises:
-        CalibrationError: If the set is empty, smaller than the number of ranks, or shares
+        DataError: If the set is empty, smaller than the number of ranks, or shares
             images with a held-out set.
     """
 
@@ -68,7 +62,7 @@ class CalibrationSet:
         size = len(self.dataset)
         _, world_size = rank_and_world_size()
         if num_images < 1 or size == 0:
-            raise CalibrationError(
+            raise DataError(
                 f'the calibration set is empty (num_images={num_images}, the data set has {size}); '
                 'give at least one training image.'
             )
@@ -78,7 +72,7 @@ class CalibrationSet:
             )
             num_images = size
         if num_images < world_size:
-            raise CalibrationError(
+            raise DataError(
                 f'{num_images} calibration image(s) cannot be dealt out to {world_size} ranks; '
                 'use at least one for each.'
             )
@@ -89,7 +83,7 @@ class CalibrationSet:
         for other in held_out:
             shared = chosen.intersection(_image_id(other, i) for i in range(len(other)))
             if shared:
-                raise CalibrationError(
+                raise DataError(
                     f'{len(shared)} calibration image(s) also belong to the validation or test '
                     f'set, for example {min(shared)}; calibrate on training images.'
                 )

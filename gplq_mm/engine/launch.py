@@ -11,8 +11,6 @@ from pathlib import Path
 
 from ..errors import GPLQError
 
-__all__ = ['RunFailedError', 'follow', 'shown', 'telling', 'train_command']
-
 # Lines of the log that tell a reader how far it is.
 TELLING = re.compile(
     r'Epoch\((train|val)\)|calibrat|PCA|Weight-PTQ|evaluation of|Error|resumed|compensation'

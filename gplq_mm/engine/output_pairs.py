@@ -6,8 +6,6 @@ from torch import Tensor
 
 from ..models import GPLQ
 
-__all__ = ['OutputPairs']
-
 
 class OutputPairs:
     """Pairs for :func:`gplq_mm.evaluation.feature_distance`.

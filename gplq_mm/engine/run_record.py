@@ -14,8 +14,6 @@ from ..layers.family import headlines
 from ..version import __version__
 from .stage_clock import StageClock
 
-__all__ = ['RunRecord', 'print_summary', 'result_rows', 'write_summary']
-
 
 @dataclass
 class RunRecord:

@@ -16,12 +16,9 @@ from mmengine.runner import BaseLoop, Runner
 from ..checkpoint import atomic_write, read_checkpoint, to_plain
 from ..distributed import ranks_end_together
 from ..registry import RUNNERS
-from .class_count import ClassCountHook
-from .mask_check import MaskCheckHook
+from .data_checks import DataCheckHook
 from .shared_datasets import shared_datasets
 from .weights import load_run_weights
-
-__all__ = ['GPLQRunner']
 
 # Seconds. A rank that died is noticed at once, since its connections close; this is for one that
 # hangs. Rank 0 alone computes the metrics of a detector, for a minute or two, while all wait.
@@ -78,8 +75,7 @@ class GPLQRunner(Runner):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.register_hook(PlainCheckpointHook())
-        self.register_hook(ClassCountHook())
-        self.register_hook(MaskCheckHook())
+        self.register_hook(DataCheckHook())
 
     train = ranks_end_together()(Runner.train)
     val = ranks_end_together()(Runner.val)

@@ -11,8 +11,6 @@ from torch.utils.data import Dataset
 from ..datasets import SeededDataset
 from ..errors import DataError
 
-__all__ = ['SharedDatasets', 'shared_datasets']
-
 
 class SharedDatasets:
     """Builds data sets; those whose configs differ in the pipeline alone share their annotations.

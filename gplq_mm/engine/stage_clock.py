@@ -12,8 +12,6 @@ from pathlib import Path
 import torch
 from mmengine.logging import print_log
 
-__all__ = ['StageClock', 'resident_megabytes']
-
 MEGABYTE = 2**20
 
 
@@ -38,16 +36,23 @@ def _reset_peak() -> None:
         _warn_of_earlier_stages()
 
 
+def _from_status(field: str) -> float | None:
+    """Megabytes of a line of Linux's description of the process, None where there is none."""
+    with suppress(OSError):
+        for line in Path('/proc/self/status').read_text().splitlines():
+            if line.startswith(f'{field}:'):
+                return int(line.split()[1]) / 1024
+    return None
+
+
 def _peak_megabytes() -> float:
     """Peak of the device's allocations on CUDA, of resident memory otherwise."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / MEGABYTE
-    with suppress(OSError):
-        for line in Path('/proc/self/status').read_text().splitlines():
-            if line.startswith('VmHWM:'):
-                return int(line.split()[1]) / 1024
     unit = 1 if sys.platform == 'darwin' else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MEGABYTE
+    return _from_status('VmHWM') or (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MEGABYTE
+    )
 
 
 def resident_megabytes() -> float:
@@ -57,11 +62,7 @@ def resident_megabytes() -> float:
     """
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated() / MEGABYTE
-    with suppress(OSError):
-        for line in Path('/proc/self/status').read_text().splitlines():
-            if line.startswith('VmRSS:'):
-                return int(line.split()[1]) / 1024
-    return _peak_megabytes()
+    return _from_status('VmRSS') or _peak_megabytes()
 
 
 class StageClock:

@@ -13,8 +13,6 @@ from .run_record import RunRecord
 from .transfer import TransferProbe
 from .weights import unwrap
 
-__all__ = ['StageEvaluation']
-
 
 class StageEvaluation:
     """Metrics of the validation set, distance to the teacher and, if wanted, transfer.
@@ -27,7 +25,7 @@ class StageEvaluation:
 
     Raises:
         SettingError: If there is no image for the feature distance, or ``transfer`` lacks a part.
-        TransferError: If ``transfer`` cannot be probed.
+        DataError: If ``transfer`` cannot be probed.
     """
 
     def __init__(

@@ -7,8 +7,6 @@ from torch.utils.data import DataLoader
 from ..checkpoint import CheckpointError
 from ..distributed import rank_and_world_size
 
-__all__ = ['TrainingData']
-
 
 @dataclass(frozen=True)
 class TrainingData:

@@ -17,13 +17,7 @@ from ..models import GPLQ
 from ..progress import track
 from .output_pairs import OutputPairs
 
-__all__ = ['TransferError', 'TransferProbe']
-
 LOADER_KEYS = {'dataset', 'batch_size', 'num_workers'}
-
-
-class TransferError(DataError):
-    """A transfer data set that cannot be probed."""
 
 
 class TransferProbe:
@@ -38,13 +32,13 @@ class TransferProbe:
         val_dataloader: As before, the images that it is scored on, of the same classes.
 
     Raises:
-        TransferError: If the model has no penultimate features, or a data set is missing, empty,
+        DataError: If the model has no penultimate features, or a data set is missing, empty,
             without labels, of one class, or of other classes than the other one.
     """
 
     def __init__(self, model: GPLQ, train_dataloader: dict, val_dataloader: dict):
         if model.mimicry.tap is None or model.mimicry.taps_maps:
-            raise TransferError(
+            raise DataError(
                 'train_cfg.transfer probes the penultimate features of a classifier, and this '
                 'model has none (a detector, or a feature_layer with maps); set '
                 'train_cfg.transfer=None.'
@@ -68,11 +62,11 @@ class TransferProbe:
                 collate_fn=pseudo_collate,
             )
             if split == 'train' and len(labels.unique()) < 2:
-                raise TransferError(
+                raise DataError(
                     'all images of transfer.train_dataloader are of one class; give at least two.'
                 )
         if classes[0] != classes[1]:
-            raise TransferError(
+            raise DataError(
                 f'the data sets of train_cfg.transfer have different classes ({classes[0]} and '
                 f'{classes[1]}), so that their labels do not mean the same; give both the same '
                 'folders, or the same metainfo.'
@@ -83,7 +77,7 @@ class TransferProbe:
         name = f'transfer.{split}_dataloader'
         unknown = set(cfg) - LOADER_KEYS
         if unknown or 'dataset' not in cfg:
-            raise TransferError(
+            raise DataError(
                 f'{name} needs a dataset, and may have batch_size and num_workers; every image is '
                 f'read once, in order. It has {sorted(cfg)}.'
             )
@@ -93,13 +87,13 @@ class TransferProbe:
         except (OSError, RuntimeError, AssertionError, ValueError) as error:
             # mmpretrain's data sets raise any of these for a missing or an empty folder.
             reason = ' '.join(str(error).split())
-            raise TransferError(
+            raise DataError(
                 f'the data set of {name} is missing or empty ({reason}): correct its path, or set '
                 'train_cfg.transfer=None.'
             ) from error
         _, world_size = rank_and_world_size()
         if size < world_size:
-            raise TransferError(
+            raise DataError(
                 f'{name} has {size} image(s) for {world_size} rank(s); give at least one for each.'
             )
         return dataset
@@ -108,7 +102,7 @@ class TransferProbe:
     def _labels_of(split: str, dataset: Dataset) -> Tensor:
         labels = [dataset.get_data_info(index).get('gt_label') for index in range(len(dataset))]
         if not all(isinstance(label, Integral) and label >= 0 for label in labels):
-            raise TransferError(
+            raise DataError(
                 f'transfer.{split}_dataloader has images without a label, or with several; a '
                 'linear probe needs one class for each. Set with_label=True, or give another data '
                 'set.'

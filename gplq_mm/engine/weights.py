@@ -14,8 +14,6 @@ from ..checkpoint import (
 )
 from ..models import GPLQ, Stage
 
-__all__ = ['load_act_qat', 'load_run_weights', 'unwrap']
-
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside a distributed wrapper, or the model itself."""

@@ -10,8 +10,6 @@ from torch import nn
 from ..layers import learned_parameters
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 
-__all__ = ['Bf16OptimWrapper', 'GPLQOptimWrapperConstructor']
-
 
 @OPTIM_WRAPPERS.register_module()
 class Bf16OptimWrapper(OptimWrapper):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import gplq_mm.engine.calibration_set as module
-from gplq_mm.engine import CalibrationError, CalibrationSet
+from gplq_mm.engine import CalibrationSet
+from gplq_mm.errors import DataError
 
 TRAIN = dict(
     type='gplq_mm.MNIST5k',
@@ -60,19 +61,19 @@ def test_ranks_share_the_images(monkeypatch, count):
 
 def test_more_ranks_than_images(monkeypatch):
     monkeypatch.setattr(module, 'rank_and_world_size', lambda: (0, 4))
-    with pytest.raises(CalibrationError, match='cannot be dealt out to 4 ranks'):
+    with pytest.raises(DataError, match='cannot be dealt out to 4 ranks'):
         CalibrationSet(TRAIN, 3)
 
 
 @pytest.mark.parametrize('count', [0, -1])
 def test_empty(count):
-    with pytest.raises(CalibrationError, match='is empty'):
+    with pytest.raises(DataError, match='is empty'):
         CalibrationSet(TRAIN, count)
 
 
 def test_held_out_images():
     other = CalibrationSet(TRAIN, 1).dataset
-    with pytest.raises(CalibrationError, match=r'20 calibration image\(s\) also belong'):
+    with pytest.raises(DataError, match=r'20 calibration image\(s\) also belong'):
         CalibrationSet(TRAIN, 20, held_out=(other,))
 
 

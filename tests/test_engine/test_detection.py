@@ -26,7 +26,7 @@ from tiny_runs import (
 )
 
 from gplq_mm.checkpoint import CheckpointError
-from gplq_mm.engine import ClassCountError, MaskError
+from gplq_mm.errors import DataError, SettingError
 from gplq_mm.layers import QuantConvTranspose2d, quant_layers, quantizers_disabled
 from gplq_mm.quant import PolicyError
 
@@ -233,7 +233,7 @@ def test_data_set_with_another_number_of_classes(part, data, pretrained, tmp_pat
     dataset = dataset.dataset if part == 'train' else dataset
     dataset.metainfo = dict(classes=('bright', 'dark', 'grey'))
     wanted = rf'bbox_head predicts 2 classes .* {part}_dataloader has 3 \(bright, dark, grey\)'
-    with pytest.raises(ClassCountError, match=wanted):
+    with pytest.raises(SettingError, match=wanted):
         build_runner(cfg).train()
     assert not list(tmp_path.glob('*.pth'))
 
@@ -311,7 +311,7 @@ def test_a_mask_that_cannot_be_evaluated(data, pretrained, tmp_path):
     (tmp_path / 'val.json').write_text(json.dumps(content))
     cfg = detection_config(tmp_path / 'run', tmp_path, pretrained)
     cfg.train_dataloader.dataset.dataset.data_root = str(data)
-    with pytest.raises(MaskError, match=r'1 annotation.* of val_evaluator .* id 3 of image 1: rem'):
+    with pytest.raises(DataError, match=r'1 annotation.* of val_evaluator .* id 3 of image 1: rem'):
         build_runner(cfg).train()
     assert not list(tmp_path.glob('run/*.pth'))
 

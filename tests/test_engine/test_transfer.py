@@ -21,9 +21,10 @@ from tiny_runs import (
 )
 
 from gplq_mm.datasets.mnist5k import _digits
-from gplq_mm.engine import RunRecord, TransferError, print_summary, unwrap
+from gplq_mm.engine import RunRecord, print_summary, unwrap
 from gplq_mm.engine.training_data import TrainingData
 from gplq_mm.engine.transfer import TransferProbe
+from gplq_mm.errors import DataError, SettingError
 
 STAGES = {'fp32', 'ptq_w4a4', 'w32a4', 'latent_fp32', 'w4a4'}
 KEYS = {'top1', 'relative_l2', 'cosine', 'agreement', 'num_train', 'num_val'}
@@ -176,7 +177,7 @@ class TestBadInput:
     """Said before anything is computed: no checkpoint and no summary is written."""
 
     def message(self, cfg, tmp_path) -> str:
-        with pytest.raises((TransferError, ValueError)) as caught:
+        with pytest.raises((DataError, SettingError)) as caught:
             run(cfg)
         assert not list(tmp_path.glob('*.pth'))
         text = str(caught.value)
@@ -229,5 +230,5 @@ class TestBadInput:
     def test_features_that_are_maps(self, folder):
         model = torch.nn.Module()
         model.mimicry = SimpleNamespace(tap=None, taps_maps=False)
-        with pytest.raises(TransferError, match=r'features of a classifier.*transfer=None'):
+        with pytest.raises(DataError, match=r'features of a classifier.*transfer=None'):
             TransferProbe(model, **transfer(folder))

@@ -10,8 +10,6 @@ from ...checkpoint import atomic_write_text
 from ...errors import SettingError
 from ...registry import HOOKS
 
-__all__ = ['GPLQCheckpointHook']
-
 
 @HOOKS.register_module()
 class GPLQCheckpointHook(Hook):

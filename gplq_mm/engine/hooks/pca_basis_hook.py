@@ -8,8 +8,6 @@ from ...registry import HOOKS
 from ..calibration_set import CalibrationSet
 from ..weights import unwrap
 
-__all__ = ['PCABasisHook']
-
 
 @HOOKS.register_module()
 class PCABasisHook(Hook):

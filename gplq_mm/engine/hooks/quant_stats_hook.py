@@ -11,8 +11,6 @@ from ...quant import QuantState
 from ...registry import HOOKS
 from ..weights import unwrap
 
-__all__ = ['QuantStatsHook']
-
 
 @HOOKS.register_module()
 class QuantStatsHook(Hook):

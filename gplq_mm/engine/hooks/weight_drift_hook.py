@@ -9,8 +9,6 @@ from ...models import GPLQ
 from ...registry import HOOKS
 from ..weights import unwrap
 
-__all__ = ['WeightDriftHook']
-
 KEYS = ('mae', 'mse')
 
 

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from gplq_mm.engine import MaskError
-from gplq_mm.engine.mask_check import check_masks
+from gplq_mm.engine.data_checks import check_masks
+from gplq_mm.errors import DataError
 
 TRIANGLE = [[1, 1, 5, 1, 5, 5]]
 RLE = dict(size=[4, 4], counts=[3, 4, 9])
@@ -19,7 +19,7 @@ def evaluator(*masks, metrics=('bbox', 'segm')):
 
 @pytest.mark.parametrize('mask', [None, [], [[]], [3, 4], [[1, 1]], [[1, 1, 2, 2]], {}])
 def test_is_refused(mask):
-    with pytest.raises(MaskError, match=r'^2 annotation.* of val have .*id 1 of image 11: remove'):
+    with pytest.raises(DataError, match=r'^2 annotation.* of val have .*id 1 of image 11: remove'):
         check_masks(evaluator(TRIANGLE, mask, RLE, mask), 'val')
     assert check_masks(evaluator(mask, metrics=['bbox']), 'val') is None
 
