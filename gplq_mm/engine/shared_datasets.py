@@ -8,8 +8,9 @@ from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS
 from torch.utils.data import Dataset
 
-from ..datasets import SeededDataset
 from ..errors import DataError
+from ..registry import DATASETS as OUR_DATASETS
+from ..registry import registered
 
 
 class SharedDatasets:
@@ -37,7 +38,7 @@ class SharedDatasets:
         if isinstance(cfg.get('dataset'), Mapping):
             inner = cfg['dataset']
             # Other wrappers build a wrapper inside themselves, and take no other object.
-            if kind is SeededDataset or not _is_wrapper(inner):
+            if kind is registered(OUR_DATASETS)['SeededDataset'] or not _is_wrapper(inner):
                 cfg['dataset'] = self.build(inner)
         elif kind is not None and issubclass(kind, BaseDataset) and _can_wait(kind):
             return self._shared(cfg)
