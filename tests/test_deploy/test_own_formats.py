@@ -7,7 +7,7 @@ from own_formats import register_for
 from packed_models import assert_close_but_for_flips, quantized_classifier, run_config
 
 from gplq_mm.deploy import DeployError, convert, load, save
-from gplq_mm.layers import QuantAttention
+from gplq_mm.layers import QuantAttention, quant_layers
 from gplq_mm.quant import PolicyError
 from gplq_mm.registry import FORMATS
 
@@ -59,3 +59,28 @@ def test_a_layer_of_another_format_is_a_simulation():
         torch.testing.assert_close(layer(x), rounded)
     with pytest.raises(DeployError, match='square_root is a simulation'):
         convert(simulated)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('kind', ['vit', 'swin'])
+@pytest.mark.parametrize(
+    'policy',
+    [
+        dict(activation=dict(format='mxfp4'), weight=dict(format='nvfp4')),
+        dict(activation=dict(format='nvfp4'), weight=dict(format='mxfp4')),
+        dict(weight=dict(format='mxfp4')),
+    ],
+)
+def test_block_scaled_formats_are_simulations(kind, policy):
+    simulated = quantized_classifier(kind, policy)
+    layer = next(
+        layer for name, layer in quant_layers(simulated).items() if name.endswith('ffn.layers.1')
+    )
+    x = torch.randn(4, layer.in_features)
+    rounded = layer.act_quantizer(x) @ layer.dequantized_weight().T + layer.bias
+    torch.testing.assert_close(layer(x), rounded)
+    assert simulated(images(2)).isfinite().all()
+    with pytest.raises(DeployError, match=r'fp4 is a simulation.*format="integer"'):
+        convert(simulated)
+    with pytest.raises(DeployError, match='fp4 is a simulation'):
+        save(simulated, run_config(kind), 'never_written.safetensors')
