@@ -12,6 +12,7 @@ from .rounding import RoundToNearest, expand_multiplier, to_stored_order
 from .scales import search_group_scales, search_row_scale
 from .statistics import SecondMoment
 from .stream import find_units
+from .unit import Unit
 
 __all__ = [
     'GPTQ',
@@ -19,6 +20,7 @@ __all__ = [
     'Progress',
     'RoundToNearest',
     'SecondMoment',
+    'Unit',
     'build_weight_ptq',
     'calibrate_with_norms',
     'coordinate_descent',

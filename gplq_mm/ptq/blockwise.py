@@ -27,6 +27,7 @@ from .forecast import Forecast, Progress
 from .statistics import SecondMoment
 from .stream import Stream, last_readers, trace_units
 from .tensor_store import Memory, TensorStore
+from .unit import Unit
 
 __all__ = ['quantize_weights', 'round_weights']
 
@@ -53,6 +54,10 @@ def _round(layer: QuantWeightLayer, method: Callable, moment: SecondMoment | Non
             second_moment = moment.covariance() if layer.is_folded else moment.second_moment()
     value = method(weight, layer.weight_quantizer.spec, permutation, second_moment)
     layer.set_quantized_weight(value, mean)
+    _share(layer)
+
+
+def _share(layer: QuantWeightLayer) -> None:
     quantizer = layer.weight_quantizer
     broadcast_([quantizer.codes, quantizer.row_scale, quantizer.multiplier, quantizer.bias])
 
@@ -90,7 +95,8 @@ def quantize_weights(
         model: Quantized model in eval mode with frozen activation quantizers.
         batches: This rank's calibration batches.
         forward: ``forward(batch)`` runs the model on one batch.
-        method: PTQ method: ``method(weight, spec, permutation, second_moment)``.
+        method: PTQ method: ``method(weight, spec, permutation, second_moment)`` rounds a layer.
+            If it has ``reconstruct(unit)``, that is then called for every :class:`.unit.Unit`.
         report: Told after every step how far it is.
         memory_bytes: What images and activations may hold in memory before they go to disk.
 
@@ -128,6 +134,7 @@ class _Stage2:
 
     def __init__(self, model, kept, forward, method, report, memory):
         self.model, self.method, self.report = model, method, report
+        self.reconstructs = hasattr(method, 'reconstruct')
         self.start = time.monotonic()
 
         def run_one() -> None:
@@ -168,14 +175,20 @@ class _Stage2:
         unit = self.model.get_submodule(self.stream.units[position])
         compensation = getattr(unit, 'compensation', None)
         inputs, results = self.stream.store(), self.stream.store()
-        moments = self._observe(position, unit, inputs, results)
-        layers = _rank_layers(unit)
+        moments, compensates = self._observe(position, unit, inputs, results)
+        layers, means = _rank_layers(unit), {}
         for name, layer in layers.items():
-            moments[name].reduce()
-            _round(layer, self.method, moments.pop(name))
+            moment = moments.pop(name)
+            moment.reduce()
+            means[name] = moment.mean.to(layer.weight.device)
+            _round(layer, self.method, moment)
+        if self.reconstructs:
+            with torch.enable_grad():
+                self.method.reconstruct(Unit(unit, layers, means, inputs, results))
+            for layer in layers.values():
+                _share(layer)
         self._done(position, 'rounding')
-        compensates = len(results) > 0
-        self._run(position, unit, inputs, results)
+        self._run(position, unit, inputs, results, compensates)
         score = None
         if compensates:
             score = compensation.fit()
@@ -188,10 +201,12 @@ class _Stage2:
 
     def _observe(
         self, position: int, unit: nn.Module, inputs: TensorStore, targets: TensorStore
-    ) -> dict[str, SecondMoment]:
-        """Runs the unit with latent weights: statistics of its layers, its inputs and targets.
+    ) -> tuple[dict[str, SecondMoment], bool]:
+        """Runs the unit with latent weights: statistics of its layers, its inputs, and its targets
+        if they are needed.
 
-        A block that changes the shape has no parallel linear map, and gets no targets.
+        Also says whether it is compensated: a block that changes the shape has no parallel linear
+        map.
         """
         layers = _rank_layers(unit)
         moments = {
@@ -218,16 +233,20 @@ class _Stage2:
                 values = [unit(*args, **kwargs) for args, kwargs in calls]
                 if index == 0:
                     compensates &= block_input(*calls[0]).shape == values[0].shape
-                if compensates:
+                if compensates or self.reconstructs:
                     targets.append(values)
                 self._done(position, 'forward')
-        return moments
+        return moments, compensates
 
     def _run(
-        self, position: int, unit: nn.Module, inputs: TensorStore, results: TensorStore
+        self,
+        position: int,
+        unit: nn.Module,
+        inputs: TensorStore,
+        results: TensorStore,
+        compensates: bool,
     ) -> None:
         """Runs the unit with quantized weights; its outputs take the place of the targets."""
-        compensates = len(results) > 0
         if compensates:
             unit.compensation.start()
         with compiled_products(unit):
@@ -238,6 +257,7 @@ class _Stage2:
                         calls, results[index], outputs, strict=True
                     ):
                         unit.compensation.update(block_input(args, kwargs), target - output)
+                if index < len(results):
                     results[index] = outputs
                 else:
                     results.append(outputs)

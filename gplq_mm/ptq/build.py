@@ -13,7 +13,8 @@ def build_weight_ptq(cfg: dict) -> Callable:
 
     Returns:
         ``method(weight, spec, permutation, second_moment) -> QuantizedWeight``; its
-        ``needs_second_moment`` says whether the last argument may be None.
+        ``needs_second_moment`` says whether the last argument may be None. If it has
+        ``reconstruct(unit)``, that is called for every :class:`.unit.Unit` afterwards.
 
     Raises:
         SettingError: For an unknown type, or an option out of range or unknown.

@@ -34,6 +34,7 @@ def run_page(page: Path) -> dict:
 def test_extending(own_registries):
     space = run_page(DOCS / 'extending.md')
     assert {'power_of_two'} <= set(FORMATS.module_dict)
+    assert {'AdaRound', 'BlockScales'} <= set(WEIGHT_PTQ.module_dict)
     assert WEIGHT_PTQ.get('AdaRound') is space['AdaRound']
     assert FAMILIES.get('MyFamily') is space['MyFamily']
 
