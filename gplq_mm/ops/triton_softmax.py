@@ -155,57 +155,43 @@ def _softmax_launch(
     return (triton.cdiv(rows, tile_rows),), arguments, options
 
 
-def _is_too_long(scores: Tensor) -> bool:
+def _fits(scores: Tensor) -> bool:
     keys = scores.shape[-1]
     if keys > MAX_KEYS:
         native.announce(
             f'softmaxes of training over {keys} keys on {scores.device.type}',
             'their rows do not fit the registers',
         )
-    return keys > MAX_KEYS
+    return keys <= MAX_KEYS
 
 
-def softmax_fake_quant_(
-    scores: Tensor,
-    factor: float,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    scale: Tensor,
-    offset: Tensor | None,
-    grid: list[int],
-    row_relative: bool,
-) -> Tensor:
-    training_checks.check_scores(scores, bias, mask, scale, offset, grid)
-    given = (scores, factor, bias, mask, scale, offset, grid, row_relative)
-    if _is_too_long(scores):
-        return training_reference.softmax_fake_quant_(*given)
+# What follows the scores stands in training_reference: factor, bias, mask, scale, offset, grid,
+# row_relative.
+
+
+def softmax_fake_quant_(scores: Tensor, factor: float, *rest) -> Tensor:
+    training_checks.check_scores(scores, *rest[:5])
+    if not _fits(scores):
+        return training_reference.softmax_fake_quant_(scores, factor, *rest)
     total = scores.new_empty(*scores.shape[:-1], 1)
     if scores.numel():
-        programs, arguments, options = _softmax_launch(*given)
+        programs, arguments, options = _softmax_launch(scores, factor, *rest)
         with torch.cuda.device_of(scores):
             softmax_kernel[programs](scores, total, *arguments, **options)
     return total
 
 
 def softmax_fake_quant_backward_(
-    grad: Tensor,
-    scores: Tensor,
-    factor: float,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    scale: Tensor,
-    offset: Tensor | None,
-    grid: list[int],
-    row_relative: bool,
+    grad: Tensor, scores: Tensor, factor: float, *rest
 ) -> tuple[Tensor, Tensor]:
-    training_checks.check_scores(scores, bias, mask, scale, offset, grid)
+    training_checks.check_scores(scores, *rest[:5])
     training_checks.check_score_gradient(grad, scores)
-    given = (scores, factor, bias, mask, scale, offset, grid, row_relative)
-    if _is_too_long(scores):
-        return training_reference.softmax_fake_quant_backward_(grad, *given)
+    if not _fits(scores):
+        return training_reference.softmax_fake_quant_backward_(grad, scores, factor, *rest)
+    scale = rest[2]
     if not scores.numel():
         return zeros_of(scale)
-    programs, arguments, options = _softmax_launch(*given)
+    programs, arguments, options = _softmax_launch(scores, factor, *rest)
     rows, inner, channels = arguments[4], arguments[9], arguments[10]
     with torch.cuda.device_of(scores):
         parts = torch.empty(2, rows, dtype=torch.float32, device=scores.device)
