@@ -12,8 +12,8 @@
 #include <optional>
 #include <vector>
 
-#include "attention.h"
 #include "checks.h"
+#include "kernel_set.h"
 #include "parallel.h"
 
 namespace gplq_mm {
@@ -29,20 +29,6 @@ constexpr int64_t kGrainScores = 1 << 14;
 constexpr int64_t kLongestSum = 1 << 16;
 // From this many tasks a thread on, none waits long for another.
 constexpr int64_t kEnoughTasks = 16;
-
-const AttentionKernel& attention_of(Isa isa) {
-  switch (isa) {
-    case Isa::portable:
-      break;
-    case Isa::avx2:
-      return *avx2_attention();
-    case Isa::avx_vnni:
-      return *avx_vnni_attention();
-    case Isa::avx512_vnni:
-      return *avx512_vnni_attention();
-  }
-  return *portable_attention();
-}
 
 // Numbers below `out_rows` may occur once: two tokens cannot be written to the same row. Returns
 // whether each of them occurs.
@@ -229,7 +215,7 @@ Tensor int4_attention(const Tensor& qkv, int64_t heads, double scale, const Tens
   problem.max_probs = constants.largest(kProbs);
   problem.max_value = constants.largest(kValue);
 
-  const AttentionKernel& kernel = attention_of(current_isa());
+  const AttentionKernel& kernel = *kernel_set().attention;
   const int64_t pairs = windows * heads;
   problem.parts = parts_of(pairs, (tokens + kernel.row_block - 1) / kernel.row_block);
   const int64_t scores = std::max<int64_t>(1, tokens * tokens / problem.parts);

@@ -59,10 +59,4 @@ struct AttentionKernel {
   int64_t row_block;
 };
 
-// Null where the compiler does not target the machine.
-const AttentionKernel* portable_attention();
-const AttentionKernel* avx2_attention();
-const AttentionKernel* avx_vnni_attention();
-const AttentionKernel* avx512_vnni_attention();
-
 }  // namespace gplq_mm

@@ -1,8 +1,7 @@
 // Attention on codes, the same source on every instruction set.
 //
-// Each attention_<isa>.cpp sets its target, defines a `Machine` (its vectors, and the product of a
-// tile) and includes this file. All names are local to the translation unit, as in
-// kernels_impl.h.
+// It is made of the vectors of a machine, and its product of a tile of queries. All names are local
+// to the translation unit, as in kernels_impl.h.
 //
 // A task is one head of one window, or a part of its queries:
 //   key panel    int8 (head_dim / 4, tokens, 4): codes, four channels of a token side by side;
@@ -23,13 +22,13 @@ constexpr float kAttentionRounder = 12582912.0f;
 [[maybe_unused]] constexpr float kSmallestExponent = -126.0f;
 constexpr float kLog2E = 1.44269504088896340736f;
 // Queries that are computed together.
-constexpr int kRows = 4;
+constexpr int kQueries = 4;
 // Bytes of one token that are transposed at a time: four steps.
 constexpr int64_t kChunk = 16;
 constexpr int64_t kAlignment = 64;
 // A softmax's sum runs in as many columns of its own, whatever the vectors' width: so it is the
 // same on every machine, and that of gplq_mm/quant/arithmetic.py.
-constexpr int64_t kSums = 16;
+constexpr int64_t kSoftmaxSums = 16;
 constexpr int64_t kLine = 16;  // floats
 
 // 2^f = 1 + f (c1 + f (c2 + ...)) for f in [0, 1], relative error below 1.5e-7 with all rounding;
@@ -70,7 +69,7 @@ struct Scratch {
   int64_t bytes;
 
   Scratch(const AttentionProblem& p, void* memory) {
-    constexpr int64_t width = M::kWidth, rows = kRows;
+    constexpr int64_t width = M::kWidth, rows = kQueries;
     columns = round_up(p.tokens, width);
     channels = round_up(p.head_dim, width);
     key_steps = (p.head_dim + kStep - 1) / kStep;
@@ -111,8 +110,8 @@ class Attention {
       : p_(problem), s_(problem, memory), added_(problem.bias != nullptr || problem.mask != nullptr) {
     // What lies beyond the tokens or channels is multiplied by zero or never read as a number,
     // but it must be the same in every run.
-    __builtin_memset(s_.query, 0, kRows * s_.query_stride);
-    __builtin_memset(s_.codes, 0, kRows * s_.codes_stride);
+    __builtin_memset(s_.query, 0, kQueries * s_.query_stride);
+    __builtin_memset(s_.codes, 0, kQueries * s_.codes_stride);
     __builtin_memset(s_.ones, 0, s_.codes_stride);
     __builtin_memset(s_.ones, 1, p_.tokens);
     __builtin_memset(s_.all_ones, 1, s_.query_stride);
@@ -120,7 +119,7 @@ class Attention {
 
   void run(int64_t begin, int64_t end) {
     int64_t prepared = -1;
-    const int64_t blocks = (p_.tokens + kRows - 1) / kRows;
+    const int64_t blocks = (p_.tokens + kQueries - 1) / kQueries;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t pair = task / p_.parts, part = task % p_.parts;
       if (pair != prepared) {
@@ -134,8 +133,8 @@ class Attention {
       const int64_t last = blocks * (part + 1) / p_.parts;
       const bool next = part + 1 == p_.parts && task + 1 < end;
       for (int64_t block = blocks * part / p_.parts; block < last; ++block) {
-        if (next) fetch_next(block * kRows);
-        added_ ? row_block<true>(block * kRows) : row_block<false>(block * kRows);
+        if (next) fetch_next(block * kQueries);
+        added_ ? row_block<true>(block * kQueries) : row_block<false>(block * kQueries);
       }
     }
   }
@@ -155,7 +154,7 @@ class Attention {
   void fetch_next(int64_t first) const {
     const bool same = head_ + 1 < p_.heads;
     const int64_t window = same ? window_ : window_ + 1, head = same ? head_ + 1 : 0;
-    for (int64_t t = first; t < p_.tokens && t < first + kRows; ++t) {
+    for (int64_t t = first; t < p_.tokens && t < first + kQueries; ++t) {
       fetch(source(1, t, window, head), p_.head_dim);
       fetch(source(2, t, window, head), p_.head_dim);
     }
@@ -313,8 +312,8 @@ class Attention {
 
   // Sums of four rows of codes, each times 0 or 1. They are below 2^24 and exact.
   static void row_sums(const uint8_t* codes, int64_t stride, const uint8_t* ones, float* sums) {
-    Real rows[kRows];
-    for (int64_t r = 0; r < kRows; ++r) {
+    Real rows[kQueries];
+    for (int64_t r = 0; r < kQueries; ++r) {
       Ints sum = M::set_int(0);
       for (int64_t i = 0; i < stride; i += kWidth * kStep) {
         sum = M::sum_of_codes(sum, codes + r * stride + i, ones + i);
@@ -326,9 +325,9 @@ class Attention {
 
   template <bool added>
   void row_block(int64_t first) {
-    const int64_t rows = p_.tokens - first < kRows ? p_.tokens - first : kRows;
+    const int64_t rows = p_.tokens - first < kQueries ? p_.tokens - first : kQueries;
     prepare_query<added>(first, rows);
-    for (int64_t t = first + kRows; t < p_.tokens && t < first + 2 * kRows; ++t) {
+    for (int64_t t = first + kQueries; t < p_.tokens && t < first + 2 * kQueries; ++t) {
       fetch(source(0, t), p_.head_dim);
     }
     scores<added>(first);
@@ -356,9 +355,9 @@ class Attention {
     }
     nan_queries_ = M::any_nan(bad);
     if (!added) return;
-    float sums[kRows] = {};
+    float sums[kQueries] = {};
     if (c_->query_factor != 0.0f) row_sums(s_.query, s_.query_stride, s_.all_ones, sums);
-    for (int64_t r = 0; r < kRows; ++r) {
+    for (int64_t r = 0; r < kQueries; ++r) {
       query_term_[r] = sums[r] * c_->query_factor + c_->score_offset;
     }
   }
@@ -384,12 +383,12 @@ class Attention {
   template <bool added>
   struct ScoreTile {
     Attention& a;
-    const float *bias[kRows], *mask[kRows];
+    const float *bias[kQueries], *mask[kQueries];
 
     template <int n>
     void operator()(int64_t column) const {
       const auto& s = a.s_;
-      M::template tile<n>(s.query, s.query_stride, s.key + column * kStep, s.columns * kStep,
+      M::template query_tile<n>(s.query, s.query_stride, s.key + column * kStep, s.columns * kStep,
                           s.key_steps, int64_t{2} * a.p_.max_query * a.p_.max_key, *this, column);
     }
 
@@ -422,7 +421,7 @@ class Attention {
   template <bool added>
   void scores(int64_t first) {
     ScoreTile<added> tile = {*this, {}, {}};
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kQueries; ++r) {
       best_[r] = M::set(-__builtin_inff());
       if (!added) continue;
       // Rows beyond the last are computed and not used.
@@ -445,17 +444,17 @@ class Attention {
       return plain ? M::bits(M::add(M::min(M::mul(value, grid.inverse), grid.high), grid.rounder))
                    : code(value, grid);
     };
-    constexpr int64_t parts = kSums / kWidth;
-    float top[kRows], totals[kRows];
-    Real sums[parts][kRows];
+    constexpr int64_t parts = kSoftmaxSums / kWidth;
+    float top[kQueries], totals[kQueries];
+    Real sums[parts][kQueries];
     M::largest(best_, top);
-    for (int64_t r = 0; r < kRows; ++r) {
+    for (int64_t r = 0; r < kQueries; ++r) {
       const Real subtract = M::set(top[r]);
       float* scores = s_.scores + r * s_.columns;
       uint8_t* codes = s_.codes + r * s_.codes_stride;
       Real sum[parts];
       for (Real& part : sum) part = M::set(0.0f);
-      for (int64_t from = 0; from < s_.columns; from += kSums) {
+      for (int64_t from = 0; from < s_.columns; from += kSoftmaxSums) {
 #pragma GCC unroll 4
         for (int64_t part = 0; part < parts; ++part) {
           const int64_t i = from + part * kWidth;
@@ -474,9 +473,9 @@ class Attention {
       for (int64_t part = 0; part < parts; ++part) sums[part][r] = sum[part];
     }
     M::totals(sums, totals);
-    for (int64_t r = 0; r < kRows; ++r) row_factor_[r] = 1.0f / totals[r];
+    for (int64_t r = 0; r < kQueries; ++r) row_factor_[r] = 1.0f / totals[r];
     if (relative) return;
-    for (int64_t r = 0; r < kRows; ++r) {
+    for (int64_t r = 0; r < kQueries; ++r) {
       const Real factor = M::set(row_factor_[r]);
       const float* scores = s_.scores + r * s_.columns;
       uint8_t* codes = s_.codes + r * s_.codes_stride;
@@ -490,13 +489,13 @@ class Attention {
 
   struct MixTile {
     Attention& a;
-    float* out[kRows];
-    float row_term[kRows];
+    float* out[kQueries];
+    float row_term[kQueries];
 
     template <int n>
     void operator()(int64_t channel) const {
       const auto& s = a.s_;
-      M::template tile<n>(s.codes, s.codes_stride, s.value + channel * kStep, s.channels * kStep,
+      M::template query_tile<n>(s.codes, s.codes_stride, s.value + channel * kStep, s.channels * kStep,
                           s.value_steps, int64_t{2} * a.p_.max_probs * a.p_.max_value, *this,
                           channel);
     }
@@ -539,8 +538,8 @@ class Attention {
   bool nan_queries_ = false;
   int64_t window_ = 0, head_ = 0;
   const HeadConstants* c_ = nullptr;
-  Real best_[kRows];
-  float query_term_[kRows], row_factor_[kRows];
+  Real best_[kQueries];
+  float query_term_[kQueries], row_factor_[kQueries];
 };
 
 template <class M>
@@ -555,7 +554,7 @@ void run_attention(const AttentionProblem& problem, int64_t begin, int64_t end, 
 
 template <class M>
 const AttentionKernel* attention_kernel() {
-  static constexpr AttentionKernel kernel = {&scratch_bytes<M>, &run_attention<M>, kRows};
+  static constexpr AttentionKernel kernel = {&scratch_bytes<M>, &run_attention<M>, kQueries};
   return &kernel;
 }
 

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels.h"
+#include "kernel_set.h"
 
 namespace gplq_mm {
 namespace {
@@ -15,18 +15,10 @@ namespace {
 constexpr std::array<const char*, kIsaCount> kNames = {"portable", "avx2", "avx_vnni",
                                                        "avx512_vnni"};
 
-const Kernels* table(int isa) {
-  switch (static_cast<Isa>(isa)) {
-    case Isa::portable:
-      return portable_kernels();
-    case Isa::avx2:
-      return avx2_kernels();
-    case Isa::avx_vnni:
-      return avx_vnni_kernels();
-    case Isa::avx512_vnni:
-      return avx512_vnni_kernels();
-  }
-  return nullptr;
+const KernelSet* table(int isa) {
+  const std::array<const KernelSet* (*)(), kIsaCount> machines = {
+      portable_set, avx2_set, avx_vnni_set, avx512_vnni_set};
+  return machines[static_cast<size_t>(isa)]();
 }
 
 bool machine_has(int isa) {
@@ -86,7 +78,16 @@ int choose() {
 constexpr int kUndecided = -1;
 std::atomic<int> chosen{kUndecided};
 
-std::string isa_name() { return kNames[static_cast<int>(current_isa())]; }
+int current_isa() {
+  int isa = chosen.load(std::memory_order_relaxed);
+  if (isa == kUndecided) {
+    isa = choose();
+    chosen.store(isa);
+  }
+  return isa;
+}
+
+std::string isa_name() { return kNames[static_cast<size_t>(current_isa())]; }
 
 void set_isa(std::string name) {
   chosen.store(name.empty() ? choose() : parse(name, "set_cpu_isa"));
@@ -94,16 +95,7 @@ void set_isa(std::string name) {
 
 }  // namespace
 
-Isa current_isa() {
-  int isa = chosen.load(std::memory_order_relaxed);
-  if (isa == kUndecided) {
-    isa = choose();
-    chosen.store(isa);
-  }
-  return static_cast<Isa>(isa);
-}
-
-const Kernels& kernels() { return *table(static_cast<int>(current_isa())); }
+const KernelSet& kernel_set() { return *table(current_isa()); }
 
 }  // namespace gplq_mm
 

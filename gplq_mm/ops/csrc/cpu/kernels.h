@@ -99,16 +99,4 @@ struct Kernels {
   void (*multiply)(const Product& product, const Epilogue& epilogue);
 };
 
-// A table per instruction set; null where the compiler does not target the machine.
-const Kernels* portable_kernels();
-const Kernels* avx2_kernels();
-const Kernels* avx_vnni_kernels();
-const Kernels* avx512_vnni_kernels();
-
-// The instruction set in use; throws if the environment variable GPLQ_MM_ISA asks for one that
-// does not exist or that this machine lacks.
-Isa current_isa();
-// The kernels of the instruction set in use.
-const Kernels& kernels();
-
 }  // namespace gplq_mm

@@ -1,10 +1,9 @@
 // Everything that is the same source on every instruction set: quantization, LayerNorm, what
 // follows a product, and the loop over the tiles of a product.
 //
-// Each kernels_<isa>.cpp sets its target, includes this file and gives `kernel_table` the vectors
-// and the product of its instruction set. All names are local to
-// the translation unit: nothing compiled for a higher instruction set may be linked into code
-// that runs on a lower one.
+// Each file of an instruction set sets its target, includes kernel_set_impl.h and gives it the vectors
+// and the products. All names are local to the translation unit: nothing compiled for a higher
+// instruction set may be linked into code that runs on a lower one.
 #pragma once
 
 #include "kernels.h"

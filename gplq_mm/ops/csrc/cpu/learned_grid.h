@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "checks.h"
-#include "training.h"
+#include "kernel_set.h"
 
 namespace gplq_mm {
 
@@ -109,7 +109,7 @@ inline at::Tensor empty_state(at::IntArrayRef shape, at::IntArrayRef grid) {
 // Calls function with the kernels and the data of a state, of one or two bytes.
 template <typename Function>
 void with_state(const at::Tensor& state, const Function& function) {
-  const TrainingKernels& kernel = training_kernels();
+  const TrainingKernels& kernel = *kernel_set().training;
   if (state.scalar_type() == at::kByte) {
     function(kernel.narrow, static_cast<uint8_t*>(state.data_ptr()));
   } else {

@@ -28,7 +28,7 @@ InputCodes codes_of(const Tensor& x, const Layer& layer) {
   InputCodes codes(x.numel() / columns, columns);
   const Tensor real = real_tensor(x);
   const float* from = real.const_data_ptr<float>();
-  const Kernels& kernel = kernels();
+  const Kernels& kernel = *kernel_set().kernels;
   for_rows(codes.rows(), columns, [&](int64_t first, int64_t count) {
     kernel.quantize(from + first * columns, count, columns, layer.grid(), codes.row(first),
                     codes.stride());
@@ -45,7 +45,7 @@ InputCodes norm_codes_of(const Tensor& x, const Tensor& weight, const Tensor& bi
   const float* from = real.const_data_ptr<float>();
   const float* scale = scales.const_data_ptr<float>();
   const float* shift = shifts.const_data_ptr<float>();
-  const Kernels& kernel = kernels();
+  const Kernels& kernel = *kernel_set().kernels;
   for_rows(codes.rows(), columns, [&](int64_t first, int64_t count) {
     kernel.norm_quantize(from + first * columns, count, columns, scale, shift,
                          static_cast<float>(eps), layer.grid(), codes.row(first), codes.stride());
@@ -124,7 +124,7 @@ Tensor quantize_codes(const Tensor& x, const Tensor& inverse, const Tensor& shif
   const int64_t columns = x.size(-1);
   const float* from = real.const_data_ptr<float>();
   auto* to = codes.mutable_data_ptr<uint8_t>();
-  const Kernels& kernel = kernels();
+  const Kernels& kernel = *kernel_set().kernels;
   for_rows(x.numel() / columns, columns, [&](int64_t first, int64_t count) {
     kernel.quantize(from + first * columns, count, columns, act, to + first * columns, columns);
   });
@@ -143,7 +143,7 @@ Tensor layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, dou
   const float* scale = scales.const_data_ptr<float>();
   const float* shift = shifts.const_data_ptr<float>();
   auto* to = out.mutable_data_ptr<float>();
-  const Kernels& kernel = kernels();
+  const Kernels& kernel = *kernel_set().kernels;
   const bool fused = torch_fuses();
   for_rows(x.numel() / columns, columns, [&](int64_t first, int64_t count) {
     kernel.layer_norm(from + first * columns, count, columns, scale, shift,
@@ -159,7 +159,7 @@ Tensor gelu(const Tensor& x) {
   const Tensor real = real_tensor(x);
   const float* from = real.const_data_ptr<float>();
   auto* to = out.mutable_data_ptr<float>();
-  const Kernels& kernel = kernels();
+  const Kernels& kernel = *kernel_set().kernels;
   for_rows(x.numel(), 1, [&](int64_t first, int64_t count) {
     kernel.gelu(from + first, count, to + first);
   });
@@ -263,7 +263,7 @@ Tensor int4_conv2d(const Tensor& x, at::TensorList tensors, at::IntArrayRef grid
   const int64_t image = g.channels * g.height * g.width;
   InputCodes codes(rows, columns);
   const float* from = real.const_data_ptr<float>();
-  const Kernels& kernel = kernels();
+  const Kernels& kernel = *kernel_set().kernels;
   // The padding is quantized with the rest: it gets the code of a real zero.
   for_rows(rows, columns, [&](int64_t first, int64_t rows_here) {
     auto* window = thread_buffer<Use::window, float>(columns);

@@ -8,6 +8,7 @@
 #include <new>
 
 #include "checks.h"
+#include "kernel_set.h"
 #include "parallel.h"
 
 namespace gplq_mm {
@@ -104,7 +105,7 @@ void multiply(const Codes<use>& codes, const Layer& layer, const EpilogueOf& epi
   const int64_t rows = codes.rows(), stride = codes.stride();
   if (rows == 0) return;
   constexpr int64_t kGrainProducts = 1 << 20;
-  const Kernels& kernel = kernels();
+  const Kernels& kernel = *kernel_set().kernels;
   const int64_t columns = layer.columns(), panels = layer.panels();
   const Plan plan = plan_product(rows, panels, stride, at::get_num_threads());
   const int64_t task = std::min(plan.chunk_rows, rows) * columns * kPanel;

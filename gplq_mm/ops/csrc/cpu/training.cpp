@@ -1,5 +1,5 @@
 // The ops of training on the CPU. What they compute stands in gplq_mm/ops/training_reference.py.
-#include "training.h"
+#include "kernel_set.h"
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/clone.h>
@@ -14,22 +14,6 @@
 #include "parallel.h"
 
 namespace gplq_mm {
-
-const TrainingKernels& training_kernels() {
-  const TrainingKernels* table = nullptr;
-  switch (current_isa()) {
-    case Isa::portable:
-      break;
-    case Isa::avx2:
-    case Isa::avx_vnni:
-      table = avx2_training();
-      break;
-    case Isa::avx512_vnni:
-      table = avx512_training();
-      break;
-  }
-  return table == nullptr ? *portable_training() : *table;
-}
 
 namespace {
 
@@ -146,7 +130,7 @@ Tensor gelu_fake_quant(const Tensor& x, const Tensor& scale, const OptionalTenso
   const float* from = real.const_data_ptr<float>();
   auto* to = x_hat.mutable_data_ptr<float>();
   const int64_t columns = scales.columns();
-  const TrainingKernels& kernel = training_kernels();
+  const TrainingKernels& kernel = *kernel_set().training;
   for_rows(x.numel() / columns, columns, [&](int64_t first, int64_t count) {
     const int64_t at = first * columns;
     kernel.gelu_encode(from + at, count, columns, *scales, to + at);
@@ -174,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gelu_fake_quant_backward(const Tensor
   auto* to = grad_x.mutable_data_ptr<float>();
   auto* values = x_hat.mutable_data_ptr<float>();
   const int64_t columns = scales.columns();
-  const TrainingKernels& kernel = training_kernels();
+  const TrainingKernels& kernel = *kernel_set().training;
   const auto [scale_sum, offset_sum] =
       sum_columns(x.numel() / columns, columns, scale,
                   [&](int64_t first, int64_t count, const GridGradient& parts) {

@@ -77,11 +77,4 @@ struct TrainingKernels {
                            bool row_relative, float* grad, float* space, GridGradient sums);
 };
 
-const TrainingKernels* portable_training();
-const TrainingKernels* avx2_training();
-const TrainingKernels* avx512_training();
-
-// Those of the instruction set in use.
-const TrainingKernels& training_kernels();
-
 }  // namespace gplq_mm

@@ -96,7 +96,7 @@ Tensor softmax_fake_quant_(Tensor& scores, double factor, const OptionalTensor& 
   auto* totals = total.mutable_data_ptr<float>();
   auto* data = scores.mutable_data_ptr<float>();
   const int64_t columns = rows.columns();
-  const TrainingKernels& kernel = training_kernels();
+  const TrainingKernels& kernel = *kernel_set().training;
   for_rows(total.numel(), columns * 4, [&](int64_t first, int64_t count) {
     auto* space = thread_buffer<Use::window, float>(rows.space());
     for (int64_t row = first; row < first + count; ++row) {
@@ -123,7 +123,7 @@ std::tuple<Tensor, Tensor> softmax_fake_quant_backward_(
   const int64_t count_of_rows = scores.numel() / std::max<int64_t>(columns, 1);
   std::vector<float> parts[2];
   for (auto& part : parts) part.resize(static_cast<size_t>(count_of_rows));
-  const TrainingKernels& kernel = training_kernels();
+  const TrainingKernels& kernel = *kernel_set().training;
   for_rows(count_of_rows, columns * 4, [&](int64_t first, int64_t count) {
     auto* space = thread_buffer<Use::window, float>(rows.space());
     for (int64_t row = first; row < first + count; ++row) {
@@ -266,7 +266,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_fake_quant(
   const Tensor total = at::empty({attention.batch(), heads, queries, 1}, at::kFloat);
   auto* outs = out.mutable_data_ptr<float>();
   auto* totals = total.mutable_data_ptr<float>();
-  const TrainingKernels& kernel = training_kernels();
+  const TrainingKernels& kernel = *kernel_set().training;
   parallel_for(0, attention.pairs(), 1, [&](int64_t begin, int64_t end) {
     const c10::InferenceMode without_autograd;
     const Space space(attention);
@@ -366,7 +366,7 @@ std::vector<Tensor> attention_fake_quant_backward(
   // The softmax gives a number a row whatever the scale.
   std::vector<float> of_probs[2];
   for (auto& part : of_probs) part.resize(static_cast<size_t>(attention.pairs() * queries));
-  const TrainingKernels& kernel = training_kernels();
+  const TrainingKernels& kernel = *kernel_set().training;
 
   const auto backward_pair = [&](int64_t pair, int64_t task, const Space& space) {
     for (int i = 0; i < kInputs; ++i) {

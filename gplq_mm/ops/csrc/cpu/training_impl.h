@@ -2,6 +2,7 @@
 // All names are local to the translation unit, see kernels_impl.h.
 #pragma once
 
+#include "kernels_impl.h"
 #include "training.h"
 
 namespace gplq_mm {
@@ -19,11 +20,6 @@ inline float madd(float a, float b, float c) {
 #else
   return a * b + c;
 #endif
-}
-
-template <bool fused>
-inline float affine(float x, float factor, float term) {
-  return fused ? __builtin_fmaf(x, factor, term) : x * factor + term;
 }
 
 struct Range {
@@ -89,9 +85,9 @@ void encode_row(const float* __restrict x, int64_t columns, const LearnedGrid& g
   const float* __restrict shift = grid.shift + channel;
   for (int64_t k = 0; k < columns; ++k) {
     const int64_t at = per_column ? k : 0;
-    const float steps = affine<fused>(x[k], inverse[at], shift[at]);
+    const float steps = affine_one<fused>(x[k], inverse[at], shift[at]);
     const float code = range.code(steps);
-    x_hat[k] = affine<fused>(code, scale[at], offset[at]);
+    x_hat[k] = affine_one<fused>(code, scale[at], offset[at]);
     const auto index = static_cast<int32_t>(code - range.low);
     state[k] = static_cast<State>(index << levels.bits | levels.level(steps, code, range));
   }
@@ -122,7 +118,7 @@ void decode_row(const State* __restrict state, int64_t columns, const LearnedGri
   for (int64_t k = 0; k < columns; ++k) {
     const int64_t at = per_column ? k : 0;
     const int32_t code = (static_cast<int32_t>(state[k]) >> bits) + grid.code_min;
-    x_hat[k] = affine<fused>(static_cast<float>(code), scale[at], offset[at]);
+    x_hat[k] = affine_one<fused>(static_cast<float>(code), scale[at], offset[at]);
   }
 }
 
@@ -264,8 +260,8 @@ void gelu_encode_row(const float* __restrict x, int64_t columns, const LearnedGr
   const float* __restrict inverse = grid.inverse;
   const float* __restrict shift = grid.shift;
   for (int64_t k = 0; k < columns; ++k) {
-    const float steps = affine<fused>(x[k] * phi_of(x[k]), inverse[k], shift[k]);
-    x_hat[k] = affine<fused>(range.code(steps), scale[k], offset[k]);
+    const float steps = affine_one<fused>(x[k] * phi_of(x[k]), inverse[k], shift[k]);
+    x_hat[k] = affine_one<fused>(range.code(steps), scale[k], offset[k]);
   }
 }
 
@@ -291,11 +287,11 @@ void gelu_backward_row(const float* __restrict grad, const float* __restrict x, 
     constexpr float kDensity = 0.398942280f;  // 1 / sqrt(2 pi)
     const float phi = phi_of(x[k]);
     const float slope = madd(x[k], kDensity * exp_of(-0.5f * x[k] * x[k]), phi);
-    const float steps = affine<fused>(x[k] * phi, inverse[k], shift[k]);
+    const float steps = affine_one<fused>(x[k] * phi, inverse[k], shift[k]);
     const float code = range.code(steps);
     const Share share = share_of(grad[k], !range.holds(steps), code, code - steps);
     grad_x[k] = share.x * slope;
-    x_hat[k] = affine<fused>(code, scale[k], offset[k]);
+    x_hat[k] = affine_one<fused>(code, scale[k], offset[k]);
     scale_sums[k] += share.scale;
     offset_sums[k] += share.offset;
   }
@@ -355,8 +351,8 @@ float softmax_fused(const SoftmaxRow& row, const LearnedGrid& grid, int64_t chan
   const float inverse = grid.inverse[channel], shift = grid.shift[channel];
   const float scale = grid.scale[channel], offset = grid.offset[channel];
   for (int64_t k = 0; k < row.columns; ++k) {
-    const float steps = affine<fused>(space[k] * factor, inverse, shift);
-    out[k] = affine<fused>(range.code(steps), scale, offset);
+    const float steps = affine_one<fused>(space[k] * factor, inverse, shift);
+    out[k] = affine_one<fused>(range.code(steps), scale, offset);
   }
   return total;
 }
@@ -377,9 +373,9 @@ inline void softmax_backward_lanes(float* __restrict grad, const float* __restri
                                    float* __restrict offset_sums, float* __restrict dots) {
   const float inverse = grid[0], shift = grid[1], scale = grid[2], offset = grid[3];
   for (int64_t i = 0; i < count; ++i) {
-    const float steps = affine<fused>(p[i], inverse, shift);
+    const float steps = affine_one<fused>(p[i], inverse, shift);
     const float code = range.code(steps);
-    const float p_hat = affine<fused>(code, scale, offset);
+    const float p_hat = affine_one<fused>(code, scale, offset);
     const float above = grad[i];
     const Share share = share_of(above, !range.holds(steps), code, code - steps);
     out[i] = p_hat;

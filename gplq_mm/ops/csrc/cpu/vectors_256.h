@@ -1,10 +1,13 @@
-// What attention on AVX2 and on AVX-VNNI share: vectors of eight floats.
+// What AVX2 and AVX-VNNI share: vectors of 32 bytes, two for 16 output rows.
 #pragma once
 
-#include "attention_impl.h"
+#include "kernel_set_impl.h"
 
 namespace gplq_mm {
 namespace {
+
+// Output rows in the registers at a time.
+constexpr int64_t kQuarter = 16;
 
 struct Vectors256 {
   static constexpr int64_t kWidth = 8;
@@ -31,7 +34,7 @@ struct Vectors256 {
     _mm256_maskstore_ps(x, mask(count), value);
   }
   static Ints load_bytes(const void* bytes) {
-    return _mm256_load_si256(static_cast<const __m256i*>(bytes));
+    return _mm256_loadu_si256(static_cast<const __m256i*>(bytes));
   }
 
   static Real add(Real a, Real b) { return _mm256_add_ps(a, b); }
@@ -48,7 +51,7 @@ struct Vectors256 {
 
   // Each half of four vectors to one number.
   template <class Both>
-  static Real reduce_halves(const Real (&rows)[kRows], const Both& both) {
+  static Real reduce_halves(const Real (&rows)[kQueries], const Both& both) {
     const Real ab = both(_mm256_unpacklo_ps(rows[0], rows[1]), _mm256_unpackhi_ps(rows[0], rows[1]));
     const Real cd = both(_mm256_unpacklo_ps(rows[2], rows[3]), _mm256_unpackhi_ps(rows[2], rows[3]));
     const __m256d ab_pd = _mm256_castps_pd(ab), cd_pd = _mm256_castps_pd(cd);
@@ -61,16 +64,16 @@ struct Vectors256 {
     _mm_storeu_ps(out, both(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
   }
   // Each of four vectors to one number.
-  static void largest(const Real (&rows)[kRows], float* out) {
+  static void largest(const Real (&rows)[kQueries], float* out) {
     const auto both = [](auto a, auto b) { return max(a, b); };
     reduce(reduce_halves(rows, both), out, both);
   }
-  static void sums(const Real (&rows)[kRows], float* out) {
+  static void sums(const Real (&rows)[kQueries], float* out) {
     const auto both = [](auto a, auto b) { return add(a, b); };
     reduce(reduce_halves(rows, both), out, both);
   }
   // The same of 16 numbers in two vectors.
-  static void totals(const Real (&parts)[2][kRows], float* out) {
+  static void totals(const Real (&parts)[2][kQueries], float* out) {
     const auto both = [](auto a, auto b) { return add(a, b); };
     reduce(add(reduce_halves(parts[0], both), reduce_halves(parts[1], both)), out, both);
   }
@@ -128,13 +131,114 @@ struct Vectors256 {
     _mm256_store_si256(row(3), _mm256_unpackhi_epi64(ab1, cd1));
   }
 
-  // As in attention_avx512.cpp.
+  // As in avx512.cpp.
   static void keep(Ints& x) { asm("" : "+x"(x)); }
 
   static Ints step_of(const uint8_t* codes) {
     int32_t four;
     __builtin_memcpy(&four, codes, sizeof(four));
     return _mm256_set1_epi32(four);
+  }
+
+  static float total(const Real (&sums)[kSums / kWidth]) {
+    // Eight numbers of each half of 16.
+    Real low = add(add(sums[0], sums[4]), add(sums[2], sums[6]));
+    Real high = add(add(sums[1], sums[5]), add(sums[3], sums[7]));
+    low = add(low, _mm256_permute_ps(low, 0x4E));
+    high = add(high, _mm256_permute_ps(high, 0x4E));
+    low = add(low, _mm256_permute_ps(low, 0xB1));
+    high = add(high, _mm256_permute_ps(high, 0xB1));
+    const Real all = add(low, high);
+    return _mm_cvtss_f32(_mm_add_ss(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+  }
+  static Real difference(const int32_t* a, const int32_t* b) {
+    return _mm256_cvtepi32_ps(
+        _mm256_sub_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(a)),
+                         _mm256_load_si256(reinterpret_cast<const __m256i*>(b))));
+  }
+
+  // As in avx512.cpp: packing saturates.
+  static __m256i integers(Real steps, Real high) { return _mm256_cvtps_epi32(min(high, steps)); }
+
+  template <int count>
+  static void narrow(const Real* steps, const Limits& limits, uint8_t* codes) {
+    const Real high = set(limits.high);
+    const __m256i base = _mm256_set1_epi16(static_cast<int16_t>(limits.code_min));
+    const __m256i zero = _mm256_setzero_si256();
+    __m256i low = _mm256_packs_epi32(integers(steps[0], high),
+                                     count > 1 ? integers(steps[1 % count], high) : zero);
+    __m256i upper = count > 2 ? _mm256_packs_epi32(integers(steps[2 % count], high),
+                                                   integers(steps[3 % count], high))
+                              : zero;
+    low = _mm256_subs_epi16(low, base);
+    if (count > 2) upper = _mm256_subs_epi16(upper, base);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m256i bytes =
+        _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, upper), order);
+    if (count == 1) {
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(codes), _mm256_castsi256_si128(bytes));
+    } else {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), bytes);
+    }
+  }
+
+  struct Column {
+    __m256i half[2];
+  };
+
+  static __m256i product(__m256i code, __m256i multiplier) {
+    // As in avx512.cpp: products of bytes from those of 16-bit lanes.
+    const __m256i mask = _mm256_set1_epi16(0x00FF);
+    const __m256i low = _mm256_and_si256(_mm256_mullo_epi16(code, multiplier), mask);
+    const __m256i high = _mm256_mullo_epi16(_mm256_andnot_si256(mask, code),
+                                            _mm256_srli_epi16(multiplier, 8));
+    return _mm256_or_si256(low, high);
+  }
+
+  // One stored column times its multipliers, bytes in panel order; zero beyond the last.
+  template <bool packed>
+  static Column column(const PackedPanel& panel, int64_t k) {
+    Column result = {{_mm256_setzero_si256(), _mm256_setzero_si256()}};
+    if (k >= panel.columns) return result;
+    const int64_t stored = panel.position[k];
+    const uint8_t* multiplier = panel.multiplier + static_cast<int64_t>(panel.group[k]) * kPanel;
+    __m256i code[2];
+    if (packed) {
+      const __m256i both =
+          load_bytes(static_cast<const uint8_t*>(panel.weight) + stored * kPackedColumn);
+      const __m256i mask = _mm256_set1_epi8(15), bias = _mm256_set1_epi8(kCodeBias);
+      code[0] = _mm256_sub_epi8(_mm256_and_si256(both, mask), bias);
+      code[1] = _mm256_sub_epi8(_mm256_and_si256(_mm256_srli_epi16(both, 4), mask), bias);
+    } else {
+      const auto* bytes = static_cast<const int8_t*>(panel.weight) + stored * kPanel;
+      code[0] = load_bytes(bytes);
+      code[1] = load_bytes(bytes + 32);
+    }
+    for (int i = 0; i < 2; ++i) result.half[i] = product(code[i], load_bytes(multiplier + 32 * i));
+    return result;
+  }
+
+  template <bool packed>
+  static void columns(const PackedPanel& panel, int8_t* out) {
+    for (int64_t k = 0; k < panel.columns; k += kStep, out += kStep * kPanel) {
+      const Column c0 = column<packed>(panel, k), c1 = column<packed>(panel, k + 1);
+      const Column c2 = column<packed>(panel, k + 2), c3 = column<packed>(panel, k + 3);
+      for (int i = 0; i < 2; ++i) {
+        const __m256i low01 = _mm256_unpacklo_epi8(c0.half[i], c1.half[i]);
+        const __m256i high01 = _mm256_unpackhi_epi8(c0.half[i], c1.half[i]);
+        const __m256i low23 = _mm256_unpacklo_epi8(c2.half[i], c3.half[i]);
+        const __m256i high23 = _mm256_unpackhi_epi8(c2.half[i], c3.half[i]);
+        auto* to = reinterpret_cast<__m256i*>(out + 32 * i);
+        _mm256_store_si256(to, _mm256_unpacklo_epi16(low01, low23));
+        _mm256_store_si256(to + 2, _mm256_unpackhi_epi16(low01, low23));
+        _mm256_store_si256(to + 4, _mm256_unpacklo_epi16(high01, high23));
+        _mm256_store_si256(to + 6, _mm256_unpackhi_epi16(high01, high23));
+      }
+    }
+  }
+
+  static void unpack(const PackedPanel& packed, int8_t* panel) {
+    packed.packed ? columns<true>(packed, panel) : columns<false>(packed, panel);
   }
 };
 

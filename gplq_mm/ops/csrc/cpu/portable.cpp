@@ -1,14 +1,17 @@
-// Attention on the compiler's own vectors, for machines without the other instruction sets.
+// The compiler's own vectors and plain loops, for machines without the other instruction sets.
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
-#include "attention_impl.h"
+#include "kernel_set_impl.h"
 
 namespace gplq_mm {
 namespace {
 
 typedef float Float4 __attribute__((vector_size(16)));
 typedef int32_t Int4 __attribute__((vector_size(16)));
+typedef uint32_t Words __attribute__((vector_size(16)));
 
 struct Portable {
   static constexpr int64_t kWidth = 4;
@@ -53,22 +56,22 @@ struct Portable {
   static Real max(Real a, Real b) { return a > b ? a : b; }
   static Real min(Real a, Real b) { return a < b ? a : b; }
   // Each of four vectors to one number.
-  static void largest(const Real (&rows)[kRows], float* out) {
-    for (int r = 0; r < kRows; ++r) {
+  static void largest(const Real (&rows)[kQueries], float* out) {
+    for (int r = 0; r < kQueries; ++r) {
       const float a = rows[r][0] > rows[r][1] ? rows[r][0] : rows[r][1];
       const float b = rows[r][2] > rows[r][3] ? rows[r][2] : rows[r][3];
       out[r] = a > b ? a : b;
     }
   }
-  static void sums(const Real (&rows)[kRows], float* out) {
-    for (int r = 0; r < kRows; ++r) out[r] = (rows[r][0] + rows[r][2]) + (rows[r][1] + rows[r][3]);
+  static void sums(const Real (&rows)[kQueries], float* out) {
+    for (int r = 0; r < kQueries; ++r) out[r] = (rows[r][0] + rows[r][2]) + (rows[r][1] + rows[r][3]);
   }
 
   // The same of 16 numbers in four vectors.
-  static void totals(const Real (&parts)[4][kRows], float* out) {
-    float quarter[4][kRows];
+  static void totals(const Real (&parts)[4][kQueries], float* out) {
+    float quarter[4][kQueries];
     for (int i = 0; i < 4; ++i) sums(parts[i], quarter[i]);
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kQueries; ++r) {
       out[r] = (quarter[0][r] + quarter[2][r]) + (quarter[1][r] + quarter[3][r]);
     }
   }
@@ -137,9 +140,9 @@ struct Portable {
   }
 
   template <int n, class Sink>
-  static void tile(const uint8_t* codes, int64_t stride, const int8_t* panel, int64_t step_bytes,
+  static void query_tile(const uint8_t* codes, int64_t stride, const int8_t* panel, int64_t step_bytes,
                    int64_t steps, int64_t /*largest_pair*/, const Sink& sink, int64_t column) {
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kQueries; ++r) {
       Ints sum[n];
       for (int t = 0; t < n; ++t) sum[t] = set_int(0);
       for (int64_t step = 0; step < steps; ++step) {
@@ -152,10 +155,68 @@ struct Portable {
       sink.template row<n>(r, column, sum);
     }
   }
+
+  static float total(const Real (&sums)[kSums / kWidth]) {
+    float quarter[4];
+    for (int i = 0; i < 4; ++i) {
+      const Real all = (sums[i] + sums[8 + i]) + (sums[4 + i] + sums[12 + i]);
+      quarter[i] = (all[0] + all[2]) + (all[1] + all[3]);
+    }
+    return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+  }
+  static Real difference(const int32_t* a, const int32_t* b) {
+    return to_real(Ints(Words(load_bytes(a)) - Words(load_bytes(b))));
+  }
+  template <int count>
+  static void narrow(const Real* steps, const Limits& limits, uint8_t* codes) {
+    for (int64_t i = 0; i < count * kWidth; ++i) {
+      codes[i] = code_of(steps[i / kWidth][i % kWidth], limits);
+    }
+  }
+
+  static constexpr int kRows = 4;
+
+  template <int rows>
+  static void tile(const uint8_t* codes, int64_t stride, const int8_t* panel, int64_t steps,
+                   int32_t /*max_code*/, int32_t* __restrict sums) {
+    std::memset(sums, 0, sizeof(int32_t) * rows * kPanel);
+    for (int64_t s = 0; s < steps; ++s) {
+      const int8_t* __restrict column = panel + s * kStep * kPanel;
+      for (int row = 0; row < rows && row < kRows; ++row) {
+        const uint8_t* four = codes + row * stride + s * kStep;
+        for (int64_t j = 0; j < kPanel; ++j) {
+          const int8_t* weight = column + j * kStep;
+          sums[row * kPanel + j] += four[0] * weight[0] + four[1] * weight[1] +
+                                    four[2] * weight[2] + four[3] * weight[3];
+        }
+      }
+    }
+  }
+
+  static void unpack(const PackedPanel& packed, int8_t* panel) {
+    for (int64_t k = 0; k < round_up(packed.columns, kStep); ++k) {
+      int8_t* out = panel + k / kStep * kStep * kPanel + k % kStep;
+      const bool exists = k < packed.columns;
+      const int64_t stored = exists ? packed.position[k] : 0;
+      const uint8_t* multiplier = packed.multiplier + (exists ? packed.group[k] : 0) * kPanel;
+      for (int64_t row = 0; row < kPanel; ++row) {
+        const int64_t position = panel_position(row);
+        int code = 0;
+        if (exists && packed.packed) {
+          const uint8_t byte = static_cast<const uint8_t*>(
+              packed.weight)[stored * kPackedColumn + position % kPackedColumn];
+          code = (position < kPackedColumn ? byte & 15 : byte >> 4) - kCodeBias;
+        } else if (exists) {
+          code = static_cast<const int8_t*>(packed.weight)[stored * kPanel + position];
+        }
+        out[row * kStep] = static_cast<int8_t>(code * multiplier[position]);
+      }
+    }
+  }
 };
 
 }  // namespace
 
-const AttentionKernel* portable_attention() { return attention_kernel<Portable>(); }
+const KernelSet* portable_set() { return kernel_set<Portable>(); }
 
 }  // namespace gplq_mm
