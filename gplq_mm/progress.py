@@ -24,12 +24,12 @@ Item = TypeVar('Item')
 SECONDS_BETWEEN_LINES = 10.0
 
 
-def track(items: Iterable[Item], total: int, description: str) -> Iterator[Item]:
+def track(items: Iterable[Item], total: int | None, description: str) -> Iterator[Item]:
     """Yields ``items`` and tells how far it is; silent on all ranks but the first.
 
     Args:
         items: What to go through.
-        total: How many there are.
+        total: How many there are, or None where nobody knows.
         description: What is being done.
     """
     if not is_main_process():
@@ -54,11 +54,10 @@ def track(items: Iterable[Item], total: int, description: str) -> Iterator[Item]
         now = time.monotonic()
         if done == total or now - last > SECONDS_BETWEEN_LINES:
             last = now
-            remaining = (now - start) / done * (total - done)
-            logger.info(
-                f'{description}: {done}/{total}, {now - start:.0f} s elapsed, '
-                f'{remaining:.0f} s remaining'
-            )
+            text = f'{description}: {done}/{total or "?"}, {now - start:.0f} s elapsed'
+            if total is not None:
+                text += f', {(now - start) / done * (total - done):.0f} s remaining'
+            logger.info(text)
 
 
 @contextmanager

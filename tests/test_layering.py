@@ -20,7 +20,7 @@ ALLOWED = {
     'layers': {'errors', 'registry', 'distributed', 'quant', 'ops'},
     'families': LOW | {'ops', 'ptq', 'evaluation'},
     'ptq': LOW,
-    'evaluation': LOW,
+    'evaluation': LOW | {'ops'},
     'datasets': {'errors', 'registry'},
     'progress': {'ptq'},
     'models': LOW | {'checkpoint', 'ops', 'ptq', 'progress'},
@@ -30,10 +30,11 @@ ALLOWED = {
     'benchmark': LOW
     | BASE
     | {'ops', 'ptq', 'evaluation', 'models', 'engine', 'deploy', 'progress'},
-    '__init__': {'version'},
+    'api': LOW | BASE | {'evaluation', 'models', 'deploy'},
+    '__init__': {'version', 'api'},
 }
 FRAMEWORKS = {'mmpretrain', 'mmdet', 'mmseg', 'timm', 'transformers'}
-MAY_USE_FRAMEWORKS = {'models', 'datasets'}
+MAY_USE_FRAMEWORKS = {'models', 'datasets', 'families'}
 
 
 def modules() -> list[Path]:

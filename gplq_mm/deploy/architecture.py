@@ -25,7 +25,7 @@ from mmengine.registry import Registry
 from torch import nn
 
 from ..layers import DeployError
-from ..layers.family import scopes
+from ..layers.family import libraries, scopes
 from ..registry import MODELS
 
 MODEL_REGISTRIES = (ROOT_MODELS, ROOT_TASK_UTILS)
@@ -226,4 +226,19 @@ def build_architecture(config: dict, scope: str) -> nn.Module:
             'the architecture in the header cannot be built with the installed packages '
             f'({type(error).__name__}: {str(error).partition(chr(10))[0]}). Install the versions '
             'named in the header, or deploy the checkpoint again.'
+        ) from error
+
+
+def build_from_library(config: dict, name: str) -> nn.Module:
+    """As :func:`build_architecture`, of a package without a registry
+    (:class:`gplq_mm.layers.family.Library`)."""
+    check_config(config, 'mmengine')
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return libraries()[name].build(copy.deepcopy(config))
+    except Exception as error:
+        raise DeployError(
+            f'the model in the header cannot be built with the installed {name} '
+            f'({type(error).__name__}: {str(error).partition(chr(10))[0]}). Install the version '
+            'named in the header, or give the float model: load(path, model=...).'
         ) from error

@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..layers import QuantAttention, quant_layers
+from ..layers import Int4Attention, QuantAttention, quant_layers
 from ..layers.compiled import PACKED
 from ..layers.family import entry_of
 from ..layers.fused import fuse_blocks
 from ..layers.int4_weight import DeployError, Int4WeightLayer
 from ..layers.replace import set_module
 from ..models import GPLQ, QuantBackbone, Stage
+from .packed_tensors import attention_record, layer_origin
 
 
 @dataclass
@@ -85,10 +86,15 @@ def convert_in_place(model: nn.Module) -> DeployReport:
         packed = PACKED.get(type(layer))
         if packed is None:
             raise DeployError(f'{name}: {type(layer).__name__} has no packed form.')
-        set_module(model, name, packed.from_quantized(layer))
+        twin = packed.from_quantized(layer)
+        # For a file that is written of the packed model.
+        twin.origin = layer_origin(layer)
+        set_module(model, name, twin)
         report.layers.append(name)
     for name, module in list(model.named_modules()):
-        if any(isinstance(child, QuantAttention) for child in module.children()):
+        simulated = [child for child in module.children() if isinstance(child, QuantAttention)]
+        if simulated:
+            origin = attention_record(simulated[0])
             kind = entry_of(module, 'attentions')
             if kind is None or kind.pack is None:
                 reason = f'{type(module).__name__} has no packed form'
@@ -96,6 +102,9 @@ def convert_in_place(model: nn.Module) -> DeployReport:
                 reason = kind.pack(module)
             if reason is None:
                 report.attention.append(name)
+                for child in module.children():
+                    if isinstance(child, Int4Attention):
+                        child.origin = origin
             else:
                 report.simulated[name] = reason
     report.fused = fuse_blocks(model)

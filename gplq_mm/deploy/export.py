@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from ..layers import (
     Compensation,
     DeployError,
+    Int4Attention,
+    Int4WeightLayer,
     QuantAttention,
     QuantWeightLayer,
-    quant_layers,
 )
 from ..layers.attention import OPERANDS
 from ..layers.int4_weight import check_packable
@@ -62,13 +63,13 @@ class SizeReport:
         return (self.file - self.parts.get('compensation', 0)) / self.fp32
 
 
-def attentions(model: nn.Module) -> dict[str, tuple[str, QuantAttention]]:
+def attentions(model: nn.Module) -> dict[str, tuple[str, QuantAttention | Int4Attention]]:
     """Name of an attention layer -> name of its child that multiplies, and that child."""
     return {
         name: (key, child)
         for name, module in model.named_modules()
         for key, child in module.named_children()
-        if isinstance(child, QuantAttention)
+        if isinstance(child, QuantAttention | Int4Attention)
     }
 
 
@@ -77,7 +78,7 @@ def other_entries(model: nn.Module) -> dict[str, Tensor]:
     prefixes = []
     # A module that is used in two places has its entries under both names.
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, QuantWeightLayer | Compensation):
+        if isinstance(module, QuantWeightLayer | Compensation | Int4WeightLayer | Int4Attention):
             prefixes.append(f'{name}.')
         elif isinstance(module, QuantAttention):
             prefixes += [f'{name}.{operand}.' for operand in OPERANDS]
@@ -153,7 +154,8 @@ def save(
     """Writes a model after Stage 2 as a packed file.
 
     Args:
-        model: Simulated model: a :class:`GPLQ`, or a model with a :class:`QuantBackbone`.
+        model: Simulated model: a :class:`GPLQ`, or a model with a :class:`QuantBackbone`; or what
+            :func:`convert` has made of one.
         cfg: Config of the run; its model, ``data_preprocessor``, ``default_scope`` and the
             pipeline of its test set go into the file.
         path: The file to write.
@@ -169,37 +171,53 @@ def save(
         OSError: If the file cannot be written.
     """
     policy = _policy(model)
-    model = strip_wrappers(model)
+    if not is_deployed(model):
+        model = strip_wrappers(model)
     architecture, scope = _model_config(cfg)
     check_config(architecture, scope)
     pipeline = _test_pipeline(cfg, scope)
     if pipeline is not None:
         check_pipeline(pipeline, scope)
-
-    header: dict[str, Any] = {
+    header = {
         'architecture': encode(architecture, 'architecture'),
         'scope': scope,
         'test_pipeline': encode(pipeline, 'test_pipeline'),
         'dataset_meta': encode(dict(dataset_meta or {}), 'dataset_meta'),
         'policy': encode(policy, 'policy'),
         'accuracy': encode(dict(accuracy or {}), 'accuracy'),
-        'versions': _versions(),
-        'layers': {},
-        'attention': {},
-        'compensation': {},
     }
+    return write_model(model, header, path)
+
+
+def write_model(model: nn.Module, header: dict, path: str | os.PathLike) -> SizeReport:
+    """Writes a model after Stage 2 or its packed twin, which stays as it is.
+
+    Args:
+        model: Without wrappers.
+        header: What the file says beside versions and what is quantized how.
+        path: The file to write.
+
+    Raises:
+        DeployError: Before Stage 2, or for layout ``raw``.
+        OSError: If the file cannot be written.
+    """
+    header = {
+        **header, 'versions': _versions(), 'layers': {}, 'attention': {}, 'compensation': {}
+    }  # fmt: skip
     tensors: dict[str, Tensor] = {}
-    model = model.cpu()
-    state = {key: value.clone() for key, value in other_entries(model).items()}
+    state = {key: value.cpu().clone() for key, value in other_entries(model).items()}
     elements = 0
-    for name, layer in quant_layers(model).items():
-        check_packable(layer)
-        header['layers'][name], parts = layer_record(name, layer)
-        tensors.update(parts)
-        elements += layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel())
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantWeightLayer):
+            check_packable(layer)
+        if isinstance(layer, QuantWeightLayer | Int4WeightLayer):
+            header['layers'][name], parts = layer_record(name, layer)
+            tensors.update(parts)
+            rows, columns = len(parts[f'{name}.row_scale']), len(parts[f'{name}.permutation'])
+            elements += rows * columns + (0 if layer.bias is None else rows)
     for name, (_, attention) in attentions(model).items():
-        header['attention'][name], parts = attention_record(name, attention)
-        tensors.update(parts)
+        header['attention'][name], parts = attention_record(attention)
+        tensors.update({f'{name}.{key}': value for key, value in parts.items()})
     for name, module in model.named_modules():
         if isinstance(module, Compensation) and module.is_fitted:
             block = name.removesuffix('.compensation')
@@ -209,9 +227,15 @@ def save(
     clash = set(tensors) & set(state)
     if clash:
         raise DeployError(f'the architecture has an entry of the reserved name {clash.pop()}.')
+    tensors = {key: value.cpu() for key, value in tensors.items()}
     tensors.update({key: _narrowed(value) for key, value in state.items()})
     write_file(path, header, tensors)
     return SizeReport(_parts(tensors, state, header), Path(path).stat().st_size, float_bytes)
+
+
+def is_deployed(model: nn.Module) -> bool:
+    """Whether the layers of a model are packed."""
+    return any(isinstance(module, Int4WeightLayer) for module in model.modules())
 
 
 def _parts(tensors: dict[str, Tensor], state: dict, header: dict) -> dict[str, int]:

@@ -14,13 +14,19 @@ from ..layers import (
     quant_layers,
 )
 from ..layers.attention import OPERANDS
-from ..layers.family import entry_of
+from ..layers.family import entry_of, libraries
 from ..layers.replace import kind_of, set_module, twin_of
 from ..layers.reproducible import make_reproducible
 from ..ops.device import resolve_device
 from ..quant import ActSpec, SiteSpec, WeightSpec
 from ..quant.spec import SITE_GRANULARITIES
-from .architecture import build_architecture, check_pipeline, check_scope, decode
+from .architecture import (
+    build_architecture,
+    build_from_library,
+    check_pipeline,
+    check_scope,
+    decode,
+)
 from .convert import convert_in_place
 from .export import attentions, other_entries
 from .format import read_file
@@ -35,13 +41,17 @@ from .packed_tensors import (
 AGAIN = 'Deploy the checkpoint again.'
 
 
-def load(path: str | os.PathLike, device: str | torch.device = 'cpu') -> nn.Module:
+def load(
+    path: str | os.PathLike, device: str | torch.device = 'cpu', model: nn.Module | None = None
+) -> nn.Module:
     """Reads a packed model; needs neither the run's config nor its data.
 
     Args:
         path: File of :func:`gplq_mm.deploy.save`.
         device: ``'cpu'`` or ``'cuda'``. Without a usable GPU the model stays on the CPU, and a
             warning says so once.
+        model: The float model that the file is of, whatever its weights, where the file does not
+            say how to build it. It is filled, and returned.
 
     Returns:
         The model in eval mode, ready for ``model(images)`` and for the inference APIs of
@@ -56,10 +66,12 @@ def load(path: str | os.PathLike, device: str | torch.device = 'cpu') -> nn.Modu
     """
     header, tensors = read_file(path)
     try:
-        model = _assemble(header, TensorTable(tensors))
+        if model is None:
+            model = _build(header)
+        packed = _fill_model(model, header, TensorTable(tensors))
     except DeployError as error:
         raise DeployError(f'{path}: {error}') from error
-    return model.to(resolve_device(device))
+    return packed.to(resolve_device(device))
 
 
 def _section(header: Mapping, key: str, kind: type) -> Any:
@@ -68,7 +80,8 @@ def _section(header: Mapping, key: str, kind: type) -> Any:
     return header[key]
 
 
-def _assemble(header: dict, table: TensorTable) -> nn.Module:
+def _build(header: dict) -> nn.Module:
+    """The float model that a header describes, with what the inference APIs look for."""
     try:
         config = decode(_section(header, 'architecture', dict))
         pipeline = decode(header.get('test_pipeline'))
@@ -76,10 +89,22 @@ def _assemble(header: dict, table: TensorTable) -> nn.Module:
     except RecursionError:
         raise DeployError(f'the header is nested too deep. {AGAIN}') from None
     scope = _section(header, 'scope', str)
+    if not scope:
+        raise DeployError(
+            'the file does not say how its model is built; give the float model: '
+            'load(path, model=...).'
+        )
+    if scope in libraries():
+        return build_from_library(config, scope)
     check_scope(scope)
     if pipeline is not None:
         check_pipeline(pipeline, scope)
     model = build_architecture(config, scope)
+    _describe(model, config, scope, pipeline, meta)
+    return model
+
+
+def _fill_model(model: nn.Module, header: dict, table: TensorTable) -> nn.Module:
     _swap_layers(model, _section(header, 'layers', dict))
     _swap_attention(model, _section(header, 'attention', dict))
     make_reproducible(model)
@@ -97,7 +122,6 @@ def _assemble(header: dict, table: TensorTable) -> nn.Module:
         attach_compensation(model.get_submodule(name), module)
     model.deploy_report = convert_in_place(model)
     model.deploy_header = header
-    _describe(model, config, scope, pipeline, meta)
     return model
 
 

@@ -14,7 +14,14 @@ from typing import Any, get_origin, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from ..layers import DeployError, QuantAttention, QuantWeightLayer, build_compensation
+from ..layers import (
+    DeployError,
+    Int4Attention,
+    Int4WeightLayer,
+    QuantAttention,
+    QuantWeightLayer,
+    build_compensation,
+)
 from ..layers.attention import OPERANDS
 from ..layers.replace import kind_of
 from ..quant import (
@@ -23,7 +30,12 @@ from ..quant import (
     QuantState,
     WeightQuantizer,
 )
-from ..quant.packing import pack_nibbles, unpack_nibbles
+from ..quant.packing import (
+    pack_nibbles,
+    unpack_multiplier_panels,
+    unpack_nibbles,
+    unpack_panels,
+)
 from ..quant.spec import completed
 
 # A multiplier 1..15 minus this is a 4-bit code.
@@ -88,14 +100,15 @@ def spec_of(cls: type, data: Any, where: str) -> Any:
 # -- grids ------------------------------------------------------------------------------------
 
 
-def _grid_tensors(quantizer: ActQuantizer, prefix: str) -> dict[str, Tensor]:
+def _grid_tensors(quantizer: ActQuantizer) -> dict[str, Tensor]:
     scale, _ = quantizer.grid()
-    tensors = {f'{prefix}.scale': scale.detach().float()}
+    tensors = {'scale': scale.detach().float()}
     if quantizer.offset is not None:
-        tensors[f'{prefix}.offset'] = quantizer.offset.detach().float()
+        tensors['offset'] = quantizer.offset.detach().float()
     if quantizer.spec.zero_point == 'integer':
-        tensors[f'{prefix}.zero_point'] = quantizer.zero_point.to(torch.uint8)
-    return tensors
+        tensors['zero_point'] = quantizer.zero_point.to(torch.uint8)
+    # A scale may be the parameter itself, which goes on changing elsewhere.
+    return {key: value.cpu().clone() for key, value in tensors.items()}
 
 
 def _fill_grid(quantizer: ActQuantizer, prefix: str, table: TensorTable) -> None:
@@ -119,26 +132,43 @@ def _fill_grid(quantizer: ActQuantizer, prefix: str, table: TensorTable) -> None
 # -- layers -----------------------------------------------------------------------------------
 
 
-def layer_record(name: str, layer: QuantWeightLayer) -> tuple[dict, dict[str, Tensor]]:
-    """Header entry and tensors of a layer after Stage 2."""
-    quantizer = layer.weight_quantizer
-    value = quantizer.value
+def layer_record(
+    name: str, layer: QuantWeightLayer | Int4WeightLayer
+) -> tuple[dict, dict[str, Tensor]]:
+    """Header entry and tensors of a layer after Stage 2, or of its packed twin."""
+    if isinstance(layer, Int4WeightLayer):
+        entry, grid = layer.origin
+        rows = len(layer.row_scale)
+        # A family may hide the name: transformers asks a layer for the dtype of its weight.
+        codes = unpack_panels(layer._buffers['weight'], rows)
+        multiplier = unpack_multiplier_panels(layer.multiplier, rows)
+        permutation, row_scale, bias = layer.position.argsort(), layer.row_scale, layer.bias
+    else:
+        value = layer.weight_quantizer.value
+        entry, grid = layer_origin(layer)
+        codes, multiplier, permutation = value.codes, value.multiplier, value.permutation
+        row_scale, bias = value.row_scale, layer.weight_quantizer.bias
+    narrow = torch.int16 if codes.shape[1] <= 2**15 else torch.int32
+    factors = multiplier.to(torch.int8) - MULTIPLIER_BIAS
+    tensors = {
+        f'{name}.codes': pack_nibbles(codes) if entry['weight']['bits'] <= 4 else codes,
+        f'{name}.multiplier': pack_nibbles(factors),
+        f'{name}.row_scale': row_scale,
+        f'{name}.permutation': permutation.to(narrow),
+        f'{name}.bias': bias,
+        **{f'{name}.input.{key}': value for key, value in grid.items()},
+    }
+    return entry, tensors
+
+
+def layer_origin(layer: QuantWeightLayer) -> tuple[dict, dict[str, Tensor]]:
+    """What a packed layer cannot tell of itself: header entry, and the grid of its input."""
     entry = {
         'kind': kind_of(layer),
         'activation': _act_entry(layer.act_quantizer),
-        'weight': quantizer.spec.to_dict(),
+        'weight': layer.weight_quantizer.spec.to_dict(),
     }
-    narrow = torch.int16 if value.codes.shape[1] <= 2**15 else torch.int32
-    factors = value.multiplier.to(torch.int8) - MULTIPLIER_BIAS
-    tensors = {
-        f'{name}.codes': pack_nibbles(value.codes) if quantizer.spec.bits <= 4 else value.codes,
-        f'{name}.multiplier': pack_nibbles(factors),
-        f'{name}.row_scale': value.row_scale,
-        f'{name}.permutation': value.permutation.to(narrow),
-        f'{name}.bias': quantizer.bias,
-        **_grid_tensors(layer.act_quantizer, f'{name}.input'),
-    }
-    return entry, tensors
+    return entry, _grid_tensors(layer.act_quantizer)
 
 
 def fill_layer(name: str, layer: QuantWeightLayer, table: TensorTable) -> None:
@@ -189,15 +219,18 @@ def _act_entry(quantizer: ActQuantizer) -> dict:
 # -- attention --------------------------------------------------------------------------------
 
 
-def attention_record(name: str, attention: QuantAttention) -> tuple[dict, dict[str, Tensor]]:
-    """Header entry (operand -> spec or None) and tensors of an attention."""
+def attention_record(attention: QuantAttention | Int4Attention) -> tuple[dict, dict[str, Tensor]]:
+    """Header entry (operand -> spec or None) and grids of an attention, by operand."""
+    if isinstance(attention, Int4Attention):
+        return attention.origin
     entry: dict[str, dict | None] = {}
     tensors: dict[str, Tensor] = {}
     for operand in OPERANDS:
         quantizer = getattr(attention, operand)
         if isinstance(quantizer, ActQuantizer):
             entry[operand] = _act_entry(quantizer)
-            tensors.update(_grid_tensors(quantizer, f'{name}.{operand}'))
+            grid = _grid_tensors(quantizer).items()
+            tensors.update({f'{operand}.{key}': value for key, value in grid})
         else:
             entry[operand] = None
     return entry, tensors

@@ -6,9 +6,19 @@ Models are known by the names of their classes, and no package of models is impo
 from .classifiers import Classifiers
 from .detectors import Detectors
 from .hugging_face import HuggingFace
+from .libraries import Libraries
 from .resnet import ResNet
 from .swin import Swin
 from .timm import Timm
 from .vit import ViT
 
-__all__ = ['Classifiers', 'Detectors', 'HuggingFace', 'ResNet', 'Swin', 'Timm', 'ViT']
+__all__ = [
+    'Classifiers',
+    'Detectors',
+    'HuggingFace',
+    'Libraries',
+    'ResNet',
+    'Swin',
+    'Timm',
+    'ViT',
+]

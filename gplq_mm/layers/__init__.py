@@ -29,7 +29,14 @@ from .lifecycle import (
 from .linear import QuantLinear
 from .mlp import QuantMlp, as_quant_mlp
 from .patching import patched_forward
-from .replace import QuantReport, find_blocks, quant_layers, quant_units, quantize_model
+from .replace import (
+    QuantReport,
+    find_blocks,
+    quant_layers,
+    quant_units,
+    quantize_model,
+    unchanged_on_error,
+)
 from .weight_layer import QuantWeightLayer
 
 __all__ = [
@@ -71,6 +78,7 @@ __all__ = [
     'quantizers_disabled',
     'require_frozen',
     'set_saved_bytes',
+    'unchanged_on_error',
     'weights_are_learned',
     'weights_disabled',
     'with_mixin',

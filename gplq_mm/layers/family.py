@@ -42,6 +42,21 @@ class AttentionKind:
     pack: Callable[[nn.Module], str | None] | None = None
 
 
+@dataclass(frozen=True)
+class Library:
+    """How a packed file names a model of a package that has no registry.
+
+    Attributes:
+        describe: ``describe(model)`` gives plain data that :attr:`build` makes the same float
+            network of, or None where the model does not tell all of it.
+        build: ``build(data)`` makes it, with random weights. The data may come from a file of
+            anyone: nothing is unpickled or fetched, and no code is named but known classes.
+    """
+
+    describe: Callable[[nn.Module], dict | None]
+    build: Callable[[dict], nn.Module]
+
+
 class Family:
     """Base of the families. Every attribute is a table by class name in full, and may be empty.
 
@@ -69,6 +84,7 @@ class Family:
         scopes: Package whose registry a packed file may name -> regular expression of its modules
             whose classes are built from a file, without the package's name. Those of other
             modules may read what their config names.
+        libraries: Package without a registry -> :class:`Library`.
     """
 
     attentions: Mapping[str, AttentionKind] = {}
@@ -81,6 +97,7 @@ class Family:
     outputs: Mapping[str, Callable[[nn.Module], Callable]] = {}
     headlines: Mapping[str, tuple[str, float]] = {}
     scopes: Mapping[str, str] = {}
+    libraries: Mapping[str, Library] = {}
 
 
 # What a subclass is as well. How it computes may differ.
@@ -119,6 +136,11 @@ def entry_of(module: nn.Module, table: str) -> Any | None:
 def headlines() -> dict[str, tuple[str, float]]:
     """Headline metrics of all families, see :class:`Family`."""
     return {key: value for family in families() for key, value in family.headlines.items()}
+
+
+def libraries() -> dict[str, Library]:
+    """Packages without a registry whose models a packed file may name."""
+    return {key: value for family in families() for key, value in family.libraries.items()}
 
 
 def scopes() -> dict[str, str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from ..quant import PolicyError, QuantPolicy
@@ -164,13 +165,20 @@ def _plan(model: nn.Module, policy: QuantPolicy, may_stay_float: bool) -> list[t
 
 
 @contextmanager
-def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Context that leaves every module as it was, class and children, if it ends in an error."""
+def unchanged_on_error(model: nn.Module, values: bool = False) -> Iterator[None]:
+    """Context that leaves every module as it was, class and children, if it ends in an error.
+
+    Args:
+        model: What is changed inside.
+        values: Whether parameters and buffers are changed, too. Costs a copy of them.
+    """
     before = [
         (module, type(module), {key: copy.copy(value) if isinstance(value, dict) else value
                                 for key, value in module.__dict__.items()})
         for module in model.modules()
     ]  # fmt: skip
+    tensors = [*model.parameters(), *model.buffers()] if values else []
+    kept = [(tensor, tensor.detach().clone(), tensor.requires_grad) for tensor in tensors]
     try:
         yield
     except BaseException:
@@ -178,6 +186,10 @@ def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
             module.__class__ = cls
             module.__dict__.clear()
             module.__dict__.update(state)
+        with torch.no_grad():
+            for tensor, value, learns in kept:
+                tensor.requires_grad_(learns).copy_(value)
+                tensor.grad = None
         raise
 
 
@@ -209,7 +221,7 @@ def quantize_model(
     """
     plan = _plan(model, policy, may_stay_float)
     done: dict[str, list[str]] = {'linear': [], 'conv': [], 'attention': [], 'excluded': []}
-    with _unchanged_on_error(model):
+    with unchanged_on_error(model):
         for name, kind, module, spec in plan:
             done[kind if spec else 'excluded'].append(name)
             if not spec:

@@ -24,11 +24,15 @@ class FeatureTap:
         self.of_output = not isinstance(layer, nn.Linear)
         self.feature: Tensor | tuple[Tensor, ...] | None = None
         self.output: Tensor | tuple[Tensor, ...] | None = None
-        layer.register_forward_hook(self._keep)
+        self._handle = layer.register_forward_hook(self._keep)
 
     def _keep(self, _layer: nn.Module, args: tuple, output: Tensor) -> None:
         if self.is_open:
             self.feature, self.output = output if self.of_output else args[0], output
+
+    def remove(self) -> None:
+        """Takes the tap off its layer."""
+        self._handle.remove()
 
     def __enter__(self) -> 'FeatureTap':
         self.is_open = True

@@ -4,10 +4,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 from doc_pages import DOCS, ROOT, blocks, name_of
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
+from gplq_mm.layers import Int4WeightLayer
 from gplq_mm.models import GPLQ
 from gplq_mm.registry import FAMILIES, FORMATS, WEIGHT_PTQ
 
@@ -55,6 +58,30 @@ def test_a_config_imports_a_format_of_ones_own(own_registries, tmp_path, monkeyp
     layer = model.architecture.backbone.layers[0].attn.qkv
     assert type(layer.act_quantizer.format).__name__ == 'PowerOfTwo'
     sys.modules.pop('my_power_of_two')
+
+
+@pytest.mark.parametrize('page', [ROOT / 'README.md', DOCS / 'get-started.md'], ids=name_of)
+def test_the_front_door(page, tmp_path, monkeypatch):
+    """On a smaller model and without its download."""
+    create = timm.create_model
+    small = dict(img_size=32, patch_size=8, depth=2, embed_dim=32, num_heads=2)
+    monkeypatch.setattr(timm, 'create_model', lambda name, pretrained: create(name, **small))
+    monkeypatch.chdir(tmp_path)
+    images = [torch.randn(8, 3, 32, 32) for _ in range(2)]
+    labels = torch.arange(8)
+    space = {'loader': images, 'images': images[0], 'train_loader': [(images[0], labels)] * 2}
+    found = [code.text for code in blocks(page) if 'gplq_mm.' in code.text and code.language]
+    for text in (text for text in found if 'quantize_' in text):
+        exec(compile(text, name_of(page), 'exec'), space)
+        assert space['model'].gplq_report.compensation_r2
+    assert (tmp_path / 'deit.safetensors').exists()
+    assert packed_layers(space['packed']) == 10
+    trains = page.name == 'get-started.md'
+    assert len(space['model'].gplq_report.losses) == 2 * trains
+
+
+def packed_layers(model) -> int:
+    return sum(isinstance(module, Int4WeightLayer) for module in model.modules())
 
 
 def test_an_example_that_does_not_hold_fails(tmp_path, monkeypatch):

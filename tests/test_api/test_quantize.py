@@ -1,0 +1,284 @@
+"""``gplq_mm.quantize_``: what it takes, what it leaves, what it refuses."""
+
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from builders import NUM_CLASSES, build_float, images
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import gplq_mm
+from gplq_mm.errors import DataError, GPLQError, SettingError
+from gplq_mm.layers import act_quantizers, quant_layers
+from gplq_mm.models import front
+from gplq_mm.quant import PolicyError, QuantState
+
+FAST = {key: dict(observer='minmax') for key in ('activation', 'q', 'k', 'v', 'probs', 'weight')}
+IMAGES = [images(8, seed=1), images(8, seed=2)]
+
+
+def labels(count: int = 8) -> torch.Tensor:
+    return torch.arange(count) % NUM_CLASSES
+
+
+def build(kind: str = 'vit') -> nn.Module:
+    torch.manual_seed(0)
+    return build_float(kind)
+
+
+def quantize(model: nn.Module, calibration=IMAGES, **options) -> nn.Module:
+    return gplq_mm.quantize_(model, calibration, **{'policy': FAST, **options})
+
+
+@pytest.fixture(scope='module')
+def codes():
+    return codes_of(quantize(build()))
+
+
+def codes_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: layer.weight_quantizer.codes for name, layer in quant_layers(model).items()}
+
+
+def assert_same(first: dict, second: dict) -> None:
+    assert first.keys() == second.keys()
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []
+
+
+def test_importing_the_package_imports_nothing():
+    script = (
+        'import sys, gplq_mm; heavy = {m.partition(".")[0] for m in sys.modules} & '
+        '{"torch", "numpy", "mmengine", "mmcv", "mmpretrain", "mmdet", "rich"}; '
+        'assert not heavy, heavy; assert "quantize_" in dir(gplq_mm) or gplq_mm.__all__; '
+        'assert gplq_mm.quantize_.__module__ == "gplq_mm.api"; assert "torch" in sys.modules'
+    )
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(AttributeError, match='quantise'):
+        gplq_mm.quantise  # noqa: B018
+
+
+def test_the_model_itself_is_quantized(codes):
+    model = build()
+    parameters = dict(model.named_parameters())
+    assert quantize(model) is model
+    assert not model.training
+    assert all(dict(model.named_parameters())[name] is value for name, value in parameters.items())
+    assert all(layer.weight_quantizer.is_quantized for layer in quant_layers(model).values())
+    assert {q.state for q in act_quantizers(model).values()} == {QuantState.FROZEN}
+    assert len(model.gplq_report.compensation_r2) == 2
+    assert '9 Linear, 1 Conv2d and 2 attention layers' in str(model.gplq_report)
+    assert_same(codes_of(model), codes)
+
+
+class Named(nn.Module):
+    """A model whose forward has a name for its images, as those of transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = build()
+
+    def forward(self, pixel_values, scale=None):
+        return self.body(pixel_values) if scale is None else self.body(pixel_values * scale)
+
+
+LOADERS = {
+    'pairs': lambda: [(batch, labels()) for batch in IMAGES],
+    'once': lambda: iter(IMAGES),
+    'loader': lambda: DataLoader(
+        TensorDataset(torch.cat(IMAGES), torch.cat([labels(), labels()])), batch_size=8
+    ),
+    'images': lambda: dict(loader=[*IMAGES, IMAGES[0]], num_images=16),
+    'preprocessed': lambda: [dict(inputs=list(batch), data_samples=None) for batch in IMAGES],
+}
+
+
+@pytest.mark.parametrize('kind', LOADERS)
+def test_what_a_loader_yields(codes, kind):
+    options = dict(weight_ptq=dict(num_images=16)) if kind == 'images' else {}
+    assert_same(codes_of(quantize(build(), LOADERS[kind](), **options)), codes)
+
+
+@pytest.mark.parametrize(
+    'batch',
+    [
+        lambda x: dict(pixel_values=x, labels=labels(), idx=3),
+        lambda x: (x, labels()),
+        lambda x: [x],
+        lambda x: x,
+    ],
+    ids=['dict', 'pair', 'arguments', 'tensor'],
+)
+def test_arguments_of_the_forward(codes, batch):
+    found = codes_of(quantize(Named(), [batch(x) for x in IMAGES]))
+    assert_same({key.removeprefix('body.'): value for key, value in found.items()}, codes)
+
+
+def test_a_forward_of_its_own(codes):
+    odd = [[x, 'name of a file', 2.0] for x in IMAGES]
+
+    def forward(model, batch):
+        return model(batch[0], mode='tensor')
+
+    assert_same(codes_of(quantize(build(), odd, forward=forward)), codes)
+
+
+def state_of(model: nn.Module) -> dict:
+    tensors = {name: value.clone() for name, value in model.state_dict().items()}
+    flags = {name: value.requires_grad for name, value in model.named_parameters()}
+    classes = {name: type(module) for name, module in model.named_modules()}
+    return {'tensors': tensors, 'flags': flags, 'classes': classes, 'training': model.training}
+
+
+NAN = images(4).clone()
+NAN[2, 0, 0, 0] = torch.nan
+FAILURES = {
+    'rule': (dict(policy=dict(rules=[dict(pattern='nowhere', exclude=True)])), PolicyError),
+    'nan': (dict(calibration=[IMAGES[0], NAN]), DataError),
+    'empty': (dict(calibration=[]), DataError),
+    'no loader': (dict(calibration=None), SettingError),
+    'key': (dict(train=dict(loader=IMAGES, epoch=1)), SettingError),
+    'nothing to train for': (dict(train=dict(loader=IMAGES, mimic=None)), SettingError),
+    'nan in training': (dict(train=dict(loader=[IMAGES[0], NAN])), DataError),
+    'loss': (
+        dict(train=dict(loader=IMAGES * 2, loss=lambda out, _: out.sum() * torch.inf)),
+        GPLQError,
+    ),
+    'forward': (dict(forward=lambda model, batch: model.no_such_method(batch)), AttributeError),
+    'stage 2': (
+        dict(weight_ptq=dict(type='RoundToNearest'), forward=lambda model, x: model.backbone(x)),
+        ValueError,
+    ),
+}
+
+
+@pytest.mark.parametrize('kind', FAILURES)
+def test_a_failure_leaves_the_model_as_it_was(kind):
+    options, error = FAILURES[kind]
+    model = build().train()
+    model.head.layers.head.bias.requires_grad_(False)
+    before = state_of(model)
+    with pytest.raises(error):
+        quantize(model, **options)
+    after = state_of(model)
+    assert_same(after.pop('tensors'), before.pop('tensors'))
+    assert after == before
+    assert not hasattr(model, 'gplq_report')
+    assert all(not module._forward_hooks for module in model.modules())
+    # And can be quantized after that.
+    quantize(model)
+
+
+def test_a_quantized_model_is_refused():
+    model = quantize(build())
+    with pytest.raises(PolicyError, match='quantized already'):
+        quantize(model)
+
+
+def test_defaults_are_those_of_the_configs(monkeypatch):
+    base = front.default
+    assert base('gplq_policy') == dict(preset='gplq')
+    steps = front.Quantization(build(), IMAGES, dict(loader=IMAGES), None, None, 'default', None, 0)
+    assert steps.compensation == base('gplq_compensation')
+    ptq = base('gplq_train_cfg')['weight_ptq']
+    assert type(steps.method).__name__ == ptq['type']
+    assert steps.ptq_images == ptq['num_images']
+    assert steps.train['mimic'] == base('gplq_mimic')
+    assert steps.train['optim_wrapper'] == base('gplq_optim_wrapper')
+    changed = dict(loader=IMAGES, optim_wrapper=dict(optimizer=dict(lr=1.0)))
+    steps = front.Quantization(build(), IMAGES, changed, None, None, None, None, 0)
+    assert steps.compensation is None
+    optimizer = base('gplq_optim_wrapper')['optimizer']
+    assert steps.train['optim_wrapper']['optimizer'] == {**optimizer, 'lr': 1.0}
+
+
+# -- training -----------------------------------------------------------------------------------
+
+RATES = dict(optimizer=dict(lr=1e-3), quantizer=dict(lr=1e-2))
+PAIRS = [(batch, labels()) for batch in IMAGES]
+
+
+def trained(loader=PAIRS, model=None, seed=0, **train) -> nn.Module:
+    settings = dict(loader=loader, epochs=3, optim_wrapper=RATES, **train)
+    return quantize(model or build(), train=settings, seed=seed)
+
+
+def test_both_stages():
+    original = build().state_dict()
+    model = trained()
+    report = model.gplq_report
+    assert list(report.seconds) == ['images', 'calibration', 'pca', 'act_qat', 'weight_ptq']
+    assert len(report.losses) == 6
+    assert set(report.losses[0]) == {'loss', 'loss_task', 'loss_pca_mimic'}
+    assert report.losses[-1]['loss_task'] < report.losses[1]['loss_task']
+    weight = 'backbone.layers.0.attn.qkv.weight'
+    assert not torch.equal(model.state_dict()[weight], original[weight])
+    assert not any('mimic' in key or 'teacher' in key for key in model.state_dict())
+    layer = model.head.layers.head
+    assert not layer._forward_hooks, 'the tap is still on'
+
+
+def test_labels_are_optional():
+    model = trained(IMAGES)
+    assert set(model.gplq_report.losses[0]) == {'loss', 'loss_pca_mimic'}
+    model = trained(IMAGES, mimic=None, distill=dict(loss_weight=0.5))
+    assert set(model.gplq_report.losses[0]) == {'loss', 'loss_distill'}
+
+
+def test_a_loss_of_its_own():
+    calls = []
+
+    def loss(output, batch):
+        calls.append(len(batch))
+        return output.square().mean()
+
+    model = trained(IMAGES, loss=loss, mimic=None, task_weight=0.5)
+    assert calls == [8] * 6
+    assert set(model.gplq_report.losses[0]) == {'loss', 'loss_task'}
+
+
+def test_samples_of_openmmlab():
+    from mmpretrain.structures import DataSample
+
+    samples = [DataSample().set_gt_label(int(label)) for label in labels()]
+    batches = [dict(inputs=list(batch), data_samples=samples) for batch in IMAGES]
+    model = trained(batches)
+    losses = model.gplq_report.losses
+    wanted = trained().gplq_report.losses
+    assert losses[0] == pytest.approx(wanted[0], rel=1e-5)
+
+
+def test_random_numbers_are_those_of_the_seed():
+    """What happened before changes nothing, and what comes after goes on as if nothing was."""
+
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        model = build_dropping()
+        loader = DataLoader(TensorDataset(torch.cat(IMAGES)), batch_size=8, shuffle=True)
+        before = torch.get_rng_state(), random.getstate()
+        results.append(codes_of(trained(loader, model, seed=5)))
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert random.getstate() == before[1]
+    assert_same(*results)
+    other = codes_of(trained(loader, build_dropping(), seed=6))
+    assert any(not torch.equal(other[key], value) for key, value in results[0].items())
+
+
+def build_dropping() -> nn.Module:
+    with torch.random.fork_rng():
+        model = build()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.2
+    return model
+
+
+def test_frozen_weights():
+    original = build().state_dict()
+    model = trained(train_weights=False)
+    weight = 'backbone.layers.0.attn.qkv.weight'
+    assert torch.equal(model.state_dict()[weight], original[weight])
