@@ -7,7 +7,7 @@ import torch
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-from ..checkpoint import adopt_biases, load_float_weights
+from ..checkpoint import CheckpointError, adopt_biases, load_float_weights, read_checkpoint
 from ..errors import SettingError, StateError
 from ..layers import (
     freeze_activations,
@@ -237,7 +237,8 @@ class GPLQ(BaseModel):
 
         Raises:
             SettingError: If there is neither.
-            CheckpointError: If it cannot be read or is of another architecture.
+            CheckpointError: If it cannot be read, is of another architecture, or ``pretrained`` is
+                a checkpoint of a GPLQ run.
         """
         if self.backbone_from is not None:
             self.architecture.init_weights()
@@ -255,9 +256,16 @@ class GPLQ(BaseModel):
                 'GPLQ quantizes a trained model: set model.pretrained to its checkpoint, for '
                 'example --cfg-options model.pretrained=PATH.'
             )
-        load_float_weights(self.architecture, self.pretrained)
-        if self.teacher is not None:
-            load_float_weights(self.teacher, self.pretrained)
+        if 'gplq' in read_checkpoint(self.pretrained):
+            raise CheckpointError(
+                f'model.pretrained={self.pretrained} was written by a GPLQ run, whose weights are '
+                'no longer those of the float model: name the float checkpoint there. To go on '
+                'with Stage 2 of that run set train_cfg.act_qat_from, for a new task '
+                'model.backbone_from, and to evaluate give it to tools/test.py.'
+            )
+        for network in (self.architecture, self.teacher):
+            if network is not None:
+                load_float_weights(network, self.pretrained)
         self._is_init = True
 
     # -- forward --------------------------------------------------------------------------

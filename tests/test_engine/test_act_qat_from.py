@@ -183,3 +183,9 @@ def test_a_run_with_a_stage_1_of_its_own_is_not_resumed(begun):
     with pytest.raises(CheckpointError, match=r'Stage 1 of its own.*another work dir'):
         run(begun(), resume=True)
     assert load(f'{cfg.work_dir}/iter_{INTERVAL}.pth')['meta']['iter'] == INTERVAL
+
+
+def test_weights_of_a_run_are_no_float_model(tmp_path, undisturbed):
+    source = undisturbed['vit'] / 'w32a4.pth'
+    with pytest.raises(CheckpointError, match=r'w32a4\.pth was written by a GPLQ run'):
+        run(gplq_config(tmp_path, source))
