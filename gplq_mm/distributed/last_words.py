@@ -9,8 +9,6 @@ from torch.distributed import distributed_c10d
 
 from ..errors import GPLQError
 
-__all__ = ['LastWords', 'LostRankError', 'raise_others', 'wait_for']
-
 INTERVAL = 0.5  # seconds from one look to the next
 PATIENCE = 5.0  # seconds that a rank with an error waits until the others know of it
 

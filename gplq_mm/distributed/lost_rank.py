@@ -13,8 +13,6 @@ import torch.distributed as dist
 from .last_words import LastWords, LostRankError, raise_others
 from .reduce import is_distributed, rank_and_world_size
 
-__all__ = ['one_of_the_ranks', 'ranks_end_together']
-
 # What gloo, NCCL and the store say when the other end is gone, or has not answered in time.
 LOST = re.compile(
     r'connection (closed|reset|refused)|(read|write) error|broken pipe|timed? ?out'

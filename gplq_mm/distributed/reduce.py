@@ -9,18 +9,6 @@ from torch.nn import functional as F
 
 from .last_words import wait_for
 
-__all__ = [
-    'all_reduce_max',
-    'all_reduce_min',
-    'all_reduce_sum',
-    'broadcast_',
-    'gather_objects',
-    'gather_rows',
-    'is_distributed',
-    'is_finite_everywhere',
-    'rank_and_world_size',
-]
-
 
 def is_distributed() -> bool:
     """Whether a process group with more than one rank is up."""

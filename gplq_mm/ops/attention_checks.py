@@ -11,8 +11,6 @@ from torch import Tensor
 
 from .checks import check_codes, check_float, check_tensor, require
 
-__all__ = ['LONGEST_SUM', 'check_attention']
-
 OPERANDS = 4
 # 255 * 128 * 2**16 < 2**31: sums of so many products of codes are exact in int32.
 LONGEST_SUM = 2**16

@@ -10,23 +10,6 @@ from torch import Tensor
 
 from ..quant.packing import PANEL
 
-__all__ = [
-    'FLOATS',
-    'LAYER_FIELDS',
-    'check_codes',
-    'check_conv',
-    'check_float',
-    'check_gamma',
-    'check_input',
-    'check_layer',
-    'check_mlp',
-    'check_norm',
-    'check_quantize',
-    'check_residual',
-    'check_tensor',
-    'require',
-]
-
 LAYER_FIELDS = (
     'inverse', 'shift', 'weight', 'multiplier', 'position', 'row_scale', 'bias', 'correction'
 )  # fmt: skip

@@ -14,8 +14,6 @@ from . import (
 )
 from .library import SCHEMAS
 
-__all__ = ['cuda_backend', 'training_backend']
-
 # Earliest device that Triton compiles these kernels for.
 CAPABILITY = (8, 0)
 

@@ -7,8 +7,6 @@ import torch
 
 from ..errors import SettingError
 
-__all__ = ['resolve_device']
-
 _logger = logging.getLogger(__name__)
 
 

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ['announce', 'announce_reference', 'available_isas', 'backend', 'is_loaded', 'use_isa']
-
 _logger = logging.getLogger(__name__)
 _loaded = False
 _announced: set[str] = set()

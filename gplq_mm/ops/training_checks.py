@@ -11,16 +11,6 @@ from torch import Tensor
 from ..quant.code_state import state_dtype
 from .checks import check_codes, check_float, check_tensor, require
 
-__all__ = [
-    'check_gelu',
-    'check_learned_grid',
-    'check_quantized',
-    'check_same_shape',
-    'check_score_gradient',
-    'check_scores',
-    'check_state',
-]
-
 MAX_LEVEL_BITS = 14
 MAX_STATES = 2**16
 

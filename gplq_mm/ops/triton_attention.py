@@ -9,8 +9,6 @@ from . import native, reference
 from .attention_checks import check_attention
 from .triton_common import LAUNCH, MANY_PROGRAMS, codes_of
 
-__all__ = ['attention_kernel', 'int4_attention']
-
 # Keys times head size that fit the shared memory of every device; above it the plain-torch form
 # runs.
 MAX_KEY_VALUES = 256 * 64

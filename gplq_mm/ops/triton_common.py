@@ -9,20 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = [
-    'INTERPRETED',
-    'LAUNCH',
-    'MAGIC',
-    'MANY_PROGRAMS',
-    'SQRT_HALF',
-    'codes_of',
-    'fma',
-    'launch_options',
-    'learned_axis',
-    'numbers_of',
-    'zeros_of',
-]
-
 # Whether the kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET=1).
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # Options of every launch. Numbers that follow the batch are not specialized on, or a kernel would

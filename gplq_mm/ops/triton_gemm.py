@@ -15,14 +15,6 @@ from .triton_common import INTERPRETED, LAUNCH, SQRT_HALF, codes_of, fma
 from .triton_layer import TritonLayer
 from .triton_tuning import tuned
 
-__all__ = [
-    'UNPACK_IN_LOOP_ROWS',
-    'expand_kernel',
-    'gemm_kernel',
-    'multiply',
-    'tuned_gemm',
-]
-
 # Up to this many rows 4-bit weights are unpacked within the product. With more, every tile row
 # would unpack them again, and one pass that leaves int8 in the L2 cache is cheaper.
 UNPACK_IN_LOOP_ROWS = 256

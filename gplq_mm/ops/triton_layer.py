@@ -18,8 +18,6 @@ from ..quant.packing import (
 )
 from .checks import check_layer, check_mlp
 
-__all__ = ['TritonLayer', 'prepared_layer', 'prepared_mlp']
-
 # Codes up to here take half a byte, up to the next an int8 as they are; more are shifted.
 NIBBLE, BYTE = 15, 127
 SHIFT = 128

@@ -8,8 +8,6 @@ from torch import Tensor
 from .triton_common import LAUNCH, MANY_PROGRAMS, codes_of
 from .triton_layer import TritonLayer
 
-__all__ = ['launch_quantize', 'quantize', 'quantize_kernel']
-
 # Values of a tile that a program keeps in registers, in each half of a row.
 QUANTIZE_TILE = 2048
 # A program keeps what it read of the columns for several tiles of rows.

@@ -11,13 +11,6 @@ from . import native, training_checks, training_reference
 from .triton_common import fma, launch_options, learned_axis, numbers_of, zeros_of
 from .triton_training_kernels import code_of, grid_of, is_outside, shares, store_sums, tile_of
 
-__all__ = [
-    'softmax_backward_kernel',
-    'softmax_fake_quant_',
-    'softmax_fake_quant_backward_',
-    'softmax_kernel',
-]
-
 # Values of a tile of whole rows of scores, which several arrays of its size are kept of, and the
 # longest row that registers hold; above it the plain-torch form runs.
 SCORES_TILE = 1024

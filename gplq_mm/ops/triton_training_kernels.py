@@ -17,20 +17,6 @@ import triton.language as tl
 from ..quant.code_state import TOLERANCE
 from .triton_common import MAGIC, SQRT_HALF, fma
 
-__all__ = [
-    'code_of',
-    'decode_kernel',
-    'encode_kernel',
-    'fake_quant_backward_kernel',
-    'gelu_backward_kernel',
-    'gelu_kernel',
-    'grid_of',
-    'is_outside',
-    'shares',
-    'store_sums',
-    'tile_of',
-]
-
 _TOLERANCE = tl.constexpr(TOLERANCE)
 _DENSITY = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
 

@@ -5,8 +5,6 @@ from collections.abc import Callable
 import torch
 import triton
 
-__all__ = ['GEMM_CONFIGS', 'eligible_configs', 'shared_bytes', 'tuned']
-
 # Blocks of gemm_kernel that autotuning chooses from: rows, columns, packed bytes a step; warps;
 # pipeline stages. 64 rows and more feed a warpgroup instruction (wgmma) on Hopper.
 GEMM_CONFIGS = tuple(
