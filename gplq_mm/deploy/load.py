@@ -12,6 +12,7 @@ from ..layers import (
     DeployError,
     attach_compensation,
     quant_layers,
+    unchanged_on_error,
 )
 from ..layers.attention import OPERANDS
 from ..layers.family import entry_of, libraries
@@ -51,7 +52,7 @@ def load(
         device: ``'cpu'`` or ``'cuda'``. Without a usable GPU the model stays on the CPU, and a
             warning says so once.
         model: The float model that the file is of, whatever its weights, where the file does not
-            say how to build it. It is filled, and returned.
+            say how to build it. It is filled, and returned; after an error it is what it was.
 
     Returns:
         The model in eval mode, ready for ``model(images)`` and for the inference APIs of
@@ -67,8 +68,10 @@ def load(
     header, tensors = read_file(path)
     try:
         if model is None:
-            model = _build(header)
-        packed = _fill_model(model, header, TensorTable(tensors))
+            packed = _fill_model(_build(header), header, TensorTable(tensors))
+        else:
+            with unchanged_on_error(model, values=True):
+                packed = _fill_model(model, header, TensorTable(tensors))
     except DeployError as error:
         raise DeployError(f'{path}: {error}') from error
     return packed.to(resolve_device(device))

@@ -18,7 +18,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from ..layers import Int4Attention, Int4WeightLayer, QuantAttention, QuantWeightLayer
+from ..layers import (
+    Compensation,
+    Int4Attention,
+    Int4WeightLayer,
+    QuantAttention,
+    QuantWeightLayer,
+)
 from ..ops.reference import LAYER_FIELDS
 
 FLOAT = 'float'
@@ -142,10 +148,11 @@ class _Counter(TorchDispatchMode):
             if isinstance(module, QuantWeightLayer | QuantAttention):
                 self.add(module, _width(module), count)
                 return
-        # A window attention multiplies through its child without calling that as a module.
+        # Children that multiply without being called as modules.
         for child in innermost.children():
-            if isinstance(child, QuantAttention):
-                self.add(child, _width(child), count)
+            if isinstance(child, QuantAttention | Compensation):
+                width = FLOAT if isinstance(child, Compensation) else _width(child)
+                self.add(child, width, count)
                 return
         self.add(innermost, FLOAT, count)
 

@@ -15,7 +15,8 @@ from .training_losses import check_images
 LABELS = ('labels', 'label')
 
 
-def _is_of_openmmlab(model: nn.Module, batch: Any) -> bool:
+def is_of_openmmlab(model: nn.Module, batch: Any) -> bool:
+    """Whether a batch is what OpenMMLab's data loaders or preprocessors give, for such a model."""
     return isinstance(batch, Mapping) and 'inputs' in batch and hasattr(model, 'data_preprocessor')
 
 
@@ -25,7 +26,7 @@ def prepare(model: nn.Module, batch: Any, training: bool = False) -> Any:
     Raises:
         DataError: For images that are not finite, or a batch without a tensor.
     """
-    if _is_of_openmmlab(model, batch):
+    if is_of_openmmlab(model, batch):
         batch = model.data_preprocessor(dict(batch), training)
         check_images(batch['inputs'], batch.get('data_samples'))
         return batch
@@ -75,7 +76,7 @@ def arguments_and_label(model: nn.Module, batch: Any) -> tuple[tuple, dict, Any]
 
 def run_on(model: nn.Module, batch: Any) -> Any:
     """Forward of a model on a prepared batch, without its labels."""
-    if _is_of_openmmlab(model, batch):
+    if is_of_openmmlab(model, batch):
         return model(**batch, mode='tensor')
     args, kwargs, _ = arguments_and_label(model, batch)
     return model(*args, **kwargs)
@@ -113,7 +114,7 @@ def task_losses(
         loss: ``loss(output, batch)`` in place of what the labels say, or None.
     """
     if loss is None and forward is run_on:
-        if _is_of_openmmlab(model, batch):
+        if is_of_openmmlab(model, batch):
             if batch.get('data_samples'):
                 return dict(model(**batch, mode='loss'))
         elif isinstance(batch, Mapping) and 'labels' in batch and 'labels' in _parameters(model):
@@ -123,7 +124,7 @@ def task_losses(
     output = forward(model, batch)
     if loss is not None:
         return {'loss': loss(output, batch)}
-    label = None if _is_of_openmmlab(model, batch) else arguments_and_label(model, batch)[2]
+    label = None if is_of_openmmlab(model, batch) else arguments_and_label(model, batch)[2]
     return {} if label is None else {'loss': F.cross_entropy(logits_of(output), label)}
 
 

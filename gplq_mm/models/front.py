@@ -31,7 +31,7 @@ from ..progress import track
 from ..ptq import NormReport, build_weight_ptq
 from ..ptq.tensor_store import Memory, TensorStore
 from ..quant import QuantPolicy
-from .batches import first_batches, prepare, run_on, task_losses
+from .batches import first_batches, is_of_openmmlab, prepare, run_on, task_losses
 from .mimicry import Mimicry, prepare_training
 from .steps import calibrate_activations, fit_basis, run_weight_ptq, seed_iteration
 from .training_losses import require_finite
@@ -222,7 +222,15 @@ class Quantization:
 
     def _mimicry(self, float_model: nn.Module) -> Mimicry:
         settings = {key: self.train[key] for key in MIMICRY if key in self.train}
-        mimicry = Mimicry(self.model, float_model, **settings, forward=self.forward)
+
+        def features(network: nn.Module, batch: Any) -> Any:
+            # The heads of a detector cost more than its maps, and do without short floats.
+            maps = self.forward is run_on and mimicry.taps_maps
+            if maps and is_of_openmmlab(network, batch) and hasattr(network, 'extract_feat'):
+                return network.extract_feat(batch['inputs'])
+            return self.forward(network, batch)
+
+        mimicry = Mimicry(self.model, float_model, **settings, forward=features)
         prepare_training(self.model, **{k: self.train[k] for k in TRAINING if k in self.train})
         return mimicry
 

@@ -106,4 +106,5 @@ def test_compensation_is_in_float():
     kept = [name for name, score in model.gplq_report.compensation_r2.items() if score > 0]
     assert kept
     for found in (counted(model, 1), counted(gplq_mm.convert(model), 1)):
-        assert sum(found.in_float.values()) == len(kept) * TOKENS * WIDTH**2
+        wanted = {f'{block}.compensation': TOKENS * WIDTH**2 for block in kept}
+        assert found.in_float == wanted

@@ -15,6 +15,7 @@ import gplq_mm
 from gplq_mm.deploy import DeployError
 from gplq_mm.deploy.format import read_file, write_file
 from gplq_mm.families.libraries import build_timm, build_transformers
+from gplq_mm.layers import quant_layers
 
 # Beside the environment, as in test_families.
 APART = Path(sys.prefix) / 'transformers'
@@ -126,8 +127,12 @@ def test_any_other_model_is_given(tmp_path):
     loaded = gplq_mm.load(path, other)
     assert loaded is other
     assert torch.equal(outputs(loaded), outputs(gplq_mm.convert(model)))
-    with pytest.raises(DeployError, match='has no layer body'):
-        gplq_mm.load(path, build_float('vit'))
+    other = nn.ModuleDict({'body': build_float('vit')})
+    state = copy.deepcopy(other.state_dict())
+    with pytest.raises(DeployError, match='has no layer last'):
+        gplq_mm.load(path, other)
+    assert not quant_layers(other)
+    assert all(torch.equal(value, state[key]) for key, value in other.state_dict().items())
 
 
 def test_a_model_of_unknown_arguments_is_given(tmp_path):
