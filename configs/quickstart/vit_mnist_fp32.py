@@ -5,7 +5,7 @@ _base_ = [
     '../_base_/default_runtime.py',
 ]
 
-max_epochs = 16
+max_epochs = 8
 
 train_dataloader = dict(batch_size=32)
 optim_wrapper = dict(
