@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.benchmark import Timer
 
 # What is timed: it takes no arguments.
 Call = Callable[[], Any]
@@ -48,6 +47,9 @@ def wall_clock(call: Call, sample_seconds: float = 0.1) -> Callable[[], float]:
     A sample is the mean of as many calls as fill ``sample_seconds`` (at least one), behind two
     that are not counted. It begins and ends when the GPU, if there is one, has nothing to do.
     """
+    # Warns on a machine with nvcc and no GPU, so that who needs no clock does without.
+    from torch.utils.benchmark import Timer
+
     timer = Timer('call()', globals={'call': call}, num_threads=torch.get_num_threads())
     number = max(1, math.ceil(sample_seconds / max(timer.timeit(1).median, 1e-7)))
     return lambda: 1e3 * timer.timeit(number).median
