@@ -12,7 +12,7 @@ from ..layers.fused import fuse_blocks
 from ..layers.int4_weight import DeployError, Int4WeightLayer
 from ..layers.replace import set_module
 from ..models import GPLQ, QuantBackbone, Stage
-from .packed_tensors import attention_record, layer_origin
+from .packed_tensors import attention_record, layer_origin, remember
 
 
 @dataclass
@@ -88,7 +88,7 @@ def convert_in_place(model: nn.Module) -> DeployReport:
             raise DeployError(f'{name}: {type(layer).__name__} has no packed form.')
         twin = packed.from_quantized(layer)
         # For a file that is written of the packed model.
-        twin.origin = layer_origin(layer)
+        remember(twin, *layer_origin(layer))
         set_module(model, name, twin)
         report.layers.append(name)
     for name, module in list(model.named_modules()):
@@ -104,7 +104,7 @@ def convert_in_place(model: nn.Module) -> DeployReport:
                 report.attention.append(name)
                 for child in module.children():
                     if isinstance(child, Int4Attention):
-                        child.origin = origin
+                        remember(child, *origin)
             else:
                 report.simulated[name] = reason
     report.fused = fuse_blocks(model)

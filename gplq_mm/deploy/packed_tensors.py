@@ -108,7 +108,7 @@ def _grid_tensors(quantizer: ActQuantizer) -> dict[str, Tensor]:
     if quantizer.spec.zero_point == 'integer':
         tensors['zero_point'] = quantizer.zero_point.to(torch.uint8)
     # A scale may be the parameter itself, which goes on changing elsewhere.
-    return {key: value.cpu().clone() for key, value in tensors.items()}
+    return {key: value.clone() for key, value in tensors.items()}
 
 
 def _fill_grid(quantizer: ActQuantizer, prefix: str, table: TensorTable) -> None:
@@ -137,7 +137,7 @@ def layer_record(
 ) -> tuple[dict, dict[str, Tensor]]:
     """Header entry and tensors of a layer after Stage 2, or of its packed twin."""
     if isinstance(layer, Int4WeightLayer):
-        entry, grid = layer.origin
+        entry, grid = _recalled(layer)
         rows = len(layer.row_scale)
         # A family may hide the name: transformers asks a layer for the dtype of its weight.
         codes = unpack_panels(layer._buffers['weight'], rows)
@@ -159,6 +159,23 @@ def layer_record(
         **{f'{name}.input.{key}': value for key, value in grid.items()},
     }
     return entry, tensors
+
+
+def remember(packed: nn.Module, entry: dict, grids: dict[str, Tensor]) -> None:
+    """Gives a packed module what a file says of it and it cannot tell itself: the header entry, and
+    the grids, as buffers beside its state."""
+    packed.origin = (entry, list(grids))
+    for key, value in grids.items():
+        packed.register_buffer(_buffer_of(key), value, persistent=False)
+
+
+def _recalled(packed: nn.Module) -> tuple[dict, dict[str, Tensor]]:
+    entry, keys = packed.origin
+    return entry, {key: getattr(packed, _buffer_of(key)) for key in keys}
+
+
+def _buffer_of(key: str) -> str:
+    return f'origin_{key.replace(".", "_")}'
 
 
 def layer_origin(layer: QuantWeightLayer) -> tuple[dict, dict[str, Tensor]]:
@@ -222,7 +239,7 @@ def _act_entry(quantizer: ActQuantizer) -> dict:
 def attention_record(attention: QuantAttention | Int4Attention) -> tuple[dict, dict[str, Tensor]]:
     """Header entry (operand -> spec or None) and grids of an attention, by operand."""
     if isinstance(attention, Int4Attention):
-        return attention.origin
+        return _recalled(attention)
     entry: dict[str, dict | None] = {}
     tensors: dict[str, Tensor] = {}
     for operand in OPERANDS:

@@ -183,3 +183,19 @@ def test_timm_reads_nothing(tmp_path, data):
 def test_transformers_builds_known_families_alone(transformers, data):
     with pytest.raises(ValueError, match=r'known family|not plain'):
         build_transformers(copy.deepcopy(data))
+
+
+def test_training_by_the_loss_of_transformers(transformers):
+    """Labels beside the images: the model's own forward knows what to do with them."""
+    torch.manual_seed(0)
+    model = lively(MODELS['ViTForImageClassification'](transformers))
+    x = images(4, seed=1)
+    batches = [dict(pixel_values=x, labels=torch.arange(4), path=['a'] * 4)]
+    float_model = copy.deepcopy(model)
+    gplq_mm.quantize_(model, batches, policy=FAST, train=dict(loader=batches, epochs=2))
+    losses = model.gplq_report.losses
+    assert [set(loss) for loss in losses] == 2 * [{'loss', 'loss_task', 'loss_pca_mimic'}]
+    with torch.no_grad():
+        wanted = float_model(pixel_values=x, labels=torch.arange(4)).loss
+    assert losses[0]['loss_task'] == pytest.approx(float(wanted), rel=0.3)
+    assert not torch.equal(outputs(model), outputs(float_model))

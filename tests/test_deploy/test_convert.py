@@ -111,7 +111,7 @@ def reachable_tensors(value, seen=None):
 def test_no_float_weight_stays_in_memory(models, kind):
     simulated = models[kind]
     deployed = convert(simulated)
-    own = {tensor.data_ptr(): tensor for tensor in deployed.state_dict().values()}
+    own = {tensor.data_ptr(): tensor for tensor in (*deployed.parameters(), *deployed.buffers())}
     held = list(reachable_tensors(deployed))
     hidden = [tensor for tensor in held if tensor.numel() and tensor.data_ptr() not in own]
     # What is beside the state: Swin's masks and indices, none of them as large as a weight.
