@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from . import deploy
-from .deploy.export import SizeReport, write_model
+from .deploy.save import SizeReport, write_model
 from .evaluation.coverage import Coverage, measure_coverage
 from .models.batches import prepare, run_on
-from .models.front import Quantization
+from .models.quantization import Quantization
 from .quant import QuantPolicy
 
 

@@ -4,8 +4,8 @@ import argparse
 
 from gplq_mm import deploy
 from gplq_mm.deploy.architecture import decode
-from gplq_mm.deploy.exported import export_program, save_program
-from gplq_mm.deploy.onnx_export import export_onnx
+from gplq_mm.deploy.targets.onnx import export_onnx
+from gplq_mm.deploy.targets.torch_export import export_program, save_program
 from gplq_mm.errors import one_line_errors
 
 

@@ -3,7 +3,7 @@
 from ..layers.int4_weight import DeployError
 from .architecture import encode
 from .convert import DeployReport, convert
-from .export import SizeReport, save
 from .load import load
+from .save import SizeReport, save
 
 __all__ = ['DeployError', 'DeployReport', 'SizeReport', 'convert', 'encode', 'load', 'save']

@@ -29,8 +29,7 @@ from .architecture import (
     decode,
 )
 from .convert import convert_in_place
-from .export import attentions, other_entries
-from .format import read_file
+from .packed_file import read_file
 from .packed_tensors import (
     TensorTable,
     fill_attention,
@@ -38,6 +37,7 @@ from .packed_tensors import (
     fill_layer,
     spec_of,
 )
+from .save import attentions, other_entries
 
 AGAIN = 'Deploy the checkpoint again.'
 

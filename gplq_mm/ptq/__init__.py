@@ -2,9 +2,9 @@
 
 from .blockwise import quantize_weights, round_weights
 from .build import build_weight_ptq
+from .direct_qat import init_learned_weights
 from .forecast import Progress
 from .gptq import GPTQ, damped_hessian, gptq_round
-from .learned import init_learned_weights
 from .norms import NormReport, calibrate_with_norms
 from .refinement import coordinate_descent, refit_group_scale, refit_row_scale
 from .reparam import reparametrize

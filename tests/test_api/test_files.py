@@ -13,7 +13,7 @@ from torch import nn
 
 import gplq_mm
 from gplq_mm.deploy import DeployError
-from gplq_mm.deploy.format import read_file, write_file
+from gplq_mm.deploy.packed_file import read_file, write_file
 from gplq_mm.families.libraries import build_timm, build_transformers
 from gplq_mm.layers import quant_layers
 

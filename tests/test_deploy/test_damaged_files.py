@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from packed_models import fill_compensations, quantized_classifier, run_config
 
 from gplq_mm.deploy import DeployError, load, save
-from gplq_mm.deploy.format import KEY, VERSION, read_file, write_file
+from gplq_mm.deploy.packed_file import KEY, VERSION, read_file, write_file
 from gplq_mm.layers import quant_layers
 
 FUZZ = settings(

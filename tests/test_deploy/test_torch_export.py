@@ -10,7 +10,7 @@ from packed_models import fill_compensations, quantized_classifier
 from torch import nn
 
 from gplq_mm.deploy import DeployError, convert
-from gplq_mm.deploy.exported import export_program, save_program
+from gplq_mm.deploy.targets.torch_export import export_program, save_program
 
 SHAPE = (3, 32, 32)
 KINDS = ('vit', 'swin', 'resnet')

@@ -32,7 +32,7 @@ from ..models import GPLQ, QuantBackbone
 from ..version import __version__
 from .architecture import check_config, check_pipeline, encode, inference_architecture
 from .convert import strip_wrappers
-from .format import write_file
+from .packed_file import write_file
 from .packed_tensors import attention_record, compensation_record, layer_record
 
 PACKAGES = ('torch', 'onedl-mmengine', 'onedl-mmcv', 'onedl-mmpretrain', 'onedl-mmdetection')

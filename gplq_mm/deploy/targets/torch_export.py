@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from ..checkpoint import atomic_write
-from ..layers import DeployError
-from ..layers.int4_weight import Int4WeightLayer
+from ...checkpoint import atomic_write
+from ...layers import DeployError
+from ...layers.int4_weight import Int4WeightLayer
 
 # An exported dimension is a range.
 MAX_BATCH = 2**16

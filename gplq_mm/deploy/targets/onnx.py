@@ -11,10 +11,10 @@ import os
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import atomic_write
-from ..layers import DeployError
-from ..version import __version__
-from .exported import export_program
+from ...checkpoint import atomic_write
+from ...layers import DeployError
+from ...version import __version__
+from .torch_export import export_program
 
 # The first operator set with 4-bit integers and blocked scales.
 OPSET = 21

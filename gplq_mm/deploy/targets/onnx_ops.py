@@ -24,8 +24,8 @@ from onnxscript import opset21 as op
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from ..ops.reference import LAYER_FIELDS
-from ..quant.packing import unpack_multiplier_panels, unpack_panels
+from ...ops.reference import LAYER_FIELDS
+from ...quant.packing import unpack_multiplier_panels, unpack_panels
 
 
 @dataclass

@@ -22,7 +22,7 @@ from torch import nn
 
 from gplq_mm.checkpoint import read_checkpoint
 from gplq_mm.deploy import DeployError, convert, save
-from gplq_mm.deploy.onnx_export import OPSET, export_onnx
+from gplq_mm.deploy.targets.onnx import OPSET, export_onnx
 
 MISSING = [n for n in ('onnx', 'onnxscript', 'onnxruntime') if importlib.util.find_spec(n) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f'not installed: {", ".join(MISSING)}')
