@@ -76,6 +76,6 @@ class Detectors(Family):
     headlines = {'coco/bbox_mAP': ('bbox_mAP', 100.0), 'coco/segm_mAP': ('segm_mAP', 100.0)}
     scopes = {
         'mmdet': r'models\.(backbones|data_preprocessors|dense_heads\.(?!atss_vl)|'
-        r'detectors\.(?!glip|grounding|kd_|lad)|layers|losses|necks|roi_heads|seg_heads|'
-        r'task_modules\.(?!tracking))|datasets\.transforms\.'
+        r'detectors\.(?!d2_|glip|grounding|kd_|lad)|layers|losses|necks|roi_heads|seg_heads|'
+        r'task_modules\.(?!tracking))|datasets\.transforms\.(?!text_transf|generate_line)'
     }

@@ -17,8 +17,11 @@ from ..layers.fused import is_identity_in_eval
 from ..registry import FAMILIES
 
 PLAIN = (int, float, str, type(None))
-# Of timm's create_model: what reads files, hubs or other configs.
-NOT_FROM_FILES = re.compile(r'pretrained|checkpoint|cache|file|hf_|cfg')
+# Arguments of timm's create_model that a file may have: shapes. Others read files, hubs or configs.
+TIMM_ARGUMENTS = {
+    'depth', 'depths', 'embed_dim', 'global_pool', 'img_size', 'in_chans', 'num_classes',
+    'num_heads', 'patch_size', 'window_size',
+}  # fmt: skip
 # Of a transformers config: where weights and code come from, and what is of training or a label.
 LEFT_OUT = re.compile(
     r'^(_.*|architectures|auto_map|transformers_version|dtype|torch_dtype|id2label|label2id|'
@@ -130,7 +133,7 @@ def build_timm(data: dict) -> nn.Module:
     import timm
 
     name, arguments = data['name'], dict(data['arguments'])
-    refused = [key for key in arguments if NOT_FROM_FILES.search(key)]
+    refused = arguments.keys() - TIMM_ARGUMENTS
     if refused or not all(map(_is_plain, arguments.values())) or not timm.is_model(name):
         raise SettingError(f'{name!r} with {sorted(arguments)} is no model of timm alone')
     return timm.create_model(name, pretrained=False, **arguments).eval()
@@ -147,14 +150,22 @@ def _transformers_class(name: str) -> type:
     return cls
 
 
+def _shape_options(config_class: type) -> set[str]:
+    """What a file may set of a config. What a config takes beside its own fields names kernels,
+    which come from a hub (``attn_implementation``), or nothing that a model computes by."""
+    own = config_class().to_dict()
+    return {'num_labels', *(key for key in own if not LEFT_OUT.match(key))}
+
+
 def describe_transformers(model: nn.Module) -> dict | None:
     """Class and config of a model of transformers, or None."""
     if not type(model).__module__.startswith('transformers.models.'):
         return None
+    known = _shape_options(type(model.config))
     config = {
         key: value
         for key, value in model.config.to_diff_dict().items()
-        if not LEFT_OUT.match(key) and _is_plain(value)
+        if key in known and _is_plain(value)
     }
     if hasattr(model, 'classifier'):
         config['num_labels'] = model.config.num_labels
@@ -178,7 +189,8 @@ def build_transformers(data: dict) -> nn.Module:
     """
     cls = _transformers_class(data['class'])
     config, arguments = dict(data['config']), dict(data['arguments'])
-    refused = [key for key in config if LEFT_OUT.match(key) or not _is_plain(config[key])]
+    known = _shape_options(cls.config_class)
+    refused = [key for key in config if key not in known or not _is_plain(config[key])]
     if refused or set(arguments) - {'add_pooling_layer'}:
         raise SettingError(f'{data["class"]} with {refused + list(arguments)} is not plain')
     return cls(cls.config_class(**config), **arguments).eval()

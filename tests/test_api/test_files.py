@@ -155,6 +155,7 @@ def test_a_model_of_unknown_arguments_is_given(tmp_path):
     [
         dict(name='vit_tiny_patch16_224', arguments=dict(checkpoint_path='x.pth')),
         dict(name='vit_tiny_patch16_224', arguments=dict(pretrained_cfg=dict(url='x'))),
+        dict(name='vit_tiny_patch16_224', arguments=dict(weight_init='skip')),
         dict(name='hf_hub:someone/model', arguments={}),
         dict(name='no_such_model', arguments={}),
     ],
@@ -177,6 +178,7 @@ def test_timm_reads_nothing(tmp_path, data):
         dict({'class': 'DetrForObjectDetection'}, config={}, arguments={}),
         dict({'class': 'pipeline'}, config={}, arguments={}),
         dict({'class': 'ViTModel'}, config=dict(auto_map='x'), arguments={}),
+        dict({'class': 'ViTModel'}, config=dict(attn_implementation='eager'), arguments={}),
         dict({'class': 'ViTModel'}, config={}, arguments=dict(trust_remote_code=True)),
     ],
 )

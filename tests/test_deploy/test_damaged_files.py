@@ -397,6 +397,8 @@ def test_forged_architecture(forge, path, value, message):
         {'type': 'os.system', 'command': 'true'},
         {'type': 'torchvision/ConvertImageDtype', 'dtype': 'float32, __import__("os")'},
         {'type': 'ImageClassifier'},
+        {'type': 'mmdet.RandomSamplingNegPos', 'tokenizer_name': 'gpt2'},
+        {'type': 'mmdet.ImageAug', 'pipeline': [{'name': 'SaveDebugImageEveryNBatches'}]},
     ],
 )
 def test_forged_pipeline(forge, transform):
