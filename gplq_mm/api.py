@@ -63,12 +63,14 @@ def quantize_(
         DataError: For a loader without images, or images that are not finite.
     """
     steps = Quantization(model, calibration, train, policy, weight_ptq, compensation, forward, seed)
-    before = next(model.parameters()).device
+    before = next((parameter.device for parameter in model.parameters()), None)
     try:
-        model.to(device or before)
+        if device is not None:
+            model.to(device)
         steps.run()
     except BaseException:
-        model.to(before)
+        if device is not None:
+            model.to(before)
         raise
     return model
 

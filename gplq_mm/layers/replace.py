@@ -178,7 +178,7 @@ def unchanged_on_error(model: nn.Module, values: bool = False) -> Iterator[None]
         for module in model.modules()
     ]  # fmt: skip
     tensors = [*model.parameters(), *model.buffers()] if values else []
-    kept = [(tensor, tensor.detach().clone(), tensor.requires_grad) for tensor in tensors]
+    kept = [(t, t.detach().clone(), t.requires_grad, t.grad) for t in tensors]
     try:
         yield
     except BaseException:
@@ -187,9 +187,9 @@ def unchanged_on_error(model: nn.Module, values: bool = False) -> Iterator[None]
             module.__dict__.clear()
             module.__dict__.update(state)
         with torch.no_grad():
-            for tensor, value, learns in kept:
+            for tensor, value, learns, grad in kept:
                 tensor.requires_grad_(learns).copy_(value)
-                tensor.grad = None
+                tensor.grad = grad
         raise
 
 

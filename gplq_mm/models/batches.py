@@ -130,7 +130,8 @@ def task_losses(
 
 def count_images(batch: Any) -> int:
     """Images of a batch: the length of its first tensor, or of a list of images."""
-    if isinstance(batch, Mapping) and isinstance(batch.get('inputs'), (list, tuple)):
+    batch = dict(batch) if isinstance(batch, Mapping) else batch
+    if isinstance(batch, dict) and isinstance(batch.get('inputs'), (list, tuple)):
         return len(batch['inputs'])
     return next((len(leaf) for leaf in tree_leaves(batch) if torch.is_tensor(leaf)), 1)
 

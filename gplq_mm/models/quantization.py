@@ -127,8 +127,10 @@ class Quantization:
         self.forward = forward or run_on
         settings = default('gplq_policy') if policy is None else policy
         self.policy = settings if isinstance(settings, QuantPolicy) else QuantPolicy(**settings)
-        ptq = {**default('gplq_train_cfg')['weight_ptq'], **(weight_ptq or {})}
+        ptq = default('gplq_train_cfg')['weight_ptq']
+        # Of the images that a run reads itself; here they come in the loader's batches.
         ptq.pop('batch_size')
+        ptq.update(weight_ptq or {})
         self.ptq_images = ptq.pop('num_images')
         self.method = build_weight_ptq(ptq)
         use_default = compensation == 'default'
@@ -149,6 +151,11 @@ class Quantization:
             calibration = calibration['loader']
         if calibration is None and self.train is not None:
             calibration = self.train['loader']
+            if isinstance(calibration, Iterator):
+                raise SettingError(
+                    'train.loader is an iterator, whose images would be gone after calibration; '
+                    'give calibration a loader of its own.'
+                )
         if not isinstance(calibration, Iterable):
             raise SettingError(
                 'calibration must be a loader of images, as of torch.utils.data.DataLoader; got '
@@ -175,6 +182,12 @@ class Quantization:
             'mimic': default('gplq_mimic'),
             **train,
         }
+        loader = train['loader']
+        if train['epochs'] > 1 and isinstance(loader, Iterator):
+            raise SettingError(
+                f'train.loader is an iterator, which gives its images once, and epochs='
+                f'{train["epochs"]}; give a loader that starts again for each epoch.'
+            )
         wrapper = default('gplq_optim_wrapper')
         for key, value in train.get('optim_wrapper', {}).items():
             merges = isinstance(value, Mapping) and isinstance(wrapper.get(key), Mapping)
@@ -188,6 +201,9 @@ class Quantization:
         model = self.model
         kept = TensorStore(Memory(MEMORY))
         with unchanged_on_error(model, values=True), _random_state(self.seed):
+            if self.train is not None:
+                # What earlier training has left would be added to the first gradients.
+                model.zero_grad()
             float_model = copy.deepcopy(model).eval() if self.train is not None else None
             library = None if quant_layers(model) else _described(model)
             self.report = QuantizedReport(
@@ -242,8 +258,8 @@ class Quantization:
         with self._step('images'), torch.no_grad():
             total = len(self.loader) if hasattr(self.loader, '__len__') else None
             for batch in track(first_batches(self.loader, wanted), total, 'images'):
-                # As a loader gives them, on the CPU.
-                kept.append(batch)
+                # As a loader gives them, on the CPU. A store sees the tensors of plain dicts.
+                kept.append(dict(batch) if isinstance(batch, Mapping) else batch)
             if not len(kept):
                 raise DataError('the calibration loader yields no images; give at least one batch.')
 
@@ -275,6 +291,8 @@ class Quantization:
                 seed_iteration(self.seed, iteration)
                 batch = prepare(self.model, batch, training=True)
                 self.report.losses.append(self._train_iteration(mimicry, wrapper, batch))
+        if not self.report.losses and self.train['epochs'] and self.train['max_iters'] != 0:
+            raise DataError('the loader of train yields no images; give at least one batch.')
         freeze_activations(self.model)
 
     def _iterations(self) -> Iterator[Any]:

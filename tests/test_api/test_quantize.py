@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+from collections import UserDict
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import gplq_mm
 from gplq_mm.errors import DataError, GPLQError, SettingError
 from gplq_mm.layers import act_quantizers, quant_layers
 from gplq_mm.models import front
+from gplq_mm.models.batches import first_batches
 from gplq_mm.quant import PolicyError, QuantState
 
 FAST = {key: dict(observer='minmax') for key in ('activation', 'q', 'k', 'v', 'probs', 'weight')}
@@ -91,6 +93,7 @@ LOADERS = {
         TensorDataset(torch.cat(IMAGES), torch.cat([labels(), labels()])), batch_size=8
     ),
     'images': lambda: dict(loader=[*IMAGES, IMAGES[0]], num_images=16),
+    'mapping': lambda: [UserDict(inputs=list(batch), data_samples=None) for batch in IMAGES],
     'preprocessed': lambda: [dict(inputs=list(batch), data_samples=None) for batch in IMAGES],
 }
 
@@ -146,6 +149,10 @@ FAILURES = {
         dict(train=dict(loader=IMAGES * 2, loss=lambda out, _: out.sum() * torch.inf)),
         GPLQError,
     ),
+    'no training images': (dict(train=dict(loader=[])), DataError),
+    'images given once': (dict(calibration=None, train=dict(loader=iter(IMAGES))), SettingError),
+    'one epoch of two': (dict(train=dict(loader=iter(IMAGES), epochs=2)), SettingError),
+    'option': (dict(weight_ptq=dict(batch_size=3)), SettingError),
     'forward': (dict(forward=lambda model, batch: model.no_such_method(batch)), AttributeError),
     'stage 2': (
         dict(weight_ptq=dict(type='RoundToNearest'), forward=lambda model, x: model.backbone(x)),
@@ -159,12 +166,14 @@ def test_a_failure_leaves_the_model_as_it_was(kind):
     options, error = FAILURES[kind]
     model = build().train()
     model.head.layers.head.bias.requires_grad_(False)
+    model.head.layers.head.weight.grad = torch.ones(NUM_CLASSES, 32)
     before = state_of(model)
     with pytest.raises(error):
         quantize(model, **options)
     after = state_of(model)
     assert_same(after.pop('tensors'), before.pop('tensors'))
     assert after == before
+    assert torch.equal(model.head.layers.head.weight.grad, torch.ones(NUM_CLASSES, 32))
     assert not hasattr(model, 'gplq_report')
     assert all(not module._forward_hooks for module in model.modules())
     # And can be quantized after that.
@@ -225,6 +234,24 @@ def test_labels_are_optional():
     assert set(model.gplq_report.losses[0]) == {'loss', 'loss_pca_mimic'}
     model = trained(IMAGES, mimic=None, distill=dict(loss_weight=0.5))
     assert set(model.gplq_report.losses[0]) == {'loss', 'loss_distill'}
+
+
+def test_gradients_of_earlier_training_are_not_used():
+    model = build()
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 100.0)
+    assert trained(model=model).gplq_report.losses == trained().gplq_report.losses
+
+
+def test_a_model_without_a_parameter():
+    with pytest.raises(PolicyError, match='no Linear'):
+        quantize(nn.ReLU(), device='cpu')
+
+
+@pytest.mark.parametrize('kind', [dict, UserDict])
+def test_images_are_counted_in_any_mapping(kind):
+    batches = [kind(pixel_values=x) for x in IMAGES]
+    assert list(first_batches(batches, 8)) == batches[:1]
 
 
 def test_a_loss_of_its_own():
