@@ -118,7 +118,8 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         self.coverage = Coverage()
         self.names = {module: name for name, module in model.named_modules()}
-        self.stack: list[nn.Module] = []
+        # The model itself is innermost where its parts are called without it.
+        self.stack: list[nn.Module] = [model]
         self.packed = {
             id(module._buffers['grids' if isinstance(module, Int4Attention) else 'weight']): module
             for module in self.names
@@ -191,7 +192,7 @@ def measure_coverage(model: nn.Module, run: Callable[[], Any]) -> Coverage:
         model: Float, quantized or packed; its mode stays as it is.
         run: Runs it in eval mode on some images.
     """
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     counter = _Counter(model)
 
@@ -209,5 +210,6 @@ def measure_coverage(model: nn.Module, run: Callable[[], Any]) -> Coverage:
     finally:
         for handle in handles:
             handle.remove()
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
     return counter.coverage

@@ -41,9 +41,11 @@ def test_counts_are_those_of_the_architecture(vit):
 
 def test_a_float_model_is_in_float():
     model = build_float('vit').train()
+    model.head.eval()
     found = counted(model, 1)
     assert found.widths == {'float': sum(VIT.values())}
     assert model.training
+    assert not model.head.training
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
 
 
@@ -96,6 +98,19 @@ def test_products_outside_of_layers_are_seen():
     model = Unseen()
     found = gplq_mm.coverage(model, torch.randn(2, 4, 8))
     assert found.in_float == {'layer': 2 * 4 * 8 * 8, '': 2 * 4 * 4 * 8}
+
+
+def test_products_of_a_forward_of_its_own_are_seen():
+    """It calls a part of the model, and goes on with what that gives."""
+    projection = torch.randn(CLASSES, 3)
+    head = build_float('vit').head
+    found = gplq_mm.coverage(
+        head, torch.randn(2, WIDTH), lambda head, x: head.layers.head(x) @ projection
+    )
+    assert found.modules == {
+        'layers.head': {'float': 2 * WIDTH * CLASSES},
+        '': {'float': 2 * CLASSES * 3},
+    }
 
 
 def test_compensation_is_in_float():
