@@ -65,6 +65,7 @@ def load(
             or that does not describe a model the installed packages can build.
         ValueError: If the device is neither a CPU nor a CUDA device of this machine.
     """
+    target = resolve_device(device)
     header, tensors = read_file(path)
     try:
         if model is None:
@@ -74,7 +75,7 @@ def load(
                 packed = _fill_model(model, header, TensorTable(tensors))
     except DeployError as error:
         raise DeployError(f'{path}: {error}') from error
-    return packed.to(resolve_device(device))
+    return packed.to(target)
 
 
 def _section(header: Mapping, key: str, kind: type) -> Any:

@@ -14,6 +14,7 @@ from torch import nn
 import gplq_mm
 from gplq_mm.deploy import DeployError
 from gplq_mm.deploy.packed_file import read_file, write_file
+from gplq_mm.errors import SettingError
 from gplq_mm.families.libraries import build_timm, build_transformers
 from gplq_mm.layers import quant_layers
 
@@ -127,6 +128,9 @@ def test_any_other_model_is_given(tmp_path):
     loaded = gplq_mm.load(path, other)
     assert loaded is other
     assert torch.equal(outputs(loaded), outputs(gplq_mm.convert(model)))
+    with pytest.raises(SettingError, match='not a device'):
+        gplq_mm.load(path, untouched := Own(), device='gpu')
+    assert type(untouched.last) is nn.Linear
     other = nn.ModuleDict({'body': build_float('vit')})
     state = copy.deepcopy(other.state_dict())
     with pytest.raises(DeployError, match='has no layer last'):
