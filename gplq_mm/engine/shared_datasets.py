@@ -40,7 +40,7 @@ class SharedDatasets:
             # Other wrappers build a wrapper inside themselves, and take no other object.
             if kind is registered(OUR_DATASETS)['SeededDataset'] or not _is_wrapper(inner):
                 cfg['dataset'] = self.build(inner)
-        elif kind is not None and issubclass(kind, BaseDataset) and _can_wait(kind):
+        elif isinstance(kind, type) and issubclass(kind, BaseDataset) and _can_wait(kind):
             return self._shared(cfg)
         return DATASETS.build(cfg)
 

@@ -58,6 +58,11 @@ def test_wrappers_of_other_packages(reads):
     assert len(datasets.build(nested)) == 12
 
 
+def test_a_function_may_make_the_data_set():
+    made = SharedDatasets().build(DATA)
+    assert SharedDatasets().build({'type': lambda: made}) is made
+
+
 @pytest.mark.parametrize('serialize', [True, False])
 def test_no_image(serialize, monkeypatch):
     monkeypatch.setattr(MNIST5k, 'filter_data', lambda self: [])
