@@ -81,16 +81,15 @@ def set_saved_bytes(model: nn.Module, saved_bytes: int | None) -> None:
 def _turns(quantizers: list[ActQuantizer], histogram_bytes: int) -> Iterator[list[ActQuantizer]]:
     """Who observes in each pass over the images: all in the first, then as many as memory holds."""
     yield quantizers
-    turn: list[ActQuantizer] = []
-    rest = [quantizer for quantizer in quantizers if quantizer.observer.num_passes > 1]
-    for quantizer in rest:
-        held = sum(q.observer.histogram_bytes for q in (*turn, quantizer))
-        if turn and held > histogram_bytes:
-            yield turn
-            turn = []
-        turn.append(quantizer)
-    if turn:
-        yield turn
+    turns: list[list[ActQuantizer]] = [[]]
+    for quantizer in quantizers:
+        held = sum(q.observer.histogram_bytes for q in (*turns[-1], quantizer))
+        if turns[-1] and held > histogram_bytes:
+            turns.append([])
+        turns[-1].append(quantizer)
+    for turn in turns:
+        for number in range(1, max((q.observer.num_passes for q in turn), default=1)):
+            yield [quantizer for quantizer in turn if quantizer.observer.num_passes > number]
 
 
 @ranks_end_together()

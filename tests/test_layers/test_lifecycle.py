@@ -72,6 +72,25 @@ def test_histograms_take_turns_in_bounded_memory(monkeypatch):
         assert torch.equal(value, bounded.state_dict()[name]), name
 
 
+@torch.no_grad()
+def test_an_observer_of_three_passes_has_them_all(monkeypatch):
+    counted = []
+    monkeypatch.setattr(observers.MinMaxObserver, 'num_passes', 3)
+    monkeypatch.setattr(
+        observers.MinMaxObserver, '_count', lambda self, _: counted.append(self.finished_passes)
+    )
+    # The paper's preset has observers of two passes, too.
+    model, passes = fresh(preset='paper'), []
+
+    def run_pass(index, count):
+        passes.append((index, count))
+        model(images())
+
+    calibrate(model, run_pass)
+    assert passes == [(0, 3), (1, 3), (2, 3)]
+    assert counted.count(1) == counted.count(2) > 0
+
+
 def test_calibration_names_the_quantizer_that_saw_nothing():
     model = fresh()
     with torch.no_grad(), pytest.raises(ValueError, match=r'patch_embed\.projection\.input: .*saw'):
