@@ -181,6 +181,13 @@ def test_another_torch_needs_another_wheel(install, machine):
     assert ['torch-2.12.1' in names[0], 'torch-2.13.0' in names[1]] == [True, True]
 
 
+def test_another_torch_leaves_the_operators_that_the_level_needs(install, machine):
+    """A call for classifiers in an environment for detectors."""
+    install.remember('level', 'detectors')
+    assert install.install_mmcv(machine.step, 'classifiers') == install.DONE
+    assert machine.step.installed == 'few'
+
+
 def test_architectures_are_part_of_the_cache_key(install, machine, monkeypatch):
     machine.facts['nvcc'] = True
     monkeypatch.setenv('FORCE_CUDA', '1')

@@ -234,7 +234,7 @@ def install_mmcv(step, level):
     if answer is None:
         raise StepError('The installed torch does not start: run `make distclean`, then try again.')
     target = json.loads(answer)
-    ops, reason = mmcv_ops(target, level, os.environ)
+    ops, reason = mmcv_ops(target, at_least(level), os.environ)
     (pin,) = pinned('onedl-mmcv')
     libc = ''.join(platform.libc_ver())
     torch = 'torch-{}'.format(target['torch'])
