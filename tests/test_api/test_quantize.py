@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import gplq_mm
 from gplq_mm.errors import DataError, GPLQError, SettingError
 from gplq_mm.layers import act_quantizers, quant_layers
-from gplq_mm.models import front
+from gplq_mm.models import quantization
 from gplq_mm.models.batches import first_batches
 from gplq_mm.quant import PolicyError, QuantState
 
@@ -187,9 +187,11 @@ def test_a_quantized_model_is_refused():
 
 
 def test_defaults_are_those_of_the_configs(monkeypatch):
-    base = front.default
+    base = quantization.default
     assert base('gplq_policy') == dict(preset='gplq')
-    steps = front.Quantization(build(), IMAGES, dict(loader=IMAGES), None, None, 'default', None, 0)
+    steps = quantization.Quantization(
+        build(), IMAGES, dict(loader=IMAGES), None, None, 'default', None, 0
+    )
     assert steps.compensation == base('gplq_compensation')
     ptq = base('gplq_train_cfg')['weight_ptq']
     assert type(steps.method).__name__ == ptq['type']
@@ -197,7 +199,7 @@ def test_defaults_are_those_of_the_configs(monkeypatch):
     assert steps.train['mimic'] == base('gplq_mimic')
     assert steps.train['optim_wrapper'] == base('gplq_optim_wrapper')
     changed = dict(loader=IMAGES, optim_wrapper=dict(optimizer=dict(lr=1.0)))
-    steps = front.Quantization(build(), IMAGES, changed, None, None, None, None, 0)
+    steps = quantization.Quantization(build(), IMAGES, changed, None, None, None, None, 0)
     assert steps.compensation is None
     optimizer = base('gplq_optim_wrapper')['optimizer']
     assert steps.train['optim_wrapper']['optimizer'] == {**optimizer, 'lr': 1.0}
