@@ -209,7 +209,8 @@ class QuantPolicy:
         weight = self.weight if kind in ('linear', 'conv') else None
         excluded = False
         if is_end:
-            act, weight = replace(act, bits=8, reparametrize=False), replace(weight, bits=8)
+            act = replace(act.with_bits(8), reparametrize=False)
+            weight = weight.with_bits(8)
         for rule in self.rules:
             if not re.search(rule['pattern'], name):
                 continue

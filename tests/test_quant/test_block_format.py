@@ -178,6 +178,9 @@ def test_a_policy_chooses_them():
     # Operands of attentions keep their own, and eight bits are those of integers.
     assert policy.resolve('layers.0.attn.q', 'q').activation == QuantPolicy().activations['q']
     assert policy.resolve('head.fc', 'linear') == QuantPolicy().resolve('head.fc', 'linear')
+    # So are those of the ends that a family names.
+    for name, kind in (('classifier', 'linear'), ('embeddings.projection', 'conv')):
+        assert policy.resolve(name, kind, is_end=True) == QuantPolicy().resolve('head.fc', 'linear')
     with pytest.raises(PolicyError, match=r'neck\.conv: the mxfp4 format is for linear, q, k'):
         policy.resolve('neck.conv', 'conv')
 
