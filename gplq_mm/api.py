@@ -1,10 +1,11 @@
 """The front door: quantize, pack, save and load any ``nn.Module``, without a config or a run."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from mmengine.config import Config
 from torch import nn
 
 from . import deploy
@@ -104,12 +105,14 @@ def save(model: nn.Module, path: str | os.PathLike) -> SizeReport:
         DeployError: If a layer cannot be packed.
         OSError: If the file cannot be written.
     """
+    # mmdet's names, and mmpretrain's.
     cfg = getattr(model, 'cfg', getattr(model, '_config', None))
-    if cfg is not None and 'model' in cfg:
-        return deploy.save(model, cfg, path, getattr(model, 'dataset_meta', None))
+    origin = getattr(model, 'deploy_header', {})
+    if isinstance(cfg, Config | Mapping) and 'model' in cfg:
+        meta = getattr(model, 'dataset_meta', getattr(model, '_dataset_meta', None))
+        return deploy.save(model, cfg, path, meta, origin.get('accuracy'))
     report = getattr(model, 'gplq_report', None)
     scope, data = getattr(report, 'library', None) or ('', {})
-    origin = getattr(model, 'deploy_header', {})
     header = {
         'architecture': deploy.encode(data) if scope else origin.get('architecture', {}),
         'scope': scope or origin.get('scope', ''),

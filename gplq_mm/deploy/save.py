@@ -27,6 +27,7 @@ from ..layers import (
     QuantWeightLayer,
 )
 from ..layers.attention import OPERANDS
+from ..layers.family import libraries
 from ..layers.int4_weight import check_packable
 from ..models import GPLQ, QuantBackbone
 from ..version import __version__
@@ -127,9 +128,9 @@ def _test_pipeline(cfg: Mapping, scope: str) -> list | None:
     return None
 
 
-def _versions() -> dict[str, str]:
+def _versions(scope: str) -> dict[str, str]:
     found = {'gplq_mm': __version__}
-    for package in PACKAGES:
+    for package in (*PACKAGES, scope) if scope in libraries() else PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -141,7 +142,8 @@ def _policy(model: nn.Module) -> dict:
     for module in model.modules():
         if isinstance(module, GPLQ | QuantBackbone):
             return module.policy.to_dict()
-    return {}
+    report = getattr(model, 'gplq_report', None)
+    return report.policy if report else getattr(model, 'deploy_header', {}).get('policy', {})
 
 
 def save(
@@ -201,9 +203,8 @@ def write_model(model: nn.Module, header: dict, path: str | os.PathLike) -> Size
         DeployError: Before Stage 2, or for layout ``raw``.
         OSError: If the file cannot be written.
     """
-    header = {
-        **header, 'versions': _versions(), 'layers': {}, 'attention': {}, 'compensation': {}
-    }  # fmt: skip
+    empty = {'layers': {}, 'attention': {}, 'compensation': {}}
+    header = {**header, 'versions': _versions(header['scope']), **empty}
     tensors: dict[str, Tensor] = {}
     state = {key: value.cpu().clone() for key, value in other_entries(model).items()}
     elements = 0

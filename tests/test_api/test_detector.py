@@ -7,6 +7,7 @@ from mmengine.runner import Runner
 from tiny_detection import detection_config, write_coco
 
 import gplq_mm
+from gplq_mm.deploy.packed_file import read_file
 
 FAST = {key: dict(observer='minmax') for key in ('activation', 'q', 'k', 'v', 'probs', 'weight')}
 PREDICTORS = dict(pattern=r'_head\.', exclude=True)
@@ -51,8 +52,14 @@ def test_both_stages_and_a_file(scene, tmp_path):
     assert set(found.widths) == {'w4a4', 'w8a8', 'a4', 'float'}
     # As the inference APIs of mmdet leave it on a model.
     packed.cfg = dict(model=cfg.model.architecture, default_scope='mmdet')
+    packed.dataset_meta = dict(classes=('a', 'b'))
     gplq_mm.save(packed, tmp_path / 'detector.safetensors')
     loaded = gplq_mm.load(tmp_path / 'detector.safetensors')
+    assert loaded.deploy_header['policy']['rules'][-1]['pattern'] == PREDICTORS['pattern']
+    # It is written as it was read.
+    gplq_mm.save(loaded, tmp_path / 'again.safetensors')
+    headers = [read_file(tmp_path / f'{name}.safetensors')[0] for name in ('detector', 'again')]
+    assert headers[0] == headers[1]
     image = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         for ours, theirs in zip(

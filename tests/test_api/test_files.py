@@ -4,6 +4,7 @@ import copy
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,6 +95,8 @@ def test_a_file_builds_its_model(tmp_path, transformers, kind):
     path = tmp_path / 'model.safetensors'
     sizes = gplq_mm.save(packed, path)
     assert sizes.file == path.stat().st_size
+    header, _ = read_file(path)
+    assert header['versions'][header['scope']]
     with torch.random.fork_rng():
         loaded = gplq_mm.load(path)
     assert type(loaded).__name__ == type(packed).__name__
@@ -105,7 +108,9 @@ def test_a_file_builds_its_model(tmp_path, transformers, kind):
 
 
 class Own(nn.Module):
-    """No library knows it."""
+    """No library knows it, and its settings are no config of OpenMMLab."""
+
+    cfg = SimpleNamespace(classes=3)
 
     def __init__(self):
         super().__init__()
