@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,7 +20,15 @@ from .mlp import make_mlps_explicit
 from .reproducible import make_reproducible
 from .weight_layer import QuantWeightLayer
 
-__all__ = ['QuantReport', 'find_blocks', 'quant_layers', 'quant_units', 'quantize_model']
+__all__ = [
+    'QuantReport',
+    'by_pattern',
+    'find_blocks',
+    'kind_of',
+    'quant_layers',
+    'quant_units',
+    'quantize_model',
+]
 
 # Layers with a weight that have no quantized twin. Leaving one in float silently would break the
 # promise of the policy.
@@ -34,6 +42,9 @@ UNSUPPORTED = (
     nn.RNNBase,
     nn.RNNCellBase,
 )
+# How attentions are called, and what is called so and multiplies with weights or elementwise alone.
+ATTENTION_NAMES = r'(Attention(Pool\w*|With\w+)?|Attn|Mixer|MSA|MSAV2)$'
+GATE_NAMES = r'((Channel|Spatial|Split|Kernel|Coord|Strip)Attn|(Mlp|Conv|Rep)Mixer)$'
 
 
 @dataclass(frozen=True)
@@ -89,7 +100,8 @@ def _computes_something_else(module: nn.Module) -> bool:
 def _is_unknown_attention(module: nn.Module) -> bool:
     """Whether a module, by its class name, multiplies activations, and no family knows how."""
     # timm marks what multiplies: pooling by attention, blocks with attention of their own.
-    named = re.search(r'(Attention(Pool\w*|With\w+)?|MSA|MSAV2)$', type(module).__name__)
+    cls = type(module).__name__
+    named = re.search(ATTENTION_NAMES, cls) and not re.search(GATE_NAMES, cls)
     if not (named or hasattr(module, 'fused_attn')):
         return False
     # A wrapper like ShiftWindowMSA is fine: the products are in a child that is known.
@@ -106,16 +118,24 @@ def _is_unsupported(module: nn.Module) -> bool:
     return bool(kind_of(module)) and _computes_something_else(module)
 
 
-def _refuse(unsupported: dict[str, nn.Module]) -> None:
-    """Raises one PolicyError for all modules that a policy would have to exclude."""
+def by_pattern(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names of modules by regular expressions in which their numbers are left open."""
     groups: dict[str, list[str]] = {}
-    for name in unsupported:
+    for name in names:
         parts = (r'\d+' if part.isdigit() else re.escape(part) for part in name.split('.'))
         groups.setdefault(r'\.'.join(parts), []).append(name)
+    return {
+        f'^{pattern if found[1:] else re.escape(found[0])}$': found
+        for pattern, found in groups.items()
+    }
+
+
+def _refuse(unsupported: dict[str, nn.Module]) -> None:
+    """Raises one PolicyError for all modules that a policy would have to exclude."""
     rules = [
-        f"    dict(pattern=r'^{pattern if names[1:] else re.escape(names[0])}$', exclude=True),"
+        f"    dict(pattern=r'{pattern}', exclude=True),"
         f'  # {len(names)} x {type(unsupported[names[0]]).__name__}, such as {names[0]}'
-        for pattern, names in groups.items()
+        for pattern, names in by_pattern(unsupported).items()
     ]
     raise PolicyError(
         f'{len(unsupported)} layer(s) cannot be quantized. Exclude them with these rules of the '

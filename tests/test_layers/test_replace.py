@@ -128,6 +128,19 @@ def test_all_unsupported_layers_are_named_at_once_with_the_rules_that_exclude_th
     assert len(quantize_model(build(), QuantPolicy(rules=rules)).linear) == 12
 
 
+@pytest.mark.parametrize('name', ['MyAttention', 'MyAttn', 'TokenMixer', 'WindowMSA'])
+def test_an_unknown_attention_is_refused_by_its_name(name):
+    attention = type(name, (Net,), {})(qkv=nn.Linear(3, 9))
+    with pytest.raises(PolicyError, match=rf'1 x {name}, such as mix'):
+        quantize_model(Net(mix=attention), QuantPolicy())
+
+
+@pytest.mark.parametrize('name', ['MlpMixer', 'RepMixer', 'ChannelAttn', 'SplitAttn'])
+def test_what_multiplies_no_activations_is_no_attention(name):
+    module = type(name, (Net,), {})(fc=nn.Linear(3, 9))
+    assert quantize_model(Net(mix=module), QuantPolicy()).linear == ['mix.fc']
+
+
 def state_of(model):
     """Classes and children of all modules."""
     return [(name, module, type(module)) for name, module in model.named_modules()]
