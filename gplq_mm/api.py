@@ -21,8 +21,8 @@ def quantize_(
     calibration: Iterable | dict | None = None,
     *,
     train: dict | None = None,
-    policy: dict | QuantPolicy | None = None,
-    weight_ptq: dict | None = None,
+    policy: dict | str | QuantPolicy | None = None,
+    weight_ptq: dict | str | None = None,
     compensation: dict | str | None = 'default',
     forward: Callable[[nn.Module, Any], Any] | None = None,
     seed: int = 0,
@@ -48,20 +48,24 @@ def quantize_(
             ``loss(output, batch)`` in place of cross entropy or the model's own loss; ``mimic``,
             ``distill``, ``task_weight``, ``feature_layer``, ``teacher_dtype``, ``train_weights``,
             ``saved_bytes`` and ``gradient_checkpointing`` of :class:`gplq_mm.models.GPLQ`.
-        policy: Arguments of :class:`gplq_mm.quant.QuantPolicy`, or one.
-        weight_ptq: ``dict(type=..., num_images=...)`` with the options of a PTQ method.
-        compensation: ``dict(type='QwT')``, ``dict(type='QwTv2')`` or None.
+        policy: Arguments of :class:`gplq_mm.quant.QuantPolicy`, the name of a preset, or one.
+        weight_ptq: ``dict(type=..., num_images=...)`` with the options of a PTQ method, or the
+            name of one.
+        compensation: ``'QwT'``, ``'QwTv2'``, a dict with such a type and options, or None.
         forward: ``forward(model, batch)`` where the model is to be called in another way.
         seed: Of the random numbers in training.
         device: Where to compute, and where the model is afterwards. Defaults to where it is.
 
     Returns:
-        The model. ``model.gplq_report`` says what became of it.
+        The model. ``model.gplq_report`` says what became of it. Where code of the model multiplies
+        in float and no family knows it, ``unknown`` of the report names the modules, and a warning
+        says so.
 
     Raises:
         PolicyError: For a policy that does not fit, or layers that cannot be quantized.
         SettingError: For any other setting that cannot be used.
-        DataError: For a loader without images, or images that are not finite.
+        DataError: For a loader without images or with fewer in a later epoch, or images that are
+            not finite.
     """
     steps = Quantization(model, calibration, train, policy, weight_ptq, compensation, forward, seed)
     before = next((parameter.device for parameter in model.parameters()), None)

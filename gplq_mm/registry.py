@@ -68,10 +68,11 @@ def build_registered(registry: Registry, cfg: dict) -> Any:
     Raises:
         SettingError: For an unknown type or option.
     """
-    made = registry.get(cfg['type'])
+    kind = cfg.get('type')
+    made = registry.get(kind) if isinstance(kind, str) else kind
     if made is None:
         names = ', '.join(registered(registry))
-        raise SettingError(f'{registry.name} {cfg["type"]!r} is not one of {names}.')
+        raise SettingError(f'{registry.name} {kind!r} is not one of {names}.')
     try:
         inspect.signature(made).bind(**{key: cfg[key] for key in cfg if key != 'type'})
     except TypeError as error:

@@ -23,7 +23,7 @@ ALLOWED = {
     'evaluation': LOW | {'ops'},
     'datasets': {'errors', 'registry'},
     'progress': {'ptq'},
-    'models': LOW | {'checkpoint', 'ops', 'ptq', 'progress'},
+    'models': LOW | {'checkpoint', 'ops', 'ptq', 'evaluation', 'progress'},
     'deploy': LOW | BASE | {'ops', 'ptq', 'models'},
     'engine': LOW | BASE | {'ops', 'ptq', 'evaluation', 'models', 'datasets', 'progress'},
     'analysis': LOW | BASE | {'ptq', 'evaluation', 'models', 'engine', 'progress'},

@@ -70,7 +70,7 @@ def weight_ptq_cost(
     model, _ = float_model(cfg)
     if weights is not None:
         load_float_weights(model, weights)
-    policy = QuantPolicy(**cfg.model.get('policy', {}))
+    policy = QuantPolicy.of(cfg.model.get('policy'))
     quantize_model(model, policy, None if compensation is None else {'type': compensation})
     model.requires_grad_(False)
     images = None

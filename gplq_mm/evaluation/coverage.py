@@ -25,7 +25,10 @@ from ..layers import (
     QuantAttention,
     QuantWeightLayer,
 )
+from ..layers.family import entry_of
+from ..layers.replace import by_pattern, kind_of
 from ..ops.reference import LAYER_FIELDS
+from ..quant import QuantPolicy
 
 FLOAT = 'float'
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -63,6 +66,24 @@ class Coverage:
         found = {name: counts.get(FLOAT, 0) for name, counts in self.modules.items()}
         return dict(sorted(((k, v) for k, v in found.items() if v), key=lambda item: -item[1]))
 
+    def unknown(self, model: nn.Module, policy: QuantPolicy) -> dict[str, float]:
+        """Modules whose own code multiplies in float though no rule says so: no layer and no family
+        knows of these products. Module -> share of all multiply-adds, the largest first.
+
+        Args:
+            model: What was counted, calibrated.
+            policy: What it was quantized by.
+        """
+        total = sum(self.widths.values())
+        found = {name: (model.get_submodule(name), n) for name, n in self.in_float.items()}
+        return {
+            name: count / total
+            for name, (module, count) in found.items()
+            if not (kind_of(module) or isinstance(module, QuantAttention | Compensation))
+            and not entry_of(module, 'attentions')
+            and policy.resolve(name, 'linear').weight is not None
+        }
+
     def to_dict(self) -> dict:
         """Plain data."""
         return {'shares': self.shares, 'in_float': self.in_float, 'modules': self.modules}
@@ -85,6 +106,20 @@ class Coverage:
         with console.capture() as capture:
             console.print(self)
         return capture.get()
+
+
+def warning_of(unknown: dict[str, float], model: nn.Module) -> str:
+    """What a user is told of :meth:`Coverage.unknown`."""
+    groups = [
+        f'{len(names)} x {type(model.get_submodule(names[0])).__name__}, '
+        f'such as {names[0] or "the model itself"} ({sum(map(unknown.get, names)):.1%})'
+        for names in by_pattern(unknown).values()
+    ]
+    return (
+        f'{sum(unknown.values()):.1%} of the multiply-adds are products in float that no family '
+        f'knows: {"; ".join(groups)}. An attention is quantized once a family describes it '
+        '(docs/extending.md); a rule with exclude=True, optional=True leaves it in float silently.'
+    )
 
 
 def _width(module: nn.Module) -> str:
@@ -151,7 +186,10 @@ class _Counter(TorchDispatchMode):
                 return
         # Children that multiply without being called as modules.
         for child in innermost.children():
-            if isinstance(child, QuantAttention | Compensation):
+            # A compensation that is not there yet has no products: they are the block's own.
+            if isinstance(child, QuantAttention) or (
+                isinstance(child, Compensation) and child.is_fitted
+            ):
                 width = FLOAT if isinstance(child, Compensation) else _width(child)
                 self.add(child, width, count)
                 return

@@ -15,6 +15,7 @@ from .steps import (
     fit_basis,
     run_weight_ptq,
     seed_iteration,
+    unknown_products,
 )
 from .timm_conversion import convert_timm_vit_state_dict
 from .training_losses import NonFiniteLossError
@@ -39,4 +40,5 @@ __all__ = [
     'prepare_training',
     'run_weight_ptq',
     'seed_iteration',
+    'unknown_products',
 ]

@@ -20,15 +20,17 @@ def is_of_openmmlab(model: nn.Module, batch: Any) -> bool:
     return isinstance(batch, Mapping) and 'inputs' in batch and hasattr(model, 'data_preprocessor')
 
 
-def prepare(model: nn.Module, batch: Any, training: bool = False) -> Any:
+def prepare(model: nn.Module, batch: Any, name: str = 'the batch', training: bool = False) -> Any:
     """A batch on the model's device, checked; one of OpenMMLab behind its preprocessor.
+
+    ``name`` says in errors which one it is.
 
     Raises:
         DataError: For images that are not finite, or a batch without a tensor.
     """
     if is_of_openmmlab(model, batch):
         batch = model.data_preprocessor(dict(batch), training)
-        check_images(batch['inputs'], batch.get('data_samples'))
+        check_images(batch['inputs'], batch.get('data_samples'), name)
         return batch
     device = next(model.parameters()).device
     if isinstance(batch, Mapping):
@@ -42,7 +44,7 @@ def prepare(model: nn.Module, batch: Any, training: bool = False) -> Any:
         )
     for tensor in tensors:
         if tensor.is_floating_point():
-            check_images(tensor)
+            check_images(tensor, batch=name)
     return batch
 
 

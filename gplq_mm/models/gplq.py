@@ -101,7 +101,7 @@ class GPLQ(BaseModel):
         self._check_start(mimic, distill)
         self.direct = self._check_direct(direct, compensation)
         float_model = copy.deepcopy(student) if teacher else None
-        self.policy = QuantPolicy(**(policy or {}))
+        self.policy = QuantPolicy.of(policy)
         self.quant_report = quantize_model(student, self.policy, compensation)
         if self.direct is not None:
             learn_weights(student, self.direct['granularity'])

@@ -48,7 +48,7 @@ class QuantBackbone(BaseModule):
         self.backbone = MODELS.build(backbone)
         self.checkpoint = checkpoint
         self.frozen = frozen
-        self.policy = QuantPolicy(**(policy or {}))
+        self.policy = QuantPolicy.of(policy)
         self.quant_report = quantize_model(self, self.policy, compensation, may_stay_float=frozen)
         if frozen:
             self.requires_grad_(False)

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import broadcast_
+from ..evaluation.coverage import measure_coverage
 from ..layers import act_quantizers, freeze_activations
 from ..progress import show_weight_ptq
 from ..ptq import NormReport, SecondMoment, calibrate_with_norms, quantize_weights
+from ..quant import QuantPolicy
 from .feature_tap import FeatureTap
 from .pca_mimic_loss import PCAMimicLoss, feature_rows
 
@@ -87,6 +89,21 @@ def calibrate_activations(
     for quantizer in act_quantizers(model).values():
         broadcast_([*quantizer.parameters(), *quantizer.buffers()])
     return report
+
+
+def unknown_products(
+    model: nn.Module, policy: QuantPolicy, batch: Any, forward: Callable[[Any], Any]
+) -> dict[str, float]:
+    """What of a calibrated model multiplies in float unasked, see :meth:`.Coverage.unknown`.
+
+    Args:
+        model: Left as it is, in eval mode.
+        policy: What it was quantized by.
+        batch: Any; one image is enough.
+        forward: Runs the model on a batch.
+    """
+    with torch.random.fork_rng(devices=[]):
+        return measure_coverage(model, lambda: forward(batch)).unknown(model, policy)
 
 
 @torch.no_grad()

@@ -75,12 +75,20 @@ def distillation_loss(
     return loss_weight * temperature**2 * divergence
 
 
-def require_finite(loss: Tensor, parts: Mapping[str, Tensor]) -> None:
+ADVICE = (
+    'the last checkpoint is intact. Check the images and the pretrained weights, then continue '
+    'with --resume. A resumed run keeps its learning rate: for a smaller '
+    'optim_wrapper.optimizer.lr start a new run.'
+)
+
+
+def require_finite(loss: Tensor, parts: Mapping[str, Tensor], advice: str = ADVICE) -> None:
     """Stops before a NaN or an infinity reaches the weights.
 
     Args:
         loss: Sum of the losses of this rank.
         parts: What the message lists.
+        advice: What it ends with: what is safe, and what to do.
 
     Raises:
         NonFiniteLossError: On all ranks, if any rank's loss is not finite.
@@ -89,19 +97,19 @@ def require_finite(loss: Tensor, parts: Mapping[str, Tensor]) -> None:
         return
     listed = ', '.join(f'{key}={float(value.detach()):.4g}' for key, value in parts.items())
     raise NonFiniteLossError(
-        f'the loss is not finite ({listed}); the step was not made and the last checkpoint '
-        'is intact. Check the images and the pretrained weights, then continue with '
-        '--resume. A resumed run keeps its learning rate: for a smaller '
-        'optim_wrapper.optimizer.lr start a new run.'
+        f'the loss is not finite ({listed}); the step was not made and {advice}'
     )
 
 
-def check_images(inputs: Tensor, data_samples: list | None = None) -> None:
+def check_images(
+    inputs: Tensor, data_samples: list | None = None, batch: str = 'the batch'
+) -> None:
     """Refuses images that are not finite.
 
     Args:
         inputs: ``(N, ...)``, or what is no tensor and not looked at.
         data_samples: Annotations, which may know the paths.
+        batch: Which one it is.
 
     Raises:
         DataError: For a NaN or an infinity.
@@ -114,5 +122,5 @@ def check_images(inputs: Tensor, data_samples: list | None = None) -> None:
         # The sum alone was too large.
         return
     names = [str(getattr(sample, 'img_path', '?')) for sample in data_samples or []]
-    named = ', '.join(names[i] for i in bad) if names else f'position {bad} of the batch'
+    named = ', '.join(names[i] for i in bad) if names else f'position {bad} of {batch}'
     raise DataError(f'image with NaN or infinite pixels: {named}. Remove or repair it.')

@@ -1,5 +1,6 @@
 """The policy that deals out specs to the sites of a model."""
 
+import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -168,6 +169,29 @@ class QuantPolicy:
             self.activations[name] = _override(spec, dict(user or {}), f'policy.{name}')
         excluded = [{'pattern': pattern, 'exclude': True} for pattern in exclude]
         self.rules = [self._check_rule(rule) for rule in (*base['rules'], *rules, *excluded)]
+
+    @classmethod
+    def of(cls, policy: 'Mapping | str | QuantPolicy | None') -> 'QuantPolicy':
+        """The policy of its arguments, of a preset's name, or one as it is.
+
+        Raises:
+            PolicyError: As the class, and for what is no argument of it.
+        """
+        if isinstance(policy, QuantPolicy):
+            return policy
+        policy = {'preset': policy} if isinstance(policy, str) else policy or {}
+        known = list(inspect.signature(cls).parameters)
+        if not isinstance(policy, Mapping) or set(policy) - set(known):
+            raise PolicyError(
+                f'policy must be the name of a preset or a dict with some of {", ".join(known)}; '
+                f'it is {policy!r}.'
+            )
+        for key in ('activation', 'weight', *OPERANDS):
+            if not isinstance(policy.get(key) or {}, Mapping):
+                raise PolicyError(
+                    f'policy.{key}={policy[key]!r} must be a dict, such as {key}=dict(bits=4).'
+                )
+        return cls(**policy)
 
     @staticmethod
     def _check_rule(rule: dict) -> dict:

@@ -113,6 +113,49 @@ def test_products_of_a_forward_of_its_own_are_seen():
     }
 
 
+class TokenMixing(nn.Module):
+    """An attention that no family knows, and whose name does not say what it is."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.out((q @ k.transpose(-2, -1)).softmax(-1) @ v)
+
+
+def mixing() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(TokenMixing(8) for _ in range(2)), nn.Linear(8, 3)).eval()
+
+
+TOKENS_OF_MIXING = [torch.randn(4, 6, 8) for _ in range(2)]
+
+
+def test_products_that_no_family_knows_are_warned_of():
+    found = r'2 x TokenMixing, such as 0 \([\d.]+%\).*docs/extending\.md'
+    with pytest.warns(UserWarning, match=found) as caught:
+        model = gplq_mm.quantize_(mixing(), TOKENS_OF_MIXING, policy=FAST)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    layers, products = 6 * 8 * (24 + 8), 2 * 6 * 6 * 8
+    share = products / (2 * (layers + products) + 6 * 8 * 3)
+    assert model.gplq_report.unknown == {'0': pytest.approx(share), '1': pytest.approx(share)}
+    assert f'{2 * share:.1%} unknown products in float' in str(model.gplq_report)
+    assert set(gplq_mm.coverage(model, TOKENS_OF_MIXING[0]).in_float) == {'0', '1'}
+
+
+def test_products_that_a_rule_leaves_in_float_are_not(recwarn):
+    rules = [dict(pattern=r'^\d$', exclude=True, optional=True)]
+    model = gplq_mm.quantize_(mixing(), TOKENS_OF_MIXING, policy={**FAST, 'rules': rules})
+    assert model.gplq_report.unknown == {}
+    rules = [dict(pattern=r'layers\.0\.(attn|ffn)', exclude=True)]
+    model = gplq_mm.quantize_(build_float('vit'), [images(8)], policy={**FAST, 'rules': rules})
+    assert model.gplq_report.unknown == {}
+    assert not [warning for warning in recwarn if 'family' in str(warning.message)]
+
+
 def test_compensation_is_in_float():
     torch.manual_seed(0)
     model = build_float('vit')

@@ -1,5 +1,6 @@
 """``gplq_mm.quantize_``: what it takes, what it leaves, what it refuses."""
 
+import itertools
 import random
 import subprocess
 import sys
@@ -14,8 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import gplq_mm
 from gplq_mm.errors import DataError, GPLQError, SettingError
 from gplq_mm.layers import act_quantizers, quant_layers
-from gplq_mm.models import quantization
 from gplq_mm.models.batches import first_batches
+from gplq_mm.models.quantization import Quantization
+from gplq_mm.models.quantization_settings import default
 from gplq_mm.quant import PolicyError, QuantState
 
 FAST = {key: dict(observer='minmax') for key in ('activation', 'q', 'k', 'v', 'probs', 'weight')}
@@ -72,6 +74,7 @@ def test_the_model_itself_is_quantized(codes):
     assert {q.state for q in act_quantizers(model).values()} == {QuantState.FROZEN}
     assert len(model.gplq_report.compensation_r2) == 2
     assert '9 Linear, 1 Conv2d and 2 attention layers' in str(model.gplq_report)
+    assert model.gplq_report.unknown == {}
     assert_same(codes_of(model), codes)
 
 
@@ -135,6 +138,16 @@ def state_of(model: nn.Module) -> dict:
     return {'tensors': tensors, 'flags': flags, 'classes': classes, 'training': model.training}
 
 
+class Once:
+    """Reads on where it was, so that the second epoch is shorter."""
+
+    def __init__(self):
+        self.lengths = iter((2, 1))
+
+    def __iter__(self):
+        return iter(IMAGES[: next(self.lengths)])
+
+
 NAN = images(4).clone()
 NAN[2, 0, 0, 0] = torch.nan
 FAILURES = {
@@ -145,6 +158,19 @@ FAILURES = {
     'key': (dict(train=dict(loader=IMAGES, epoch=1)), SettingError),
     'nothing to train for': (dict(train=dict(loader=IMAGES, mimic=None)), SettingError),
     'nan in training': (dict(train=dict(loader=[IMAGES[0], NAN])), DataError),
+    'key of the policy': (dict(policy=dict(weights=dict(bits=4))), PolicyError),
+    'bits for a spec': (dict(policy=dict(weight=4)), PolicyError),
+    'compensation': (dict(compensation='QwT3'), SettingError),
+    'no type': (dict(compensation=dict(ridge=1)), SettingError),
+    'method': (dict(weight_ptq='GPTQ3'), SettingError),
+    'images of Stage 2': (dict(weight_ptq=dict(num_images=0)), SettingError),
+    'no images': (dict(calibration=dict(loader=IMAGES, num_images=0)), SettingError),
+    'a batch': (dict(calibration=IMAGES[0]), SettingError),
+    'a batch to train on': (dict(train=dict(loader=IMAGES[0])), SettingError),
+    'train is a loader': (dict(train=IMAGES), SettingError),
+    'no epoch': (dict(train=dict(loader=IMAGES, epochs=0)), SettingError),
+    'an empty generator': (dict(train=dict(loader=iter(()))), DataError),
+    'a generator in disguise': (dict(train=dict(loader=Once(), epochs=2)), DataError),
     'loss': (
         dict(train=dict(loader=IMAGES * 2, loss=lambda out, _: out.sum() * torch.inf)),
         GPLQError,
@@ -180,6 +206,50 @@ def test_a_failure_leaves_the_model_as_it_was(kind):
     quantize(model)
 
 
+MESSAGES = {
+    'policy has weights': (dict(policy=dict(weights={})), r'some of preset, activation, weight'),
+    'tensor': (dict(calibration=IMAGES[0]), r'calibration must be a loader.*Tensor.*\[batch\]'),
+    'nan': (
+        dict(calibration=[IMAGES[0], NAN]),
+        r'position \[2\] of batch 2 of the calibration images',
+    ),
+    'nan in training': (
+        dict(train=dict(loader=[IMAGES[0], NAN])),
+        r'position \[2\] of batch 2 of epoch 1 of train\.loader',
+    ),
+    'loss': (
+        dict(train=dict(loader=IMAGES, loss=lambda out, _: out.sum() * torch.inf)),
+        r'it was before\. It was batch 1 of epoch 1 of train\.loader: .*smaller optim_wrapper',
+    ),
+    'a generator in disguise': (
+        dict(train=dict(loader=Once(), epochs=2)),
+        r'yields 1 batches in epoch 2, and 2 in the first',
+    ),
+}
+
+
+@pytest.mark.parametrize('kind', MESSAGES)
+def test_messages_say_where_and_what_to_do(kind):
+    options, message = MESSAGES[kind]
+    with pytest.raises(GPLQError, match=message):
+        quantize(build(), **options)
+
+
+def test_names_alone_will_do(codes):
+    model = quantize(build(), compensation='QwT', weight_ptq='GPTQ')
+    assert_same(codes_of(model), codes)
+    paper = quantize(build(), policy='paper', weight_ptq='RoundToNearest', compensation=None)
+    assert paper.gplq_report.policy['preset'] == 'paper'
+    assert paper.gplq_report.compensation_r2 == {}
+
+
+def test_an_endless_loader_stops_where_it_is_told():
+    model = quantize(
+        build(), train=dict(loader=itertools.cycle(IMAGES), max_iters=3, optim_wrapper=RATES)
+    )
+    assert len(model.gplq_report.losses) == 3
+
+
 def test_a_quantized_model_is_refused():
     model = quantize(build())
     with pytest.raises(PolicyError, match='quantized already'):
@@ -187,11 +257,9 @@ def test_a_quantized_model_is_refused():
 
 
 def test_defaults_are_those_of_the_configs(monkeypatch):
-    base = quantization.default
+    base = default
     assert base('gplq_policy') == dict(preset='gplq')
-    steps = quantization.Quantization(
-        build(), IMAGES, dict(loader=IMAGES), None, None, 'default', None, 0
-    )
+    steps = Quantization(build(), IMAGES, dict(loader=IMAGES), None, None, 'default', None, 0)
     assert steps.compensation == base('gplq_compensation')
     ptq = base('gplq_train_cfg')['weight_ptq']
     assert type(steps.method).__name__ == ptq['type']
@@ -199,7 +267,7 @@ def test_defaults_are_those_of_the_configs(monkeypatch):
     assert steps.train['mimic'] == base('gplq_mimic')
     assert steps.train['optim_wrapper'] == base('gplq_optim_wrapper')
     changed = dict(loader=IMAGES, optim_wrapper=dict(optimizer=dict(lr=1.0)))
-    steps = quantization.Quantization(build(), IMAGES, changed, None, None, None, None, 0)
+    steps = Quantization(build(), IMAGES, changed, None, None, None, None, 0)
     assert steps.compensation is None
     optimizer = base('gplq_optim_wrapper')['optimizer']
     assert steps.train['optim_wrapper']['optimizer'] == {**optimizer, 'lr': 1.0}

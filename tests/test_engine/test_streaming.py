@@ -9,6 +9,7 @@ from mmcv.transforms import BaseTransform
 from mmengine.dataset import BaseDataset
 from mmengine.registry import MODELS
 from tiny_runs import build_runner, gplq_config
+from torch import nn
 
 from gplq_mm.engine import CalibrationHook, CalibrationSet, PCABasisHook
 from gplq_mm.engine.stage_clock import _peak_megabytes, _reset_peak
@@ -100,8 +101,9 @@ def measure(runner, kind: type, images: int) -> tuple[int, float]:
     before = _peak_megabytes()
     living.__init__()
     kind(num_images=images, batch_size=BATCH).before_train(runner)
-    passes = 2 if kind is CalibrationHook else 1
-    assert living.made == passes * images
+    # The last one shows what is in float.
+    wanted = 2 * images + 1 if kind is CalibrationHook else images
+    assert living.made == wanted
     return living.peak, _peak_megabytes() - before
 
 
@@ -114,6 +116,26 @@ def test_images_are_streamed(runner, kind):
     assert many == few <= 2 * BATCH
     # Neither the images nor anything made from them, in whatever form.
     assert memory_of_many < memory_of_few + 0.2 * (MANY - FEW) * MEGABYTES
+
+
+class Gram(nn.Module):
+    """Multiplies activations, and no family knows."""
+
+    def forward(self, x):
+        return x + (x @ x.transpose(1, 2)) @ x
+
+
+def test_products_that_no_family_knows_are_logged(runner, monkeypatch):
+    lines = []
+    monkeypatch.setattr(runner.logger, 'warning', lines.append)
+    layer = runner.model.architecture.backbone.layers[1]
+    for norm in (layer.ln1, nn.Sequential(layer.ln1, Gram())):
+        assert lines == []
+        layer.ln1 = norm
+        runner.model.stage_code.fill_(int(Stage.FLOAT))
+        CalibrationHook(num_images=BATCH, batch_size=BATCH).before_train(runner)
+    (line,) = lines
+    assert '1 x Gram, such as backbone.layers.1.ln1.1 (' in line
 
 
 def test_basis_of_the_stream_is_that_of_all_features(runner):

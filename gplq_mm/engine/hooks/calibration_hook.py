@@ -6,7 +6,8 @@ import torch
 from mmengine.hooks import Hook
 
 from ...errors import SettingError
-from ...models import GPLQ, Stage, calibrate_activations
+from ...evaluation.coverage import warning_of
+from ...models import GPLQ, Stage, calibrate_activations, unknown_products
 from ...ptq import NormReport
 from ...registry import HOOKS
 from ..calibration_set import CalibrationSet
@@ -56,6 +57,15 @@ class CalibrationHook(Hook):
         runner.logger.info(f'calibrated on {len(images.indices)} images: {model.quant_report}')
         if report.done or report.left:
             runner.logger.info(f'{report}')
+        with torch.random.fork_rng(devices=[]):
+            batches = list(images.batches(1))
+        for batch in batches:
+            data = model.data_preprocessor(batch, False)
+            unknown = unknown_products(
+                model.architecture, model.policy, data, lambda data: model(**data, mode='tensor')
+            )
+            if unknown:
+                runner.logger.warning(warning_of(unknown, model.architecture))
 
     def images(self, runner) -> CalibrationSet:
         """The images of the config, in the pipeline of evaluation."""
