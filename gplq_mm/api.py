@@ -87,7 +87,7 @@ def convert(model: nn.Module) -> nn.Module:
         model: Of :func:`quantize_`. Stays as it is.
 
     Raises:
-        DeployError: If a layer cannot be packed.
+        DeployError: If nothing is quantized, or a layer cannot be packed.
     """
     return deploy.convert(model)
 
@@ -106,7 +106,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> SizeReport:
         The sizes.
 
     Raises:
-        DeployError: If a layer cannot be packed.
+        DeployError: If nothing is quantized, or a layer cannot be packed.
         OSError: If the file cannot be written.
     """
     # mmdet's names, and mmpretrain's.

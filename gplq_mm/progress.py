@@ -83,7 +83,7 @@ def show_weight_ptq() -> Iterator[Callable[[PTQProgress], None]]:
         return
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _log_weight_ptq()
+        yield from _log_weight_ptq()
         return
     columns = (
         TextColumn('Weight-PTQ {task.fields[unit]}'),
@@ -116,12 +116,13 @@ def _clock(seconds: float) -> str:
     return f'{minutes // 60}:{minutes % 60:02}:{seconds:02}'
 
 
-def _log_weight_ptq() -> Callable[[PTQProgress], None]:
+def _log_weight_ptq() -> Iterator[Callable[[PTQProgress], None]]:
     logger = MMLogger.get_current_instance()
-    last = -SECONDS_BETWEEN_LINES
+    last, latest = -SECONDS_BETWEEN_LINES, None
 
     def report(progress: PTQProgress) -> None:
-        nonlocal last
+        nonlocal last, latest
+        latest = progress
         if progress.elapsed - last > SECONDS_BETWEEN_LINES:
             last = progress.elapsed
             share = progress.elapsed / (progress.elapsed + progress.remaining)
@@ -131,4 +132,6 @@ def _log_weight_ptq() -> Callable[[PTQProgress], None]:
                 f'{progress.remaining:.0f} s remaining'
             )
 
-    return report
+    yield report
+    if latest is not None:
+        logger.info(f'Weight-PTQ: done, {latest.units} units in {latest.elapsed:.0f} s')

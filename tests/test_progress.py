@@ -79,6 +79,7 @@ def test_weight_ptq_in_a_log(lines, monkeypatch):
         'Weight-PTQ: 1%, 0/3 units, 1 s elapsed, 99 s remaining',
         'Weight-PTQ: 25%, 1/3 backbone.layers.0, 12 s elapsed, 36 s remaining',
         'Weight-PTQ: 75%, 2/3 backbone.layers.1, 30 s elapsed, 10 s remaining',
+        'Weight-PTQ: done, 3 units in 40 s',
     ]
 
 
@@ -113,19 +114,26 @@ def test_weight_ptq_in_a_terminal(lines, monkeypatch):
     assert lines == []
 
 
+def fail():
+    with progress.show_weight_ptq() as report:
+        report(STEPS[0])
+        raise RuntimeError('inside')
+
+
 def test_an_error_ends_the_bar(monkeypatch):
     terminal = Console(file=StringIO(), force_terminal=True)
     monkeypatch.setattr(progress, 'Console', lambda **_: terminal)
-
-    def fail():
-        with progress.show_weight_ptq() as report:
-            report(STEPS[0])
-            raise RuntimeError('inside')
-
     for _ in range(2):
         # A console that still showed the first bar would refuse the second.
         with pytest.raises(RuntimeError, match='inside'):
             fail()
+
+
+def test_an_error_in_a_log_is_not_the_end_of_the_work(lines, monkeypatch):
+    monkeypatch.setattr(progress, 'Console', lambda **_: Console(file=StringIO()))
+    with pytest.raises(RuntimeError, match='inside'):
+        fail()
+    assert lines == ['Weight-PTQ: 1%, 0/3 units, 1 s elapsed, 99 s remaining']
 
 
 def test_other_ranks_are_silent_in_weight_ptq(lines, monkeypatch):

@@ -14,6 +14,11 @@ from ..layers.replace import set_module
 from ..models import GPLQ, QuantBackbone, Stage
 from .packed_tensors import attention_record, layer_origin, remember
 
+NOTHING = (
+    'the model has no quantized layers to pack; quantize it first, by a GPLQ run or '
+    'gplq_mm.quantize_.'
+)
+
 
 @dataclass
 class DeployReport:
@@ -71,7 +76,7 @@ def strip_wrappers(model: nn.Module) -> nn.Module:
     if not quant_layers(model):
         if any(isinstance(module, Int4WeightLayer) for module in model.modules()):
             raise DeployError('the model is deployed already.')
-        raise DeployError('the model has no quantized layers; deploy a GPLQ model.')
+        raise DeployError(NOTHING)
     return model
 
 

@@ -32,7 +32,7 @@ from ..layers.int4_weight import check_packable
 from ..models import GPLQ, QuantBackbone
 from ..version import __version__
 from .architecture import check_config, check_pipeline, encode, inference_architecture
-from .convert import strip_wrappers
+from .convert import NOTHING, strip_wrappers
 from .packed_file import write_file
 from .packed_tensors import attention_record, compensation_record, layer_record
 
@@ -200,7 +200,7 @@ def write_model(model: nn.Module, header: dict, path: str | os.PathLike) -> Size
         path: The file to write.
 
     Raises:
-        DeployError: Before Stage 2, or for layout ``raw``.
+        DeployError: For a float model, before Stage 2, or for layout ``raw``.
         OSError: If the file cannot be written.
     """
     empty = {'layers': {}, 'attention': {}, 'compensation': {}}
@@ -216,6 +216,8 @@ def write_model(model: nn.Module, header: dict, path: str | os.PathLike) -> Size
             tensors.update(parts)
             rows, columns = len(parts[f'{name}.row_scale']), len(parts[f'{name}.permutation'])
             elements += rows * columns + (0 if layer.bias is None else rows)
+    if not header['layers']:
+        raise DeployError(NOTHING)
     for name, (_, attention) in attentions(model).items():
         header['attention'][name], parts = attention_record(attention)
         tensors.update({f'{name}.{key}': value for key, value in parts.items()})

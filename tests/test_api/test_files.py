@@ -144,6 +144,14 @@ def test_any_other_model_is_given(tmp_path):
     assert all(torch.equal(value, state[key]) for key, value in other.state_dict().items())
 
 
+def test_a_float_model_is_not_packed(tmp_path):
+    path = tmp_path / 'float.safetensors'
+    for pack in (gplq_mm.convert, lambda model: gplq_mm.save(model, path)):
+        with pytest.raises(DeployError, match='no quantized layers to pack; quantize it first'):
+            pack(build_float('vit'))
+    assert not path.exists()
+
+
 def test_a_model_of_unknown_arguments_is_given(tmp_path):
     """A changed attribute is not in the arguments, so the file does not claim to know them."""
     model = lively(MODELS['vit'](None))
