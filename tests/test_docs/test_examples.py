@@ -9,6 +9,7 @@ import torch
 from doc_pages import DOCS, ROOT, blocks, name_of
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
+from PIL import Image
 
 from gplq_mm.layers import Int4WeightLayer
 from gplq_mm.models import GPLQ
@@ -64,20 +65,26 @@ def test_a_config_imports_a_format_of_ones_own(own_registries, tmp_path, monkeyp
 def test_the_front_door(page, tmp_path, monkeypatch):
     """On a smaller model and without its download."""
     create = timm.create_model
-    small = dict(img_size=32, patch_size=8, depth=2, embed_dim=32, num_heads=2)
+    small = dict(patch_size=32, depth=2, embed_dim=32, num_heads=2)
     monkeypatch.setattr(timm, 'create_model', lambda name, pretrained: create(name, **small))
     monkeypatch.chdir(tmp_path)
-    images = [torch.randn(8, 3, 32, 32) for _ in range(2)]
-    labels = torch.arange(8)
-    space = {'loader': images, 'images': images[0], 'train_loader': [(images[0], labels)] * 2}
-    found = [code.text for code in blocks(page) if 'gplq_mm.' in code.text and code.language]
-    for text in (text for text in found if 'quantize_' in text):
+    for number in range(40):
+        path = tmp_path / 'imagenet' / ('val' if number < 4 else 'train') / 'ab'[number % 2]
+        path.mkdir(parents=True, exist_ok=True)
+        noise = torch.randint(256, (8, 8, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(noise).save(path / f'{number}.png')
+    space: dict = {}
+    found = [code.text for code in blocks(page) if code.language == 'python']
+    (first,) = (number for number, text in enumerate(found) if 'import gplq_mm' in text)
+    for text in found[first:]:
         exec(compile(text, name_of(page), 'exec'), space)
         assert space['model'].gplq_report.compensation_r2
     assert (tmp_path / 'deit.safetensors').exists()
     assert packed_layers(space['packed']) == 10
     trains = page.name == 'get-started.md'
     assert len(space['model'].gplq_report.losses) == 2 * trains
+    if trains:
+        assert 0 <= space['accuracy'](space['packed']) <= 1
 
 
 def packed_layers(model) -> int:
