@@ -33,8 +33,9 @@ quickstart: $(FOR_CLASSIFIERS) ## Train FP32, then GPLQ, on the embedded data se
 quickstart-det: $(FOR_DETECTORS) ## The same with a detector, on scenes of the digits.
 	@$(RUN) tools/quickstart.py --model mask-rcnn $(ARGS)
 
+# A process for each core with one thread each; the tests of a file share its fixtures.
 test: $(INSTALLED) ## Run the tests that are not slow (more options: ARGS='-k name').
-	@$(RUN) -m pytest -m 'not slow' $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist loadfile -m 'not slow' $(ARGS)
 
 test-slow: $(INSTALLED) ## Run the slow tests.
 	@$(RUN) -m pytest -m slow $(ARGS)

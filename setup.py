@@ -57,6 +57,7 @@ DEV_REQUIREMENTS = [
     'onnxruntime>=1.20',
     'pytest',
     'pytest-timeout',
+    'pytest-xdist',
     'ruff',
 ]
 
