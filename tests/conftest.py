@@ -4,9 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from mmengine.registry import DefaultScope
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# How fast examples are made depends on what else the machine does.
+settings.register_profile(
+    'shared machine', deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile('shared machine')
 
 
 @pytest.fixture(scope='session')
