@@ -203,6 +203,26 @@ def test_every_installed_package_is_pinned():
     assert len(seen) > 50
 
 
+def test_a_classifier_needs_nothing_that_detectors_install():
+    code = """
+import sys
+for name in ('mmdet', 'pycocotools', 'shapely', 'terminaltables', 'imagecorruptions'):
+    sys.modules[name] = None
+from mmengine.config import Config
+from mmengine.registry import DATASETS, RUNNERS, init_default_scope
+from gplq_mm.registry import HOOKS, LOOPS, MODELS
+init_default_scope('mmpretrain')
+cfg = Config.fromfile('configs/quickstart/gplq_vit_mnist.py')
+MODELS.build(cfg.model)
+assert len(DATASETS.build(cfg.train_dataloader.dataset)) == 4000
+for registry, kind in ((RUNNERS, cfg.runner_type), (LOOPS, cfg.train_cfg.type)):
+    assert registry.get(kind) is not None, kind
+for hook in cfg.custom_hooks:
+    HOOKS.build(hook)
+"""
+    subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
+
+
 def test_help_lists_every_target():
     rules = re.findall(r'^([a-z-]+):', (ROOT / 'Makefile').read_text(), re.MULTILINE)
     shown = subprocess.run(['make', 'help'], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -3,7 +3,6 @@
 import numpy as np
 from mmcv import imresize
 from mmengine.dataset import BaseDataset
-from pycocotools import mask as coco_mask
 
 from gplq_mm.registry import DATASETS
 
@@ -116,6 +115,9 @@ class MNISTScenes(BaseDataset):
         )
 
     def _instance(self, ink: np.ndarray, top: int, left: int, label: int) -> dict:
+        # It comes with mmdet, which classifiers do without.
+        from pycocotools import mask as coco_mask
+
         mask = np.zeros((self.size, self.size), np.uint8, order='F')
         mask[top : top + ink.shape[0], left : left + ink.shape[1]] = ink
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
