@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..distributed import broadcast_
 from ..evaluation.coverage import measure_coverage
-from ..layers import act_quantizers, freeze_activations
+from ..layers import act_quantizers, freeze_activations, weights_disabled
 from ..progress import show_weight_ptq
 from ..ptq import NormReport, SecondMoment, calibrate_with_norms, quantize_weights
 from ..quant import QuantPolicy
@@ -102,7 +102,8 @@ def unknown_products(
         batch: Any; one image is enough.
         forward: Runs the model on a batch.
     """
-    with torch.random.fork_rng(devices=[]):
+    # Learned weight quantizers of direct QAT have no scale yet.
+    with torch.random.fork_rng(devices=[]), weights_disabled(model):
         return measure_coverage(model, lambda: forward(batch)).unknown(model, policy)
 
 
