@@ -18,7 +18,7 @@ from rich.table import Table
 from gplq_mm.analysis import AnalysisSettings, analyze, policy_source, read_run
 from gplq_mm.analysis.report import FIGURES, draw_figures, render_page, shorten
 from gplq_mm.checkpoint import atomic_write
-from gplq_mm.distributed import one_of_the_ranks
+from gplq_mm.distributed import end_program, one_of_the_ranks
 from gplq_mm.errors import SettingError, one_line_errors
 
 WORST = 10
@@ -230,3 +230,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == '__main__':
     main()
+    end_program()

@@ -11,7 +11,7 @@ from mmengine.dist import is_main_process
 from mmengine.registry import RUNNERS
 
 from gplq_mm.checkpoint import atomic_write_text
-from gplq_mm.distributed import one_of_the_ranks
+from gplq_mm.distributed import end_program, one_of_the_ranks
 from gplq_mm.engine import headline_metrics, unwrap
 from gplq_mm.errors import one_line_errors
 from gplq_mm.layers import quantizers_disabled
@@ -78,3 +78,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == '__main__':
     main()
+    end_program()

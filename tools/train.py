@@ -9,7 +9,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from gplq_mm.distributed import one_of_the_ranks
+from gplq_mm.distributed import end_program, one_of_the_ranks
 from gplq_mm.errors import one_line_errors
 
 
@@ -92,3 +92,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == '__main__':
     main()
+    end_program()

@@ -1,7 +1,7 @@
 """What processes of one run share: reductions, layers over the batch of all ranks, lost ranks."""
 
 from .last_words import LostRankError
-from .lost_rank import one_of_the_ranks, ranks_end_together
+from .lost_rank import end_program, one_of_the_ranks, ranks_end_together
 from .rank_invariant import make_rank_invariant
 from .reduce import (
     all_reduce_max,
@@ -21,6 +21,7 @@ __all__ = [
     'all_reduce_min',
     'all_reduce_sum',
     'broadcast_',
+    'end_program',
     'gather_objects',
     'gather_rows',
     'is_distributed',

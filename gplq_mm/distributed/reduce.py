@@ -71,7 +71,8 @@ def gather_objects(value):
     """List of every rank's ``value`` (plain data), by rank."""
     if not is_distributed():
         return [value]
-    data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    # A copy: a thread of gloo that lets go of Python's own bytes needs the interpreter.
+    data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).clone()
     sizes = [int(size) for size in _all_gather(torch.tensor([len(data)]))]
     parts = _all_gather(F.pad(data, (0, max(sizes) - len(data))))
     return [
