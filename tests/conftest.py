@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,21 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip('the real development data is not beside the project')
     return path
+
+
+@pytest.fixture(scope='module')
+def transformers():
+    """The package, from its folder beside the environment: mmpretrain 1.3.6 cannot be imported
+    where transformers 5 is installed."""
+    # Decides by what is installed at this moment what it imports.
+    import mmpretrain.utils.dependency  # noqa: F401
+
+    apart = str(Path(sys.prefix) / 'transformers')
+    sys.path.append(apart)
+    import transformers
+
+    yield transformers
+    sys.path.remove(apart)
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gplq_mm import deploy
 from gplq_mm.layers import find_blocks, quant_layers, quantizers_disabled
 
+# Small configs of transformers.
+VIT = dict(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=64,
+    image_size=32,
+    patch_size=8,
+    num_labels=5,
+)
+SWIN = dict(
+    embed_dim=16,
+    depths=[2, 2],
+    num_heads=[2, 2],
+    window_size=4,
+    image_size=32,
+    patch_size=4,
+    num_labels=5,
+)
 # What multiplies in float.
 PRODUCTS = ('mm', 'bmm', 'baddbmm', 'convolution', 'scaled_dot_product')
 

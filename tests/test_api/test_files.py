@@ -2,14 +2,12 @@
 
 import copy
 import json
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from builders import build_float, images
-from family_cases import lively
+from family_cases import SWIN, VIT, lively
 from torch import nn
 
 import gplq_mm
@@ -19,20 +17,8 @@ from gplq_mm.errors import SettingError
 from gplq_mm.families.libraries import build_timm, build_transformers
 from gplq_mm.layers import quant_layers
 
-# Beside the environment, as in test_families.
-APART = Path(sys.prefix) / 'transformers'
 FAST = {key: dict(observer='minmax') for key in ('activation', 'q', 'k', 'v', 'probs', 'weight')}
 TIMM = dict(num_classes=5, img_size=32)
-VIT = dict(
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=64,
-    image_size=32,
-    patch_size=8,
-    num_labels=5,
-)
-SWIN = dict(embed_dim=16, depths=[2, 2], num_heads=[2, 2], window_size=4, image_size=32)
 
 
 def timm_model(name: str, **arguments) -> nn.Module:
@@ -59,17 +45,6 @@ MODELS = {
     'Dinov2Model': lambda hf: hf.Dinov2Model(hf.Dinov2Config(**{**VIT, 'mlp_ratio': 2})),
     'SwinModel': lambda hf: hf.SwinModel(hf.SwinConfig(**SWIN)),
 }
-
-
-@pytest.fixture(scope='module')
-def transformers():
-    import mmpretrain.utils.dependency  # noqa: F401  (decides by what is installed at the moment)
-
-    sys.path.append(str(APART))
-    import transformers
-
-    yield transformers
-    sys.path.remove(str(APART))
 
 
 def batch(kind: str, seed: int = 1):

@@ -2,12 +2,20 @@
 
 import copy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from builders import images
-from family_cases import check_compensation, check_packed, first, lively, quantized, widths
+from family_cases import (
+    SWIN,
+    VIT,
+    check_compensation,
+    check_packed,
+    first,
+    lively,
+    quantized,
+    widths,
+)
 from torch import nn
 
 from gplq_mm.families.hugging_face import Int4SwinLayer, Int4SwinPatchMerging
@@ -15,52 +23,19 @@ from gplq_mm.layers import QuantMlp
 from gplq_mm.layers.family import families
 from gplq_mm.models.feature_tap import feature_layer_of
 
-# Beside the environment: mmpretrain 1.3.6 cannot be imported where transformers 5 is installed.
-APART = Path(sys.prefix) / 'transformers'
-VIT = dict(
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=64,
-    image_size=32,
-    patch_size=8,
-    num_labels=5,
-)
 DINO = dict(**{**VIT, 'mlp_ratio': 2}, layerscale_value=0.5, drop_path_rate=0.1)
-SWIN = dict(
-    embed_dim=16,
-    depths=[2, 2],
-    num_heads=[2, 2],
-    window_size=4,
-    image_size=32,
-    patch_size=4,
-    num_labels=5,
-)
 
 
 @pytest.fixture(scope='module')
-def library():
-    """The package transformers."""
-    # Decides by what is installed at this moment what it imports.
-    import mmpretrain.utils.dependency  # noqa: F401
-
-    sys.path.append(str(APART))
-    import transformers
-
-    yield transformers
-    sys.path.remove(str(APART))
-
-
-@pytest.fixture(scope='module')
-def build(library):
+def build(transformers):
     """Builds a float model."""
     configs = dict(ViT=VIT, Dinov2=DINO, Swin=SWIN)
 
     def make(kind: str, tail: str = 'Model', **options) -> nn.Module:
         torch.manual_seed(0)
-        config = getattr(library, f'{kind}Config')(**{**configs[kind], **options})
+        config = getattr(transformers, f'{kind}Config')(**{**configs[kind], **options})
         config._attn_implementation = options.get('attn_implementation', 'sdpa')
-        return lively(getattr(library, kind + tail)(config))
+        return lively(getattr(transformers, kind + tail)(config))
 
     return make
 
@@ -158,7 +133,7 @@ def test_features_to_mimic(build):
     assert feature_layer_of(model, None) is model.pooler.dense
 
 
-def test_all_classes_exist(library):
+def test_all_classes_exist(transformers):
     """A release that renames a class is noticed."""
     family = next(entry for entry in families() if entry.__name__ == 'HuggingFace')
     tables = (family.attentions, family.blocks, family.mlps, family.fused, family.features)
