@@ -5,7 +5,7 @@ a model made of them is the same network, module by module.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -107,21 +107,31 @@ def _timm_arguments(model: nn.Module) -> Iterator[dict]:
         yield dict(known)
 
 
+def _first_that_builds(
+    model: nn.Module, build: Callable[[dict], nn.Module], candidates: Iterable[dict]
+) -> dict | None:
+    """The first description that builds the same network, or None."""
+    for data in candidates:
+        try:
+            with torch.random.fork_rng(devices=[]):
+                twin = build(data)
+        # A library refuses what it cannot build in errors of any kind.
+        except Exception:
+            continue
+        if same_network(model, twin):
+            return data
+    return None
+
+
 def describe_timm(model: nn.Module) -> dict | None:
     """Name and arguments of a model of ``timm.create_model``, or None."""
     cfg = getattr(model, 'pretrained_cfg', None)
     name = (cfg or {}).get('architecture')
     if not name or not type(model).__module__.startswith('timm.'):
         return None
-    for arguments in _timm_arguments(model):
-        try:
-            with torch.random.fork_rng(devices=[]):
-                twin = build_timm({'name': name, 'arguments': arguments})
-        except Exception:
-            continue
-        if same_network(model, twin):
-            return {'name': name, 'arguments': arguments}
-    return None
+    return _first_that_builds(
+        model, build_timm, ({'name': name, 'arguments': found} for found in _timm_arguments(model))
+    )
 
 
 def build_timm(data: dict) -> nn.Module:
@@ -169,16 +179,11 @@ def describe_transformers(model: nn.Module) -> dict | None:
     }
     if hasattr(model, 'classifier'):
         config['num_labels'] = model.config.num_labels
-    for arguments in ({}, {'add_pooling_layer': False}):
-        data = {'class': type(model).__name__, 'config': config, 'arguments': arguments}
-        try:
-            with torch.random.fork_rng(devices=[]):
-                twin = build_transformers(data)
-        except Exception:
-            continue
-        if same_network(model, twin):
-            return data
-    return None
+    data = {'class': type(model).__name__, 'config': config}
+    choices = ({}, {'add_pooling_layer': False})
+    return _first_that_builds(
+        model, build_transformers, ({**data, 'arguments': choice} for choice in choices)
+    )
 
 
 def build_transformers(data: dict) -> nn.Module:
