@@ -6,14 +6,13 @@ Either file may be .safetensors or .pth. mmengine's ``load_from`` and ``Pretrain
 """
 
 import argparse
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
+from gplq_mm.checkpoint import atomic_write
 from gplq_mm.errors import DataError, SettingError, one_line_errors
 from gplq_mm.models.timm_conversion import convert_timm_vit_state_dict
 
@@ -59,24 +58,11 @@ def write_state_dict(state_dict: dict[str, torch.Tensor], path: Path) -> None:
         state_dict (dict[str, Tensor]): What to write.
         path (Path): A .safetensors or .pth file.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-    temporary = Path(name)
-    try:
-        os.close(handle)
-        if path.suffix == '.safetensors':
-            save_file(
-                {key: value.contiguous() for key, value in state_dict.items()},
-                temporary,
-                metadata={'format': 'pt'},
-            )
-        else:
-            torch.save({'state_dict': state_dict, 'meta': {}}, temporary)
-        with temporary.open('rb') as written:
-            os.fsync(written.fileno())
-        temporary.chmod(0o644)  # mkstemp gives 0600
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    if path.suffix == '.safetensors':
+        tensors = {key: value.contiguous() for key, value in state_dict.items()}
+        atomic_write(path, lambda file: file.write(save(tensors, {'format': 'pt'})))
+    else:
+        atomic_write(path, lambda file: torch.save({'state_dict': state_dict, 'meta': {}}, file))
 
 
 def main() -> None:
