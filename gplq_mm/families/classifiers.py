@@ -3,8 +3,6 @@
 from ..layers.family import Family
 from ..registry import FAMILIES
 
-__all__ = ['Classifiers']
-
 
 @FAMILIES.register_module()
 class Classifiers(Family):

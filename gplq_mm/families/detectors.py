@@ -10,8 +10,6 @@ from ..errors import SettingError
 from ..layers.family import Family
 from ..registry import FAMILIES
 
-__all__ = ['DetectorOutputs', 'Detectors']
-
 
 class DetectorOutputs:
     """Callable on a preprocessed batch; gives what a detector computes for all places.

@@ -3,8 +3,6 @@
 from ..layers.family import Family
 from ..registry import FAMILIES
 
-__all__ = ['ResNet']
-
 
 @FAMILIES.register_module()
 class ResNet(Family):

@@ -11,8 +11,6 @@ from ..registry import FAMILIES
 from .blocks import AttentionParts, Int4PreNormBlock, MlpParts, fuse_block
 from .ffn import MLPS, ffn_parts
 
-__all__ = ['Int4EncoderLayer', 'Int4MultiheadAttention', 'QuantMultiheadAttention', 'ViT']
-
 
 class QuantMultiheadAttention:
     """Mixin over mmpretrain's ``MultiheadAttention``: same parameters, quantized products."""

@@ -13,17 +13,6 @@ from torch import nn
 
 from ..registry import FAMILIES, registered
 
-__all__ = [
-    'AttentionKind',
-    'Family',
-    'entry_of',
-    'families',
-    'full_name',
-    'headlines',
-    'scopes',
-    'with_mixin',
-]
-
 
 @dataclass(frozen=True)
 class AttentionKind:

@@ -20,21 +20,6 @@ from .attention import QuantAttention
 from .compensation import Compensation
 from .weight_layer import QuantWeightLayer
 
-__all__ = [
-    'act_quantizers',
-    'calibrate',
-    'freeze_activations',
-    'freeze_learned_weights',
-    'is_calibrated',
-    'learn_weights',
-    'learned_parameters',
-    'quantizers_disabled',
-    'require_frozen',
-    'set_saved_bytes',
-    'weights_are_learned',
-    'weights_disabled',
-]
-
 
 def act_quantizers(model: nn.Module) -> dict[str, ActQuantizer]:
     """All activation quantizers by name."""

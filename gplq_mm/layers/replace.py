@@ -20,16 +20,6 @@ from .mlp import make_mlps_explicit
 from .reproducible import make_reproducible
 from .weight_layer import QuantWeightLayer
 
-__all__ = [
-    'QuantReport',
-    'by_pattern',
-    'find_blocks',
-    'kind_of',
-    'quant_layers',
-    'quant_units',
-    'quantize_model',
-]
-
 # Layers with a weight that have no quantized twin. Leaving one in float silently would break the
 # promise of the policy.
 UNSUPPORTED = (

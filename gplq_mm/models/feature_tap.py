@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from ..errors import SettingError
 from ..layers.family import entry_of
 
-__all__ = ['FeatureTap', 'feature_layer_of', 'feature_width', 'tapped_outputs']
-
 
 class FeatureTap:
     """Keeps feature and output of one layer's last forward, as long as it is open.

@@ -25,8 +25,6 @@ from .mimicry import Mimicry, prepare_training
 from .run_stage import Stage, check_order
 from .training_losses import check_images, require_finite
 
-__all__ = ['GPLQ']
-
 
 @MODELS.register_module()
 class GPLQ(BaseModel):

@@ -29,8 +29,6 @@ from .stream import Stream, last_readers, trace_units
 from .tensor_store import Memory, TensorStore
 from .unit import Unit
 
-__all__ = ['quantize_weights', 'round_weights']
-
 # A first guess, corrected while Stage 2 runs: what a batch takes in all, in forwards of a unit,
 # and seconds that rounding takes a column and a multiply-add of the Hessian with the weight.
 FORWARDS = 2.5

@@ -17,8 +17,6 @@ from ..errors import DataError, SettingError
 from ..registry import OBSERVERS, registered
 from .spec import ActSpec
 
-__all__ = ['MSEObserver', 'MinMaxObserver', 'PercentileObserver', 'build_observer']
-
 # Bins that are worked on together, so that temporary memory is bounded, too.
 BLOCK_BINS = 2**22
 # Narrower ranges are given bins of this width in all.

@@ -16,8 +16,6 @@ from .spec import (
     completed,
 )
 
-__all__ = ['QuantPolicy']
-
 # Defaults. The first and last layer stay at 8 bit, as the field does (the paper is silent).
 _EIGHT_BIT_ENDS = (
     dict(

@@ -16,8 +16,6 @@ from ..errors import SettingError
 from ..registry import FORMATS, OBSERVERS, registered
 from .format import Format
 
-__all__ = ['ActSpec', 'PolicyError', 'SiteSpec', 'WeightSpec']
-
 ZERO_POINTS = ('none', 'float', 'integer')
 GRANULARITIES = ('tensor', 'channel', 'head', 'token')
 WEIGHT_OBSERVERS = ('minmax', 'percentile', 'mse')
