@@ -1,5 +1,6 @@
 """Folders of ImageNet photos, scored over all 1,000 classes whatever subset is present."""
 
+import hashlib
 import logging
 import re
 from functools import lru_cache
@@ -27,6 +28,26 @@ def wnid_to_index() -> dict[str, int]:
     return {wnid: index for index, wnid in enumerate(ImageNetInfo('imagenet-1k').label_names())}
 
 
+def fold_of(path: Path, count: int) -> int:
+    """The fold, in ``0..count - 1``, that a photo belongs to, by its class folder and its name.
+
+    Nothing else decides, so that a photo stays in its fold whatever is added or taken away.
+    """
+    name = f'{path.parent.name}/{path.name}'.encode()
+    return int.from_bytes(hashlib.sha256(name).digest()[:8], 'big') % count
+
+
+def _parse_fold(text: str) -> tuple[int, int]:
+    """``'INDEX/COUNT'`` as two numbers."""
+    match = re.fullmatch(r'(\d+)/(\d+)', text)
+    index, count = map(int, match.groups()) if match else (0, 0)
+    if index >= count or count < 2:
+        raise SettingError(
+            f"the fold {text!r} is not of the form INDEX/COUNT: for the first of five write '0/5'."
+        )
+    return index, count
+
+
 @DATASETS.register_module()
 class ImageNetFolder(BaseDataset):
     """A folder with one subfolder per WordNet id, such as ImageNet-1k, Imagenette or a part.
@@ -35,7 +56,12 @@ class ImageNetFolder(BaseDataset):
     folders present, so that a 1,000-way classifier is scored 1000-way on any subset.
 
     Args:
-        max_images (int, optional): Take only this many images, drawn evenly at random with
+        fold (str, optional): Take one part of the photos only: ``'0/5'`` is the first of five of
+            about the same size. A photo's part depends on its class folder and file name alone.
+            Defaults to None.
+        without_fold (str, optional): Take all photos but those of such a part, which a data set
+            with the same ``fold`` has. Defaults to None.
+        max_images (int, optional): Of these, take only so many, drawn evenly at random with
             ``seed`` and kept in order. Defaults to None, which takes all.
         seed (int): Seed of that draw. Defaults to 0.
         **kwargs: Further arguments of :class:`mmpretrain.datasets.BaseDataset`: ``data_root``, the
@@ -43,13 +69,23 @@ class ImageNetFolder(BaseDataset):
 
     Raises:
         FileNotFoundError: If the folder is missing, or holds no wnid folder or no image.
-        ValueError: If a subfolder is no ImageNet-1k wnid, or ``max_images`` is not in
-            1..number of images.
+        DataError: If a subfolder is no ImageNet-1k wnid, or no photo is in the part.
+        SettingError: If a fold is not ``INDEX/COUNT``, or ``max_images`` is not in 1..number of
+            images.
     """
 
     METAINFO = {'classes': IMAGENET_CATEGORIES}
 
-    def __init__(self, max_images: int | None = None, seed: int = 0, **kwargs) -> None:
+    def __init__(
+        self,
+        fold: str | None = None,
+        without_fold: str | None = None,
+        max_images: int | None = None,
+        seed: int = 0,
+        **kwargs,
+    ) -> None:
+        self.fold = fold
+        self.without_fold = without_fold
         self.max_images = max_images
         self.seed = seed
         super().__init__(ann_file='', **kwargs)
@@ -69,7 +105,7 @@ class ImageNetFolder(BaseDataset):
                 f'The class folders in {root} hold no {"/".join(_EXTENSIONS)} file: unpack the '
                 'images into them.'
             )
-        return self._limit(data_list)
+        return self._limit(self._part(data_list))
 
     @staticmethod
     def _class_folders(root: Path) -> list[Path]:
@@ -93,6 +129,24 @@ class ImageNetFolder(BaseDataset):
                 'rename them to their WordNet id or move them away.'
             )
         return folders
+
+    def _part(self, data_list: list[dict]) -> list[dict]:
+        for name, wanted in (('fold', True), ('without_fold', False)):
+            text = getattr(self, name)
+            if text is None:
+                continue
+            index, count = _parse_fold(text)
+            data_list = [
+                data
+                for data in data_list
+                if (fold_of(Path(data['img_path']), count) == index) == wanted
+            ]
+            if not data_list:
+                raise DataError(
+                    f'no photo of {self.img_prefix} is left with {name}={text}: choose fewer '
+                    'folds, or add photos.'
+                )
+        return data_list
 
     def _limit(self, data_list: list[dict]) -> list[dict]:
         if self.max_images is None:

@@ -1,10 +1,13 @@
+from itertools import chain
+
 import numpy as np
 import pytest
 from mmpretrain.datasets.categories import IMAGENET_CATEGORIES
 from PIL import Image
 
 from gplq_mm.datasets import ImageNetFolder, LoadImageOrFail
-from gplq_mm.datasets.imagenet_folder import wnid_to_index
+from gplq_mm.datasets.imagenet_folder import fold_of, wnid_to_index
+from gplq_mm.errors import DataError, SettingError
 
 # A few known pairs, so that neither list of names can shift unnoticed.
 KNOWN = {'n01440764': 0, 'n02102040': 217, 'n02979186': 482, 'n03888257': 701, 'n15075141': 999}
@@ -67,6 +70,43 @@ def test_max_images_is_a_seeded_draw(tmp_path):
     assert draw(0) == draw(0) == sorted(draw(0))
     assert len(set(draw(0))) == 10
     assert draw(0) != draw(1)
+
+
+def names(root, **kwargs) -> list[str]:
+    dataset = ImageNetFolder(data_root=str(root), **kwargs)
+    return [dataset.get_data_info(i)['img_path'].rsplit('/', 1)[1] for i in range(len(dataset))]
+
+
+def test_folds_part_the_photos_and_a_photo_stays_in_its_own(tmp_path):
+    for i in range(60):
+        write_image(tmp_path / ('n01440764', 'n01443537')[i % 2] / f'{i:02d}.png')
+    folds = [names(tmp_path, fold=f'{i}/3') for i in range(3)]
+    assert sorted(chain(*folds)) == [f'{i:02d}.png' for i in range(60)]
+    assert all(10 < len(fold) < 30 for fold in folds)
+    rest = names(tmp_path, without_fold='1/3')
+    assert sorted(rest) == sorted(folds[0] + folds[2])
+    assert names(tmp_path, without_fold='1/3', fold='0/2') == [
+        name for name in rest if name in names(tmp_path, fold='0/2')
+    ]
+    for i in range(60, 80):
+        write_image(tmp_path / 'n01440764' / f'{i:02d}.png')
+    assert set(folds[0]) <= set(names(tmp_path, fold='0/3'))
+    assert len(names(tmp_path, fold='0/3', max_images=3)) == 3
+
+
+@pytest.mark.parametrize('fold', ['5/5', '0', '0/1', '1/0', '-1/5', 'a/b', '0/5/5', ''])
+@pytest.mark.parametrize('argument', ['fold', 'without_fold'])
+def test_no_fold(folder, argument, fold):
+    with pytest.raises(SettingError, match='is not of the form INDEX/COUNT'):
+        ImageNetFolder(data_root=str(folder), **{argument: fold})
+
+
+@pytest.mark.parametrize('argument', ['fold', 'without_fold'])
+def test_empty_fold(tmp_path, argument):
+    own = fold_of(write_image(tmp_path / 'n01440764' / 'a.png'), 2)
+    empty = f'{1 - own if argument == "fold" else own}/2'
+    with pytest.raises(DataError, match=rf'no photo of .* is left with {argument}={empty}'):
+        ImageNetFolder(data_root=str(tmp_path), **{argument: empty})
 
 
 @pytest.mark.parametrize('max_images', [0, -1, 4])
