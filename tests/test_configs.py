@@ -176,8 +176,8 @@ def test_learning_rates(gplq):
     quantizer_rate = 5e-6 if gplq.path.stem.startswith('gplq-paper') else 1e-3
     weight_rates = {weight_rate} if gplq.cfg.model.get('train_weights', True) else set()
     assert rates == {True: {quantizer_rate}, False: weight_rates}
-    # The paper's rate is constant; the small run on ten classes says why its is not.
-    constant = not gplq.path.stem.endswith('imagenette')
+    # The paper's rate is constant; the small runs say why theirs is not.
+    constant = not gplq.path.stem.endswith(('imagenette', 'photos1000'))
     assert (gplq.cfg.get('param_scheduler') is None) == constant
     assert not {'clip_grad', 'paramwise_cfg'} & set(gplq.cfg.optim_wrapper)
     if gpus:
@@ -225,6 +225,27 @@ def test_data(gplq):
     assert type(dataset.dataset.pipeline.transforms[-1]).__name__ == 'PackInputs'
     assert sampler is ResumableSampler
     assert set(loader.sampler) == {'type', 'shuffle'}
+
+
+@pytest.mark.parametrize('path', sorted(CONFIGS.glob('[!_]*/*_photos1000.py')), ids=named)
+def test_a_held_out_part_is_scored_and_not_trained_on(path, monkeypatch):
+    monkeypatch.setenv('GPLQ_PHOTOS1000', 'photos')
+    monkeypatch.setenv('GPLQ_IMAGENET_VAL', 'scored')
+
+    def chosen(name: str, cfg: Config) -> tuple:
+        dataset = cfg[f'{name}_dataloader'].dataset
+        dataset = dataset.get('dataset', dataset)
+        return dataset.data_root, dataset.get('fold'), dataset.get('without_fold')
+
+    cfg = Config.fromfile(path)
+    assert chosen('train', cfg) == ('photos', None, None)
+    assert chosen('val', cfg) == chosen('test', cfg) == ('scored', None, None)
+    monkeypatch.setenv('GPLQ_HOLD_OUT', '1/4')
+    held = Config.fromfile(path)
+    assert chosen('train', held) == ('photos', None, '1/4')
+    assert chosen('val', held) == chosen('test', held) == ('photos', '1/4', None)
+    pipelines = [c.val_dataloader.dataset.pipeline for c in (cfg, held)]
+    assert pipelines[0] == pipelines[1] == cfg.test_dataloader.dataset.pipeline
 
 
 @cache

@@ -8,6 +8,7 @@
 _base_ = [
     '../_base_/models/vit-tiny_p16_224.py',
     '../_base_/datasets/imagenette.py',
+    '../_base_/datasets/transfer_folders.py',
     '../_base_/default_runtime.py',
     '../_base_/gplq.py',
 ]
@@ -26,21 +27,9 @@ model = dict(
     distill=dict(loss_weight=20.0),
     compensation=_base_.gplq_compensation,
 )
-transfer_root = '{{$GPLQ_TRANSFER:none}}'
-transfer_data = dict(
-    type='CustomDataset', data_root=transfer_root, with_label=True, pipeline=_base_.test_pipeline
-)
-transfer = dict(
-    train_dataloader=dict(
-        batch_size=32, num_workers=2, dataset=dict(transfer_data, data_prefix='train')
-    ),
-    val_dataloader=dict(
-        batch_size=32, num_workers=2, dataset=dict(transfer_data, data_prefix='val')
-    ),
-)
 train_cfg = dict(
     _base_.gplq_train_cfg,
-    transfer=None if transfer_root == 'none' else transfer,
+    transfer=_base_.gplq_transfer,
     weight_ptq=dict(type='GPTQ', num_images=256, batch_size=16),
     num_diagnostic_images=128,
     max_iters=150,
