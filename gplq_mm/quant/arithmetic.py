@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from .functional import quantize
+from .functional import look_up, quantize
 
 # An integer above this is not exact in float32.
 EXACT_FLOAT32 = 2**24
@@ -186,12 +186,15 @@ def attention(
     row_relative: bool,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
+    tables: list[Tensor | None] | None = None,
 ) -> Tensor:
     """Softmax attention on codes.
 
     Both products are those of integer codes; what the grids' offsets contribute are sums of
-    codes along a row or a column, which are integers too. With ``row_relative`` what is
-    quantized is the softmax's numerator (see :class:`gplq_mm.layers.attention.QuantAttention`).
+    codes along a row or a column, which are integers too. An operand with a table is quantized
+    to a position 0..63, and its integer is what the table holds there. With ``row_relative`` what
+    is quantized is the softmax's numerator
+    (see :class:`gplq_mm.layers.attention.QuantAttention`).
 
     Args:
         query, key, value: float32 ``(B, heads, N, d)``.
@@ -201,10 +204,13 @@ def attention(
         row_relative: Whether the numerators are quantized instead of the probabilities.
         bias: float32 ``(heads, N, N)`` added to the scores, or None.
         mask: float32 ``(M, N, N)`` added to the scores of item ``i % M`` of the batch, or None.
+        tables: Of q, k, v and probabilities: uint8 ``(heads, 64)`` or ``(64,)``, whose operand
+            has limits 0 and 63, or None where codes are the integers themselves.
 
     Returns:
         float32 ``(B, heads, N, d)``.
     """
+    tables = tables or [None] * 4
     batch, heads, tokens, _ = query.shape
     windows = 1 if mask is None else len(mask)
     count = max(CHUNK // (heads * tokens * tokens * windows), 1) * windows
@@ -212,11 +218,11 @@ def attention(
     for i in range(0, batch, count):
         items = slice(i, i + count)
         operands = (query[items], key[items], value[items])
-        out[items] = _attention(*operands, scale, grids, limits, row_relative, bias, mask)
+        out[items] = _attention(*operands, scale, grids, limits, row_relative, bias, mask, tables)
     return out
 
 
-def _attention(query, key, value, scale, grids, limits, row_relative, bias, mask) -> Tensor:
+def _attention(query, key, value, scale, grids, limits, row_relative, bias, mask, tables) -> Tensor:
     """:func:`attention` of a few items, a multiple of the windows of ``mask``."""
     _, heads, tokens, channels = query.shape
     added = bias is not None or mask is not None
@@ -227,7 +233,10 @@ def _attention(query, key, value, scale, grids, limits, row_relative, bias, mask
     steps, offsets = (part.reshape(4, *shape) for part in grids.unbind(1))
 
     def codes(i: int, x: Tensor) -> Tensor:
-        return quantize(x, steps[i], offsets[i], low[i], high[i]).sub_(bases[i])
+        integers = quantize(x, steps[i], offsets[i], low[i], high[i])
+        if tables[i] is not None:
+            integers = look_up(integers, tables[i])
+        return integers.sub_(bases[i])
 
     q, k, v = (codes(i, x) for i, x in enumerate((query, key, value)))
     step = [part.double() for part in steps]

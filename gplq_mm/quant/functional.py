@@ -11,6 +11,8 @@ from torch import Tensor
 # The ends of a grid belong to it: a value this far beyond them, in steps, still counts as inside.
 # A few ulp of an 8-bit code in float32.
 TOLERANCE = 1e-4
+# Positions 0..63 of the fine grid that chosen levels are looked up from.
+POSITIONS = 64
 
 
 def to_steps(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
@@ -50,6 +52,25 @@ def round_e2m1_(halves: Tensor) -> Tensor:
     magnitude = halves.abs()
     gap = (magnitude >= 4).to(halves.dtype).add_(magnitude >= 8, alpha=2).add_(1)
     return halves.div_(gap).round_().mul_(gap).clamp_(-12, 12)
+
+
+def look_up(positions: Tensor, table: Tensor) -> Tensor:
+    """Integers that positions on a fine grid are rounded to.
+
+    Args:
+        positions: Integers 0..63 or NaN in a floating dtype. Any shape, or ``(..., heads, N, d)``
+            for a table a head.
+        table: The integer of every position, uint8 ``(64,)`` or ``(heads, 64)``.
+
+    Returns:
+        Integers in the dtype and shape of ``positions``; NaN stays.
+    """
+    index = positions.nan_to_num(nan=0.0).long()
+    if table.dim() == 2:
+        heads = torch.arange(len(table), device=table.device)
+        index += (heads * POSITIONS).view(-1, 1, 1)
+    integers = table.to(positions.dtype).take(index)
+    return torch.where(positions.isnan(), positions, integers)
 
 
 def dequantize(codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:

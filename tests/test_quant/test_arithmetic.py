@@ -96,3 +96,56 @@ def test_attention_of_many_items_is_that_of_each(monkeypatch, windows):
         item = slice(i, i + 1)
         one = arithmetic.attention(q[item], k[item], v[item], 0.4, grids, limits, True, mask=own)
         assert torch.equal(whole[item], one)
+
+
+LIMITS = [0, 63] * 4
+
+
+def _grids(heads: int) -> torch.Tensor:
+    grids = torch.rand(4, 2, heads) * 0.1 + 0.02
+    grids[:3, 1] -= 2.5
+    grids[3] *= 0.2
+    return grids
+
+
+@pytest.mark.parametrize('row_relative', [False, True])
+def test_attention_with_a_table_of_every_position_is_that_without(row_relative):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, 7, 5)
+    grids = _grids(3)
+    identity = torch.arange(64, dtype=torch.uint8)
+    plain = arithmetic.attention(q, k, v, 0.4, grids, LIMITS, row_relative)
+    for tables in ([identity] * 4, [identity.expand(3, 64), None, None, identity.expand(3, 64)]):
+        out = arithmetic.attention(q, k, v, 0.4, grids, LIMITS, row_relative, tables=tables)
+        assert torch.equal(out, plain)
+
+
+def test_attention_multiplies_the_levels_of_each_head():
+    torch.manual_seed(1)
+    heads = 3
+    q, k, v = torch.randn(3, 2, heads, 7, 5)
+    grids = _grids(heads)
+    levels = torch.stack([torch.randperm(64)[:16].sort().values for _ in range(heads)])
+    nearest = (torch.arange(64)[None, :, None] - levels[:, None]).abs().argmin(-1)
+    table = levels.gather(1, nearest).to(torch.uint8)
+
+    def rounded(i: int, x: torch.Tensor) -> torch.Tensor:
+        scale, offset = grids[i].double()[:, :, None, None]
+        position = ((x.double() - offset) / scale).round().clamp(0, 63).long()
+        integers = torch.stack([table[h][position[:, h]] for h in range(heads)], 1)
+        return integers * scale + offset
+
+    scores = rounded(0, q) @ rounded(1, k).mT * 0.4
+    expected = rounded(3, scores.softmax(-1)) @ rounded(2, v)
+    out = arithmetic.attention(q, k, v, 0.4, grids, LIMITS, False, tables=[table] * 4)
+    assert torch.allclose(out.double(), expected, atol=1e-5)
+
+
+def test_a_nan_stays_beside_a_table():
+    torch.manual_seed(2)
+    q, k, v = torch.randn(3, 1, 2, 4, 5)
+    q[0, 1, 2, 3] = NAN
+    table = torch.arange(64, dtype=torch.uint8)
+    out = arithmetic.attention(q, k, v, 0.4, _grids(2), LIMITS, False, tables=[table] * 4)
+    assert out[0, 1, 2].isnan().all()
+    assert out.isnan().sum() == 5
