@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 
 import torch
 from mmengine.dataset import pseudo_collate
@@ -12,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from ..distributed import rank_and_world_size
 from ..errors import DataError
 from ..progress import track
+from .scored_images import ScoredImages, scored_images
 from .shared_datasets import SharedDatasets, shared_datasets
 
 
@@ -39,11 +39,10 @@ class CalibrationSet:
         batch_size: Images of a batch, per rank.
         seed: Seed of the permutation.
         num_workers: Loader processes.
-        held_out: Datasets that must not share an image with this one.
+        scored: Images that must not be among the chosen ones.
 
     Raises:
-        DataError: If the set is empty, smaller than the number of ranks, or shares
-            images with a held-out set.
+        DataError: If the set is empty, smaller than the number of ranks, or has scored images.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class CalibrationSet:
         batch_size: int = 32,
         seed: int = 0,
         num_workers: int = 0,
-        held_out: tuple = (),
+        scored: ScoredImages | None = None,
     ):
         self.dataset = SharedDatasets().build(dataset)
         self.seed = seed
@@ -79,14 +78,8 @@ class CalibrationSet:
         generator = torch.Generator().manual_seed(seed)
         self.indices = torch.randperm(size, generator=generator)[:num_images].tolist()
         self.image_ids = [_image_id(self.dataset, index) for index in self.indices]
-        chosen = set(self.image_ids)
-        for other in held_out:
-            shared = chosen.intersection(_image_id(other, i) for i in range(len(other)))
-            if shared:
-                raise DataError(
-                    f'{len(shared)} calibration image(s) also belong to the validation or test '
-                    f'set, for example {min(shared)}; calibrate on training images.'
-                )
+        if scored is not None:
+            scored.refuse(self.dataset, 'calibration', self.indices)
 
     @classmethod
     def from_runner(cls, runner, num_images: int, **kwargs) -> 'CalibrationSet':
@@ -98,21 +91,13 @@ class CalibrationSet:
             **kwargs: ``batch_size``, ``seed``, ``num_workers``, or ``dataset`` for another set.
         """
         datasets, dataset = shared_datasets(runner), kwargs.pop('dataset', None)
-        held_out = []
-        if runner.val_loop is not None:
-            held_out.append(runner.val_loop.dataloader.dataset)
-        test, val = runner.cfg.get('test_dataloader'), runner.cfg.get('val_dataloader')
-        if test is not None and (val is None or test['dataset'] != val['dataset']):
-            # A test set whose files are not here cannot have lent images to calibration.
-            with suppress(FileNotFoundError):
-                held_out.append(datasets.build(test['dataset']))
         if dataset is None:
             dataset = copy.deepcopy(_innermost(runner.cfg.train_dataloader['dataset']))
             if runner.cfg.get('val_dataloader'):
                 evaluation = _innermost(runner.cfg.val_dataloader['dataset'])
                 dataset['pipeline'] = copy.deepcopy(evaluation['pipeline'])
         kwargs.setdefault('num_workers', runner.cfg.train_dataloader.get('num_workers', 0))
-        return cls(datasets.build(dataset), num_images, held_out=tuple(held_out), **kwargs)
+        return cls(datasets.build(dataset), num_images, scored=scored_images(runner), **kwargs)
 
     def batches(self, num_images: int | None = None, description: str = '') -> Iterator[dict]:
         """This rank's raw batches, before the data preprocessor.

@@ -6,11 +6,12 @@ from mmengine.hooks import Hook
 from torch import nn
 
 from ..errors import DataError, SettingError
+from .scored_images import scored_images
 from .weights import unwrap
 
 
 class DataCheckHook(Hook):
-    """Checks classes and masks before anything is computed; belongs to the runner."""
+    """Checks images, classes and masks before anything is computed; belongs to the runner."""
 
     priority = 'HIGHEST'
 
@@ -20,6 +21,7 @@ class DataCheckHook(Hook):
         check_class_count(unwrap(runner.model), dataset, 'train_dataloader')
         if runner.val_loop is not None:
             self._check(runner, runner.val_loop, 'val')
+        scored_images(runner).refuse(dataset, 'training')
 
     def before_test(self, runner) -> None:
         """Test set."""

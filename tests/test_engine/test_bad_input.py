@@ -133,7 +133,7 @@ class TestCalibration:
         cfg.custom_hooks[0].dataset = cfg.val_dataloader.dataset
         message = train_message(cfg, tmp_path)
         assert 'also belong to the validation or test set' in message
-        assert 'calibrate on training images' in message
+        assert 'take them out of one of the two sets' in message
 
     def test_from_test_images(self, cfg, tmp_path):
         """The test set may be another one than the validation set."""
@@ -143,9 +143,10 @@ class TestCalibration:
         cfg.custom_hooks[0].dataset = test['dataset']
         assert 'also belong to the validation or test set' in train_message(cfg, tmp_path)
 
-    def test_of_stage_2_from_validation_images(self, cfg, tmp_path):
+    def test_training_on_validation_images(self, cfg, tmp_path):
         cfg.train_dataloader.dataset.dataset = cfg.val_dataloader.dataset
-        assert 'also belong to the validation or test set' in train_message(cfg, tmp_path)
+        message = train_message(cfg, tmp_path)
+        assert '100 training image(s) also belong to the validation or test set' in message
 
     def test_no_hook(self, cfg, tmp_path):
         cfg.custom_hooks = []

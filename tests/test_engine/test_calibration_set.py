@@ -5,6 +5,7 @@ import torch
 
 import gplq_mm.engine.calibration_set as module
 from gplq_mm.engine import CalibrationSet
+from gplq_mm.engine.scored_images import ScoredImages
 from gplq_mm.errors import DataError
 
 TRAIN = dict(
@@ -71,15 +72,15 @@ def test_empty(count):
         CalibrationSet(TRAIN, count)
 
 
-def test_held_out_images():
-    other = CalibrationSet(TRAIN, 1).dataset
+def test_scored_images():
+    scored = ScoredImages(CalibrationSet(TRAIN, 1).dataset)
     with pytest.raises(DataError, match=r'20 calibration image\(s\) also belong'):
-        CalibrationSet(TRAIN, 20, held_out=(other,))
+        CalibrationSet(TRAIN, 20, scored=scored)
 
 
-def test_held_out_images_that_are_others():
+def test_scored_images_that_are_others():
     val = CalibrationSet({**TRAIN, 'split': 'val', 'indices': [0, 1]}, 1).dataset
-    assert CalibrationSet(TRAIN, 20, held_out=(val,)).image_ids
+    assert CalibrationSet(TRAIN, 20, scored=ScoredImages(val)).image_ids
 
 
 def test_config_is_not_changed():
