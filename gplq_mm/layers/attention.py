@@ -75,6 +75,12 @@ class QuantAttention(nn.Module):
             limits += [quantizer.qmin, quantizer.qmax]
         return torch.stack(grids).float(), limits
 
+    def tables(self) -> list[Tensor | None]:
+        """Levels of the four operands, uint8 ``(heads, 64)`` each, or None
+        (:meth:`.ActQuantizer.table`)."""
+        tables = (getattr(self, operand).table() for operand in OPERANDS)
+        return [None if table is None else table.expand(self.num_heads, -1) for table in tables]
+
     def computes_on_codes(self, query: Tensor) -> bool:
         """Whether to compute exactly what the deployed model computes: all grids are final and no
         gradient is asked for. For self-attention only."""
@@ -123,6 +129,7 @@ class QuantAttention(nn.Module):
                     self.probs.row_relative,
                     None if bias is None else bias.float(),
                     None if mask is None else mask.float(),
+                    self.tables(),
                 )
             return out.to(value.dtype)
         if dropout_p == 0 and self._keeps_codes(query, key, value):

@@ -104,6 +104,9 @@ def calibrate(
     by_name = act_quantizers(model)
     for name, quantizer in by_name.items():
         quantizer.observe(observers.get(name))
+    for layer in model.modules():
+        if isinstance(layer, QuantWeightLayer) and layer.act_quantizer.format.has_levels:
+            layer.act_quantizer.observer.importance = layer.operand_power()
     turns = list(_turns(list(by_name.values()), histogram_bytes))
     for index, turn in enumerate(turns):
         for quantizer in by_name.values():

@@ -109,6 +109,13 @@ class QuantWeightLayer(nn.Module):
             codes = codes - self.act_quantizer.zero_point
         return codes
 
+    @torch.no_grad()
+    def operand_power(self) -> Tensor:
+        """How much an error of each channel of the input counts: the squared norm of the weights
+        that meet it, float32, one for each scale of the activation."""
+        power = self.weight_matrix().square().sum(0)
+        return power.view(self.act_quantizer.scale.numel(), -1).sum(1)
+
     def largest_operand(self) -> int | None:
         """Bound of the magnitudes of :meth:`operand` where it is an integer, else None."""
         if not self.is_folded:
@@ -228,8 +235,7 @@ class QuantWeightLayer(nn.Module):
         """
         operand = self.operand(x)
         integers = self.from_matrix(self.weight_quantizer.integers())
-        spec = self.act_quantizer.spec
-        worst = 2**spec.bits * self.weight_quantizer.largest_row_sum()
+        worst = self.largest_operand() * self.weight_quantizer.largest_row_sum()
         if worst >= EXACT_FLOAT32:
             operand, integers = operand.double(), integers.double()
         return self._multiply(operand, integers, None)

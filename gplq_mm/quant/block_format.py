@@ -29,6 +29,7 @@ class BlockFormat(Format):
         tensor_bytes: Bytes of the scale of the tensor in a file.
     """
 
+    widths = (4,)
     activation = dict(
         bits=4, zero_point='none', granularity='tensor', observer='minmax', reparametrize=False
     )

@@ -4,6 +4,8 @@ Whoever looks for scales, rounds or trains asks the format of a spec (``spec.cod
 format holds nothing of a tensor: scale and offset are handed to it.
 """
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,8 @@ class Format:
         largest: Magnitude that no code exceeds, or None.
     """
 
+    # Widths of a code that it has.
+    widths: Collection[int] = range(2, 9)
     # Settings of the specs that the format leaves no choice in; None: it is not meant for them.
     activation: dict | None = {}
     weight: dict | None = None
@@ -46,6 +50,9 @@ class Format:
     is_integer_product: bool = False
     # Whether the scale of an activation is a parameter of training.
     learns_scale: bool = True
+    # Whether codes stand for chosen integers. Then `codes`, `nearest` and `fake_quantize` are given
+    # their table as a last argument (:func:`.functional.look_up`).
+    has_levels: bool = False
     # Columns with a scale of their own in the format; None: scales are those of the spec.
     block_size: int | None = None
 
@@ -90,9 +97,9 @@ class Format:
         """What codes stand for; they may be overwritten. Arguments as in :meth:`codes`."""
         raise NotImplementedError
 
-    def nearest(self, x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    def nearest(self, x: Tensor, scale: Tensor, offset: Tensor | None, *table: Tensor) -> Tensor:
         """Values that ``x`` is rounded to, without gradients; arguments as in :meth:`codes`."""
-        return self.values(self.codes(x, scale, offset), scale, offset)
+        return self.values(self.codes(x, scale, offset, *table), scale, offset)
 
     def round_(self, steps: Tensor) -> Tensor:
         """Codes of values that are given in units of the scale, in place; for weights."""

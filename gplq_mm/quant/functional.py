@@ -44,6 +44,28 @@ def round_steps_(steps: Tensor, qmin: int, qmax: int) -> Tensor:
     return steps.round_().clamp_(qmin, qmax)
 
 
+def look_up(positions: Tensor, table: Tensor | None) -> Tensor:
+    """Integers that stand in a table; the positions themselves without one.
+
+    Args:
+        positions: Whole numbers in a floating dtype, or NaN, which stays.
+        table: uint8 ``(P,)``, or ``(heads, P)`` for positions ``(..., heads, N, d)``, or None.
+
+    Returns:
+        Shape and dtype of ``positions``.
+    """
+    if table is None:
+        return positions
+    index = positions.nan_to_num(nan=0.0).to(torch.int32)
+    if table.dim() == 2:
+        heads, size = table.shape
+        index += torch.arange(0, heads * size, size, dtype=index.dtype, device=index.device)[
+            :, None, None
+        ]
+    # The difference is zero, or NaN.
+    return table.flatten().to(positions.dtype)[index].add_(positions - positions)
+
+
 def round_e2m1_(halves: Tensor) -> Tensor:
     """Nearest e2m1 of values that are given in halves, half to even mantissas; in place.
 
@@ -52,25 +74,6 @@ def round_e2m1_(halves: Tensor) -> Tensor:
     magnitude = halves.abs()
     gap = (magnitude >= 4).to(halves.dtype).add_(magnitude >= 8, alpha=2).add_(1)
     return halves.div_(gap).round_().mul_(gap).clamp_(-12, 12)
-
-
-def look_up(positions: Tensor, table: Tensor) -> Tensor:
-    """Integers that positions on a fine grid are rounded to.
-
-    Args:
-        positions: Integers 0..63 or NaN in a floating dtype. Any shape, or ``(..., heads, N, d)``
-            for a table a head.
-        table: The integer of every position, uint8 ``(64,)`` or ``(heads, 64)``.
-
-    Returns:
-        Integers in the dtype and shape of ``positions``; NaN stays.
-    """
-    index = positions.nan_to_num(nan=0.0).long()
-    if table.dim() == 2:
-        heads = torch.arange(len(table), device=table.device)
-        index += (heads * POSITIONS).view(-1, 1, 1)
-    integers = table.to(positions.dtype).take(index)
-    return torch.where(positions.isnan(), positions, integers)
 
 
 def dequantize(codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
@@ -88,19 +91,21 @@ class _FakeQuantize(torch.autograd.Function):
     """Straight-through in x; LSQ/LSQ+ gradients for scale and offset.
 
     Inside the range d x_hat / d scale = q - (x - offset) / scale and d x_hat / d offset = 0;
-    outside they are q and 1. Only x is kept for backward, the codes are computed again. The
-    passes over memory are what it costs, so both directions are written with few of them.
+    outside they are q and 1. With a table q is what stands there. Only x is kept for backward, the
+    codes are computed again. The passes over memory are what it costs, so both directions are
+    written with few of them.
     """
 
     @staticmethod
-    def forward(ctx, x, scale, offset, qmin, qmax, grad_scale):
-        ctx.save_for_backward(x, scale, offset)
+    def forward(ctx, x, scale, offset, qmin, qmax, grad_scale, table):
+        ctx.save_for_backward(x, scale, offset, table)
         ctx.limits = (qmin, qmax, grad_scale)
-        return dequantize(quantize(x, scale, offset, qmin, qmax), scale, offset)
+        integers = look_up(quantize(x, scale, offset, qmin, qmax), table)
+        return dequantize(integers, scale, offset)
 
     @staticmethod
     def backward(ctx, grad):
-        x, scale, offset = ctx.saved_tensors
+        x, scale, offset, table = ctx.saved_tensors
         qmin, qmax, grad_scale = ctx.limits
         steps = to_steps(x, scale, offset)
         grad_x = _pass_inside(grad, steps, qmin, qmax)
@@ -112,9 +117,9 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             # sum of grad * q over all, minus grad * steps over what lies inside.
             unrounded = grad_x * steps
-            steps.round_().clamp_(qmin, qmax).mul_(grad).sub_(unrounded)
-            grad_s = steps.sum_to_size(scale.shape) * grad_scale
-        return grad_x if ctx.needs_input_grad[0] else None, grad_s, grad_o, None, None, None
+            integers = look_up(round_steps_(steps, qmin, qmax), table)
+            grad_s = integers.mul_(grad).sub_(unrounded).sum_to_size(scale.shape) * grad_scale
+        return grad_x if ctx.needs_input_grad[0] else None, grad_s, grad_o, *[None] * 4
 
 
 def fake_quantize(
@@ -124,6 +129,7 @@ def fake_quantize(
     qmin: int,
     qmax: int,
     grad_scale: float = 1.0,
+    table: Tensor | None = None,
 ) -> Tensor:
     """Quantizes and dequantizes, differentiable in ``x``, ``scale`` and ``offset``.
 
@@ -133,6 +139,7 @@ def fake_quantize(
     Args:
         x, scale, offset, qmin, qmax: As in :func:`quantize`.
         grad_scale: Factor on the gradients of scale and offset (LSQ: 1 / sqrt(n * qmax)).
+        table: Integers that codes stand for, as in :func:`look_up`; None for the codes themselves.
 
     Returns:
         Real values on the grid, shape and dtype of ``x``.
@@ -146,6 +153,7 @@ def fake_quantize(
             qmin,
             qmax,
             grad_scale,
+            table,
         )
     return out.to(x.dtype)
 

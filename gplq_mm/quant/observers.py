@@ -15,12 +15,16 @@ from torch import Tensor
 from ..distributed import all_reduce_max, all_reduce_min, all_reduce_sum
 from ..errors import DataError, SettingError
 from ..registry import OBSERVERS, registered
+from .functional import POSITIONS
+from .levels import choose_levels, table_of, uniform_levels
 from .spec import ActSpec
 
 # Bins that are worked on together, so that temporary memory is bounded, too.
 BLOCK_BINS = 2**22
 # Narrower ranges are given bins of this width in all.
 TINY_RANGE = 1e-8
+# Ranges and levels are searched in turn so often.
+LEVEL_ROUNDS = 2
 
 
 def by_channel(x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -57,6 +61,10 @@ class MinMaxObserver:
         self.low = torch.full((channels,), math.inf)
         self.high = torch.full((channels,), -math.inf)
         self.finished_passes = 0
+        # Chosen levels, uint8 (rows, 2**bits), where the format has them.
+        self.levels: Tensor | None = None
+        # What a squared error counts in the choice of levels, by channel (channels,).
+        self.importance = torch.ones(channels)
         # Whether it looks away, since it is not its turn to hold a histogram.
         self.waits = False
 
@@ -142,8 +150,10 @@ class _HistogramObserver(MinMaxObserver):
 
     @property
     def bins(self) -> int:
-        """Bins a channel: a grid that uses a quarter of the range still has 8 a step."""
-        return self.bins_per_step * 2**self.spec.bits
+        """Bins a channel: a grid that uses a quarter of the range still has 8 a step, or 2 a
+        position of levels."""
+        least = 8 * POSITIONS if self.format.has_levels else 0
+        return max(self.bins_per_step * 2**self.spec.bits, least)
 
     @property
     def histogram_bytes(self) -> int:
@@ -155,14 +165,41 @@ class _HistogramObserver(MinMaxObserver):
         if self.finished_passes == 1:
             self.width = ((self.high - self.low) / self.bins).clamp(min=TINY_RANGE / self.bins)
             return
-        parts = (self._histogram(), self.low, self.high, self.width)
-        all_reduce_sum(parts[0])
-        channels = max(1, BLOCK_BINS // self.bins)
-        found = [
-            self._search(*block) for block in zip(*(p.split(channels) for p in parts), strict=True)
-        ]
-        self._covered = tuple(torch.cat(ends) for ends in zip(*found, strict=True))
+        all_reduce_sum(self._histogram())
+        if self.format.has_levels:
+            self.levels = uniform_levels(self.spec.bits).to(self.low.device)
+            for _ in range(LEVEL_ROUNDS):
+                self._cover()
+                self.levels = choose_levels(self._count_positions(), self.spec.bits)
+        self._cover()
         self.counts = None
+
+    def _cover(self) -> None:
+        """Searches the range of every channel, for the present levels."""
+        parts = (self._histogram(), self.low, self.high, self.width)
+        channels = max(1, BLOCK_BINS // self.bins)
+        if self.levels is not None:
+            parts += (table_of(self.levels).expand(len(self.low), -1),)
+        blocks = zip(*(part.split(channels) for part in parts), strict=True)
+        found = [self._search(*block) for block in blocks]
+        self._covered = tuple(torch.cat(ends) for ends in zip(*found, strict=True))
+
+    def _centers(self, low: Tensor, width: Tensor) -> Tensor:
+        steps = torch.arange(self.bins, device=low.device) + 0.5
+        return low[:, None] + width[:, None] * steps
+
+    def _count_positions(self) -> Tensor:
+        """How much the values at each position count, float64 ``(1, 64)``; with granularity
+        ``'head'`` ``(heads, 64)``."""
+        scale, offset = self.format.cover(*self._covered)
+        positions = self.format.codes(
+            self._centers(self.low, self.width), scale[:, None], offset[:, None]
+        ).long()
+        counts = self._histogram()
+        weight = scale.double().square() * self.importance.to(scale.device, torch.float64)
+        counts = counts / counts.sum(1, keepdim=True) * weight[:, None]
+        sums = counts.new_zeros(len(counts), POSITIONS).scatter_add_(1, positions, counts)
+        return sums if self.spec.granularity == 'head' else sums.sum(0, keepdim=True)
 
     def _histogram(self) -> Tensor:
         if self.counts is None:
@@ -185,7 +222,7 @@ class _HistogramObserver(MinMaxObserver):
         return self._covered
 
     def _search(
-        self, counts: Tensor, low: Tensor, high: Tensor, width: Tensor
+        self, counts: Tensor, low: Tensor, high: Tensor, width: Tensor, *table: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Ends of the range that is to be covered, of some channels ``(c,)``.
 
@@ -193,6 +230,7 @@ class _HistogramObserver(MinMaxObserver):
             counts: Histogram, float64 ``(c, bins)``.
             low, high: Ends of the range of all values.
             width: Width of a bin.
+            table: Level of every position, ``(c, 64)``, where there are levels.
         """
         raise NotImplementedError
 
@@ -201,7 +239,7 @@ class PercentileObserver(_HistogramObserver):
     """Covers from the low to the high percentile of every channel (paper: 1st and 99th)."""
 
     def _search(
-        self, counts: Tensor, low: Tensor, high: Tensor, width: Tensor
+        self, counts: Tensor, low: Tensor, high: Tensor, width: Tensor, *table: Tensor
     ) -> tuple[Tensor, Tensor]:
         share = counts.cumsum(1) / counts.sum(1, keepdim=True)
         low_q, high_q = self.spec.percentile
@@ -224,14 +262,13 @@ class MSEObserver(_HistogramObserver):
     num_rounds = 2
 
     def _search(
-        self, counts: Tensor, low: Tensor, high: Tensor, width: Tensor
+        self, counts: Tensor, low: Tensor, high: Tensor, width: Tensor, *table: Tensor
     ) -> tuple[Tensor, Tensor]:
-        steps = torch.arange(self.bins, device=low.device) + 0.5
-        centers = low[:, None] + width[:, None] * steps
+        centers = self._centers(low, width)[:, :, None]
         # float32 is enough to rank candidates, and twice as fast.
-        weights = (counts / counts.sum(1, keepdim=True)).float()
+        weights = (counts / counts.sum(1, keepdim=True)).float()[:, :, None]
         lowest, highest = low, high
-        best = self._error(centers, weights, low, high)
+        best = self._error(centers, weights, low, high, *table)
         symmetric = self.spec.zero_point == 'none'
         shares = torch.linspace(0, 1, self.num_candidates + 1)[1:-1].tolist()
         for _ in range(1 if symmetric else self.num_rounds):
@@ -247,17 +284,20 @@ class MSEObserver(_HistogramObserver):
                     else:
                         trial_low = fixed_high + (lowest - fixed_high) * share
                         trial_high = fixed_high
-                    error = self._error(centers, weights, trial_low, trial_high)
+                    error = self._error(centers, weights, trial_low, trial_high, *table)
                     better = error < best
                     best = torch.where(better, error, best)
                     low = torch.where(better, trial_low, low)
                     high = torch.where(better, trial_high, high)
         return low, high
 
-    def _error(self, centers: Tensor, weights: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        grid = (value[:, None] for value in self.format.cover(low, high))
-        values = self.format.nearest(centers, *grid)
-        return values.sub_(centers).square_().mul_(weights).sum(1)
+    def _error(
+        self, centers: Tensor, weights: Tensor, low: Tensor, high: Tensor, *table: Tensor
+    ) -> Tensor:
+        """Squared error ``(c,)`` of values ``(c, bins, 1)``, which count as weights say."""
+        grid = (value[:, None, None] for value in self.format.cover(low, high))
+        values = self.format.nearest(centers, *grid, *table)
+        return values.sub_(centers).square_().mul_(weights).sum((1, 2))
 
 
 OBSERVERS.register_module(name='mse', module=MSEObserver)

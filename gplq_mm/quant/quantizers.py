@@ -15,6 +15,7 @@ from ..errors import SettingError, StateError
 from .code_state import level_bits_of
 from .format import IntegerFormat
 from .functional import to_steps
+from .levels import check_levels, table_of, uniform_levels
 from .observers import MinMaxObserver, build_observer
 from .spec import ActSpec
 
@@ -110,6 +111,13 @@ class ActQuantizer(LearnedQuantizer):
         # scale of the tensor: by them weights here and there differ from the float model's.
         self.register_buffer('channel_scale', None)
         self.register_buffer('channel_offset', None)
+        # The levels of the tensor, or of each head, uint8 (rows, 2**bits).
+        levels = None
+        if self.format.has_levels:
+            rows = self.scale.numel() if spec.granularity == 'head' else 1
+            levels = uniform_levels(spec.bits).repeat(rows, 1)
+        self.register_buffer('levels', levels)
+        self.register_buffer('_table', None, persistent=False)
 
     @property
     def row_relative(self) -> bool:
@@ -138,6 +146,21 @@ class ActQuantizer(LearnedQuantizer):
         """Whether a hook waits for what the quantizer is given and what it makes of it."""
         return bool(self._forward_hooks)
 
+    def table(self) -> Tensor | None:
+        """Level of every position (:mod:`.levels`): uint8 ``(64,)``, with granularity ``'head'``
+        ``(heads, 64)``; None where codes are the integers themselves."""
+        if self.levels is None:
+            return None
+        if self._table is None:
+            table = table_of(self.levels)
+            self._table = table if self.spec.granularity == 'head' else table[0]
+        return self._table
+
+    def _tables(self) -> tuple[Tensor, ...]:
+        """What the format is handed beside the grid."""
+        table = self.table()
+        return () if table is None else (table,)
+
     def observe(self, observer: MinMaxObserver | None = None) -> None:
         """Starts calibration: forward passes data through and only looks at it.
 
@@ -155,16 +178,24 @@ class ActQuantizer(LearnedQuantizer):
 
     def finish_observing(self) -> None:
         """Writes scale and offset from what was observed; the quantizer may learn from now on."""
-        self.set_grid(*self.observer.compute())
+        self.set_grid(*self.observer.compute(), self.observer.levels)
 
     @torch.no_grad()
-    def set_grid(self, scale: Tensor, offset: Tensor) -> None:
+    def set_grid(self, scale: Tensor, offset: Tensor, levels: Tensor | None = None) -> None:
         """Ends calibration; the quantizer may learn from now on.
 
         Args:
             scale: Real value per integer step, of the quantizer's shape.
             offset: Real value of code 0, of the same shape; zero for a symmetric grid.
+            levels: uint8 ``(rows, 2**bits)``, increasing, where the format has them.
+
+        Raises:
+            SettingError: For levels that are no codebook.
         """
+        if self.levels is not None:
+            check_levels(levels, self.spec.bits)
+            self.levels = levels.to(self.levels)
+            self._table = None
         self.scale.copy_(scale)
         if self.offset is not None:
             self.offset.copy_(offset)
@@ -235,12 +266,12 @@ class ActQuantizer(LearnedQuantizer):
             return x
         self._require_scale()
         self.check_shape(x)
-        return self.format.fake_quantize(x, *self.grid(), self._grad_scale(x))
+        return self.format.fake_quantize(x, *self.grid(), self._grad_scale(x), *self._tables())
 
     def codes(self, x: Tensor) -> Tensor:
-        """Codes of ``x`` in float32; what the deployed model computes with."""
+        """Codes of ``x`` in float32, or its levels; what the deployed model computes with."""
         self._require_scale()
-        return self.format.codes(x.float(), *self.grid())
+        return self.format.codes(x.float(), *self.grid(), *self._tables())
 
     def clips(self, x: Tensor) -> Tensor:
         """Which values of ``x`` lie beyond the ends of the grid; bool, shape of ``x``."""
@@ -271,6 +302,11 @@ class ActQuantizer(LearnedQuantizer):
             if saved is not None:
                 saved = torch.empty_like(saved, device=self.scale.device)
             setattr(self, name, saved)
+        saved = state_dict.get(prefix + 'levels')
+        if self.levels is not None and saved is not None:
+            check_levels(saved, self.spec.bits)
+            self.levels = self.levels.new_empty(len(self.levels), saved.shape[1])
+            self._table = None
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:

@@ -93,7 +93,7 @@ class _Coded:
 
     def with_bits(self, bits: int):
         """The same at another width; of integers where the format has no such width."""
-        has_it = self.settings.get('bits', bits) == bits
+        has_it = bits in registered(FORMATS)[self.format].widths
         return replace(self, bits=bits, format=self.format if has_it else 'integer')
 
     @cached_property
@@ -103,6 +103,12 @@ class _Coded:
         Raises:
             PolicyError: If another setting does not go with the format.
         """
+        widths = registered(FORMATS)[self.format].widths
+        if self.bits not in widths:
+            raise PolicyError(
+                f'{self._owner}.bits={self.bits} does not go with format={self.format!r}, which '
+                f'has {", ".join(map(str, widths))} bits.'
+            )
         for key, value in self.settings.items():
             if getattr(self, key) != value:
                 raise PolicyError(
@@ -132,7 +138,8 @@ class ActSpec(_Coded):
             ``gplq_mm.registry.OBSERVERS``.
         percentile: The two quantiles of the percentile observer, fractions of 1.
         format: What a code stands for: ``'integer'``, ``'log_sqrt2'`` (zero and powers of sqrt(2);
-            attention probabilities only, RepQ-ViT), ``'mxfp4'``, ``'nvfp4'`` (block-scaled,
+            attention probabilities only, RepQ-ViT), ``'levels'`` (``2**bits`` chosen integers,
+            :mod:`.levels`), ``'mxfp4'``, ``'nvfp4'`` (block-scaled,
             :mod:`.block_format`), or another entry of ``gplq_mm.registry.FORMATS``.
         tokens: Number of tokens, needed by ``granularity='token'`` where the layer itself does
             not know it (a Swin window does, a ViT does not).

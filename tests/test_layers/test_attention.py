@@ -342,7 +342,10 @@ def sdpa_arguments(draw):
     shapes = ((HEADS, queries, 4), *((1 if grouped else HEADS, keys, n) for n in (4, width)))
     args = [torch.randn(2, *shape, generator=generator) for shape in shapes]
     kwargs = dict(
-        scale=draw(st.none() | st.floats(0, 2)), enable_gqa=grouped, is_causal=draw(st.booleans())
+        # Torch's own kernels give NaN for scales near the least number.
+        scale=draw(st.none() | st.floats(1e-3, 2)),
+        enable_gqa=grouped,
+        is_causal=draw(st.booleans()),
     )
     kind = draw(st.sampled_from(['none', 'boolean', 'added']))
     if kind != 'none' and not kwargs['is_causal']:
