@@ -72,20 +72,13 @@ def test_sums_of_integers_are_exact(largest, signed):
     assert torch.equal(moment.covariance(), plain.covariance())
 
 
-def test_sums_of_integers_do_not_leave_int32(monkeypatch):
-    """Rows are multiplied in parts whose sums int32 holds."""
-    sizes, multiply = [], torch._int_mm
-
-    def record(a, b):
-        sizes.append(len(b))
-        return multiply(a, b)
-
-    monkeypatch.setattr(torch, '_int_mm', record)
-    rows = (2**31 - 1) // 63**2 + 1
+def test_sums_of_integers_may_exceed_what_float32_holds():
+    rows = 2**24 // 63**2 + 2
     moment = SecondMoment(2, largest_integer=63)
-    moment.update(torch.full((1, 1), 63.0).expand(rows, 2))
-    assert sizes == [rows - 1, 1]
-    assert (moment.second_moment() == 63**2).all()
+    with torch.autocast('cpu', torch.bfloat16):
+        moment.update(torch.tensor([[63.0, 1.0]]).expand(rows, 2))
+    outer = torch.tensor([[63**2, 63], [63, 1]], dtype=torch.float64)
+    assert torch.equal(moment.second_moment(), outer)
 
 
 @pytest.mark.parametrize('features', range(1, 35))
