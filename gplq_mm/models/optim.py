@@ -1,4 +1,4 @@
-"""Optimizer settings of training: two learning rates, and bf16 on any device."""
+"""Optimizer settings of training: rates of weights and quantizers, and bf16 on any device."""
 
 from contextlib import contextmanager
 
@@ -7,7 +7,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.runner import autocast
 from torch import nn
 
-from ..layers import learned_parameters
+from ..layers import act_quantizers, learned_parameters
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 
 
@@ -44,6 +44,49 @@ def _merge_groups(optimizer: torch.optim.Optimizer) -> None:
     optimizer.param_groups[:] = merged
 
 
+class _RelativeSteps:
+    """Makes an optimizer's steps of quantizer parameters relative to their grids.
+
+    Adam moves every number by about its learning rate, whatever its size. Scales differ by orders
+    of magnitude, between sites and between channels, and so do their ranges. A step of a scale is
+    multiplied by the scale, and a step of a zero-point by the range that the codes cover.
+
+    Args:
+        optimizer: Steps are changed from now on, and nothing that a checkpoint holds of it.
+        model: Its quantizers.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module):
+        # A unit is the magnitude of a parameter, times a number.
+        units = {id(parameter): (parameter, 1) for parameter in learned_parameters(model)}
+        for quantizer in act_quantizers(model).values():
+            if quantizer.offset is not None:
+                span = quantizer.qmax - quantizer.qmin
+                units[id(quantizer.offset)] = (quantizer.scale, span)
+        self.parameters = [
+            parameter
+            for group in optimizer.param_groups
+            if group.get('relative')
+            for parameter in group['params']
+        ]
+        self.units = [units[id(parameter)] for parameter in self.parameters]
+        optimizer.register_step_pre_hook(self._before)
+        optimizer.register_step_post_hook(self._after)
+
+    @torch.no_grad()
+    def _before(self, *_args) -> None:
+        self.old = [parameter.clone() for parameter in self.parameters]
+        magnitudes = torch._foreach_abs([parameter for parameter, _ in self.units])
+        self.factors = torch._foreach_mul(magnitudes, [float(number) for _, number in self.units])
+
+    @torch.no_grad()
+    def _after(self, *_args) -> None:
+        steps = torch._foreach_sub(self.parameters, self.old)
+        torch._foreach_mul_(steps, self.factors)
+        torch._foreach_add_(self.old, steps)
+        torch._foreach_copy_(self.parameters, self.old)
+
+
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class GPLQOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """Gives quantizer parameters their own settings; ``optimizer`` is that of the weights.
@@ -54,7 +97,8 @@ class GPLQOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     Args:
         optim_wrapper_cfg: As in mmengine; the key ``quantizer`` holds overrides of optimizer
             settings (``lr``, ``weight_decay``) for scales and zero-points, in direct QAT those of
-            weights too.
+            weights too. With ``relative=True`` a step of a scale is in units of the scale, and one
+            of a zero-point in units of the range that the codes cover.
         paramwise_cfg: As in mmengine, for the weights.
     """
 
@@ -70,6 +114,8 @@ class GPLQOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             self.paramwise_cfg = {'custom_keys': {}}
         wrapper = super().__call__(model)
         _merge_groups(wrapper.optimizer)
+        if self.quantizer_cfg.get('relative'):
+            _RelativeSteps(wrapper.optimizer, model)
         return wrapper
 
     def add_params(self, params: list[dict], module: nn.Module, *args, **kwargs) -> None:
