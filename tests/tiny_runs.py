@@ -241,6 +241,7 @@ def comparable(summary: dict) -> dict:
     """What of a summary must not depend on interruptions."""
     keys = ('top1', 'weight_drift', 'weight_drift_history', 'ptq_error', 'feature_distance')
     keys += ('calibration', 'weight_ptq', 'act_qat_iterations', 'policy', 'transfer', 'images')
+    keys += ('difference_to_fp32',)
     return {key: _rounded(summary[key]) for key in keys}
 
 

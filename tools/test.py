@@ -12,7 +12,7 @@ from mmengine.registry import RUNNERS
 
 from gplq_mm.checkpoint import atomic_write_text
 from gplq_mm.distributed import end_program, one_of_the_ranks
-from gplq_mm.engine import headline_metrics, unwrap
+from gplq_mm.engine import DecisionHook, headline_metrics, unwrap
 from gplq_mm.errors import one_line_errors
 from gplq_mm.layers import quantizers_disabled
 from gplq_mm.models import GPLQ, Stage
@@ -23,6 +23,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('--out', help='JSON file for the metrics')
+    parser.add_argument(
+        '--decisions', help='CSV file for the top-1 decision on every image, of a classifier'
+    )
     parser.add_argument('--work-dir', help='folder of the log')
     parser.add_argument(
         '--latent', action='store_true', help='switch quantizers off: accuracy of the FP32 weights'
@@ -59,8 +62,13 @@ def evaluate(args: argparse.Namespace) -> dict:
             state = 'fp32' if model.stage == Stage.FLOAT else 'latent_fp32'
             context = quantizers_disabled(model)
     runner.logger.info(f'evaluating {args.checkpoint} as {state}')
+    hook = DecisionHook(state, required=True)
+    if args.decisions:
+        runner.register_hook(hook)
     with context:
         metrics = dict(runner.test())
+    if args.decisions and is_main_process():
+        atomic_write_text(args.decisions, hook.decisions.to_csv())
     headlines = {key: value['x'] for key, value in headline_metrics({'x': metrics}).items()}
     return {'state': state, **headlines, 'metrics': metrics, 'checkpoint': str(args.checkpoint)}
 

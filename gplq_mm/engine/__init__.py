@@ -5,6 +5,7 @@ from ..progress import track
 from .calibration_set import CalibrationSet
 from .hooks import (
     CalibrationHook,
+    DecisionHook,
     GPLQCheckpointHook,
     PCABasisHook,
     QuantStatsHook,
@@ -19,6 +20,7 @@ __all__ = [
     'Bf16OptimWrapper',
     'CalibrationHook',
     'CalibrationSet',
+    'DecisionHook',
     'DirectQATLoop',
     'GPLQCheckpointHook',
     'GPLQOptimWrapperConstructor',

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..checkpoint import atomic_write_text
+from ..evaluation import Decisions, accuracy_difference
 from ..layers.family import headlines
 from ..version import __version__
 from .stage_clock import StageClock
@@ -30,6 +31,7 @@ class RunRecord:
         ptq_error: ``without_stage1`` and ``with_stage1`` (before and after training), of
             ``layer_output_error``.
         feature_distance: Stage to the result of :func:`gplq_mm.evaluation.feature_distance`.
+        decisions: Of a classifier, the top-1 decision of every stage on every validation image.
         act_qat_from: Checkpoint of another run whose Stage 1 this one goes on with, or None.
         transfer: Stage to the result of :meth:`gplq_mm.engine.transfer.TransferProbe.measure`.
         clock: Seconds and peak memory.
@@ -44,6 +46,7 @@ class RunRecord:
     ptq_error: dict = field(default_factory=dict)
     feature_distance: dict = field(default_factory=dict)
     transfer: dict = field(default_factory=dict)
+    decisions: Decisions = field(default_factory=Decisions)
     act_qat_from: str | None = None
     clock: StageClock = field(default_factory=StageClock)
 
@@ -66,13 +69,14 @@ class RunRecord:
 
     def state_dict(self) -> dict:
         """Plain data."""
-        state = {key: value for key, value in self.__dict__.items() if key != 'clock'}
-        return {**state, 'clock': self.clock.state_dict()}
+        parts = {'clock': self.clock.state_dict(), 'decisions': self.decisions.state_dict()}
+        return {**self.__dict__, **parts}
 
     def load_state_dict(self, state: dict) -> None:
         """Continues from :meth:`state_dict`."""
         state = dict(state)
         self.clock.load_state_dict(state.pop('clock'))
+        self.decisions = Decisions(**state.pop('decisions', {}))
         self.__dict__.update(state)
 
     def continue_from(self, state: dict, source: str) -> None:
@@ -86,10 +90,22 @@ class RunRecord:
         """
         self.load_state_dict(state)
         self.act_qat_from = source
-        for table in (self.metrics, self.feature_distance):
+        for table in (self.metrics, self.feature_distance, self.decisions.predictions):
             for name in [name for name in table if name.startswith('ptq_')]:
                 del table[name]
         self.ptq_error.pop('without_stage1', None)
+
+    def differences(self) -> dict[str, dict[str, float]]:
+        """Stage -> :func:`accuracy_difference` to FP32, of a classifier."""
+        decisions = self.decisions
+        if 'fp32' not in decisions.predictions:
+            return {}
+        reference = decisions.correct('fp32')
+        return {
+            stage: accuracy_difference(decisions.correct(stage), reference)
+            for stage in decisions.predictions
+            if stage != 'fp32'
+        }
 
 
 def stage_bits(stage: str) -> str:
@@ -130,6 +146,7 @@ def write_summary(path: Path, record: RunRecord, extra: dict) -> dict:
         'weight_drift_history': record.weight_drift_history,
         'ptq_error': record.ptq_error,
         'feature_distance': record.feature_distance,
+        'difference_to_fp32': record.differences(),
         'transfer': record.transfer,
         'pca': record.pca,
         'calibration': record.calibration,
@@ -159,8 +176,9 @@ def result_rows(summary: dict) -> list[dict]:
         summary: Content of ``summary.json``.
 
     Returns:
-        ``title``, ``bits``, ``metrics`` (name -> value), and ``feature_distance`` and ``transfer``
-        (top-1 of the linear probe), each a number or None.
+        ``title``, ``bits``, ``metrics`` (name -> value), ``difference`` (of top-1 to FP32, with its
+        interval, or None), and ``feature_distance`` and ``transfer`` (top-1 of the linear probe),
+        each a number or None.
     """
     titles = {**TITLES, **(DIRECT_TITLES if summary.get('direct') else {})}
     values_of = headline_metrics(summary['metrics'])
@@ -173,11 +191,16 @@ def result_rows(summary: dict) -> list[dict]:
                 'title': titles[row],
                 'bits': stage_bits(stage),
                 'metrics': {name: values[stage] for name, values in values_of.items()},
+                'difference': summary.get('difference_to_fp32', {}).get(stage),
                 'feature_distance': summary['feature_distance'].get(stage, {}).get('relative_l2'),
                 'transfer': summary.get('transfer', {}).get(stage, {}).get('top1'),
             }
         )
     return rows
+
+
+def _interval(difference: dict | None) -> str:
+    return '{points:+.1f} ({low:+.1f} to {high:+.1f})'.format(**difference) if difference else ''
 
 
 def print_summary(summary: dict, console: Console | None = None) -> None:
@@ -194,6 +217,8 @@ def print_summary(summary: dict, console: Console | None = None) -> None:
     table.add_column('bits')
     for metric in rows[0]['metrics'] if rows else ():
         table.add_column(metric, justify='right')
+    if summary.get('difference_to_fp32'):
+        table.add_column('top1 to FP32 (95 %)', justify='right')
     table.add_column('feature distance', justify='right')
     transfer = summary.get('transfer')
     if transfer:
@@ -201,6 +226,8 @@ def print_summary(summary: dict, console: Console | None = None) -> None:
     for row in rows:
         distance = row['feature_distance']
         cells = [f'{value:.2f}' for value in row['metrics'].values()]
+        if summary.get('difference_to_fp32'):
+            cells.append(_interval(row['difference']))
         cells.append('' if distance is None else f'{distance:.3f}')
         if transfer:
             cells.append('' if row['transfer'] is None else f'{row["transfer"]:.2f}')

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..distributed import rank_and_world_size
 from ..errors import SettingError
 from ..evaluation import feature_distance
+from .hooks.decision_hook import DecisionHook
 from .output_pairs import OutputPairs
 from .run_record import RunRecord
 from .transfer import TransferProbe
@@ -15,7 +16,7 @@ from .weights import unwrap
 
 
 class StageEvaluation:
-    """Metrics of the validation set, distance to the teacher and, if wanted, transfer.
+    """Metrics and decisions on the validation set, distance to the teacher, transfer if wanted.
 
     Args:
         runner: The runner.
@@ -44,6 +45,8 @@ class StageEvaluation:
                 )
             self.transfer = TransferProbe(unwrap(runner.model), **transfer)
         self._pairs = OutputPairs(unwrap(runner.model))
+        self._decisions = DecisionHook()
+        runner.register_hook(self._decisions)
 
     def run(self, name: str, context: AbstractContextManager) -> None:
         """Measures the model as it is inside ``context``, as stage ``name``."""
@@ -60,6 +63,7 @@ class StageEvaluation:
     def _evaluate(self, name: str) -> None:
         model = unwrap(self.runner.model)
         if self.runner.val_loop is not None:
+            self._decisions.state, self._decisions.decisions = name, self.record.decisions
             self.record.metrics[name] = dict(self.runner.val_loop.run())
         else:
             self.record.metrics[name] = {}

@@ -11,6 +11,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
 
+from gplq_mm.evaluation import Decisions
 from gplq_mm.layers import Int4WeightLayer
 from gplq_mm.models import GPLQ
 from gplq_mm.registry import FAMILIES, FORMATS, WEIGHT_PTQ
@@ -59,6 +60,15 @@ def test_a_config_imports_a_format_of_ones_own(own_registries, tmp_path, monkeyp
     layer = model.architecture.backbone.layers[0].attn.qkv
     assert type(layer.act_quantizer.format).__name__ == 'PowerOfTwo'
     sys.modules.pop('my_power_of_two')
+
+
+def test_two_tables_of_decisions_are_compared(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, classes in (('one', [1, 2, 3, 5]), ('other', [1, 0, 0, 5])):
+        decisions = Decisions(list('abcd'), [1, 2, 3, 4], {'w4a4': classes})
+        Path(f'{name}.csv').write_text(decisions.to_csv())
+    run_page(DOCS / 'comparing.md')
+    assert "'points': 50.0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('page', [ROOT / 'README.md', DOCS / 'get-started.md'], ids=name_of)

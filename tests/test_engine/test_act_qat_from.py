@@ -33,7 +33,7 @@ WEIGHTS = {
 def without_plain_ptq(summary: dict) -> dict:
     """What of a summary does not come from the calibrated model."""
     result = comparable(summary)
-    for key in ('top1', 'feature_distance'):
+    for key in ('top1', 'feature_distance', 'difference_to_fp32'):
         result[key] = {k: v for k, v in result[key].items() if not k.startswith('ptq_')}
     result['ptq_error'].pop('without_stage1', None)
     return result

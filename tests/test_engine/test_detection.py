@@ -284,13 +284,13 @@ def test_images_without_and_with_odd_annotations(data, pretrained, tmp_path):
     assert read_summary(tmp_path / 'run')['act_qat_iterations'] == 6
 
 
-def evaluate(cfg, checkpoint, folder) -> dict:
+def evaluate(cfg, checkpoint, folder, *options) -> dict:
     """What tools/test.py finds."""
     folder.mkdir(exist_ok=True)
     cfg.experiment_name = folder.name
     cfg.dump(folder / 'config.py')
     out = folder / 'result.json'
-    arguments = [folder / 'config.py', checkpoint, '--out', out, '--work-dir', folder]
+    arguments = [folder / 'config.py', checkpoint, '--out', out, '--work-dir', folder, *options]
     load_tool('test').main([str(argument) for argument in arguments])
     return json.loads(out.read_text())
 
@@ -302,6 +302,16 @@ def test_odd_images_are_evaluated(whole, data, pretrained, tmp_path):
     result = evaluate(cfg, whole[0] / 'w4a4.pth', tmp_path / 'evaluation')
     assert result['state'] == 'w4a4'
     assert 0 <= result['bbox_mAP'] <= 100
+
+
+def test_decisions_are_those_of_classifiers(whole, data, pretrained, tmp_path):
+    assert not (whole[0] / 'decisions.csv').exists()
+    assert read_summary(whole[0])['difference_to_fp32'] == {}
+    cfg = mimicking(detection_config(tmp_path / 'run', data, pretrained))
+    file = tmp_path / 'decisions.csv'
+    with pytest.raises(SystemExit, match=r'of classifiers only, .* leave --decisions out'):
+        evaluate(cfg, whole[0] / 'w4a4.pth', tmp_path / 'evaluation', '--decisions', file)
+    assert not file.exists()
 
 
 def test_a_mask_that_cannot_be_evaluated(data, pretrained, tmp_path):

@@ -17,6 +17,7 @@ from tiny_runs import (
 )
 
 from gplq_mm.checkpoint import CheckpointError
+from gplq_mm.evaluation import Decisions
 
 
 @pytest.fixture(scope='module')
@@ -69,9 +70,16 @@ def stage_2_alone(tmp_path_factory, work_dirs, float_checkpoints):
 
 def test_evaluation_sees_every_image_once(work_dirs, stage_2_alone):
     one, two = (read_summary(path) for path in work_dirs)
+    decisions = [
+        Decisions.from_csv((path / 'decisions.csv').read_text())
+        for path in (*work_dirs, stage_2_alone)
+    ]
+    assert decisions[0].images == decisions[1].images
     for stages, expected in ((('fp32', 'ptq_w4a4'), one), (('w4a4',), read_summary(stage_2_alone))):
         for stage in stages:
             assert two['top1'][stage] == expected['top1'][stage]
+            single = decisions[0] if expected is one else decisions[2]
+            assert decisions[1].predictions[stage] == single.predictions[stage]
             if stage != 'fp32':
                 distance = expected['feature_distance'][stage]
                 assert distance['num_images'] == 50

@@ -1,5 +1,7 @@
 """Whole two-stage runs on digits: what they write and what their settings do."""
 
+import re
+
 import pytest
 import torch
 from tiny_runs import (
@@ -18,6 +20,7 @@ from tiny_runs import (
 
 from gplq_mm.engine import unwrap
 from gplq_mm.errors import SettingError
+from gplq_mm.evaluation import Decisions
 from gplq_mm.models import Stage
 
 STAGES = {'fp32', 'ptq_w4a4', 'w32a4', 'w4a4', 'latent_fp32'}
@@ -34,6 +37,20 @@ class TestWholeRun:
         # At the start student and teacher are the same.
         assert set(summary['feature_distance']) == STAGES - {'fp32'}
         assert summary['act_qat_iterations'] == ITERATIONS
+
+    def test_decisions_are_those_that_were_scored(self, undisturbed, arch):
+        summary = read_summary(undisturbed[arch])
+        decisions = Decisions.from_csv((undisturbed[arch] / 'decisions.csv').read_text())
+        assert set(decisions.predictions) == STAGES
+        assert len(set(decisions.images)) == 100
+        assert all(re.fullmatch(r'mnist5k/\d{4}', image) for image in decisions.images)
+        for stage, top1 in summary['top1'].items():
+            assert 100 * decisions.correct(stage).mean() == pytest.approx(top1)
+        assert set(summary['difference_to_fp32']) == STAGES - {'fp32'}
+        for stage, difference in summary['difference_to_fp32'].items():
+            expected = summary['top1'][stage] - summary['top1']['fp32']
+            assert difference['points'] == pytest.approx(expected)
+            assert difference['low'] <= expected <= difference['high']
 
     def test_summary_has_costs_of_every_stage(self, undisturbed, arch):
         summary = read_summary(undisturbed[arch])

@@ -5,6 +5,8 @@ import json
 import pytest
 from tiny_runs import ARCHITECTURES, fp32_config, gplq_config, load_tool, read_summary
 
+from gplq_mm.evaluation import Decisions
+
 
 def evaluate(tmp_path, cfg, checkpoint, *options) -> dict:
     cfg.experiment_name = tmp_path.name
@@ -43,6 +45,18 @@ def test_calibrated(tmp_path, undisturbed, float_checkpoints):
     result = evaluate(tmp_path, cfg, work_dir / 'calibrated.pth')
     assert result['state'] == 'w32a4'
     assert 0 <= result['top1'] <= 100
+
+
+@pytest.mark.parametrize(('options', 'state'), [((), 'w4a4'), (('--latent',), 'latent_fp32')])
+def test_decisions_are_those_of_the_run(tmp_path, undisturbed, options, state):
+    work_dir, file = undisturbed['vit'], tmp_path / 'sub' / 'decisions.csv'
+    cfg = gplq_config(work_dir, tmp_path / 'gone.pth')
+    result = evaluate(tmp_path, cfg, work_dir / 'w4a4.pth', '--decisions', file, *options)
+    own = Decisions.from_csv(file.read_text())
+    of_run = Decisions.from_csv((work_dir / 'decisions.csv').read_text())
+    assert own.predictions == {state: of_run.predictions[state]}
+    assert (own.images, own.labels) == (of_run.images, of_run.labels)
+    assert 100 * own.correct(state).mean() == pytest.approx(result['top1'])
 
 
 @pytest.mark.parametrize('quantized', [False, True])

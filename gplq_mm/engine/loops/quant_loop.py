@@ -9,6 +9,7 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import EpochBasedTrainLoop
 
+from ...checkpoint import atomic_write_text
 from ...distributed import make_rank_invariant
 from ...errors import SettingError
 from ...evaluation import layer_output_error, weight_drift
@@ -216,6 +217,8 @@ class QuantTrainLoop(EpochBasedTrainLoop):
                 'act_qat_iterations': self._iter,
                 'images': record.images(self.data.images_in(self._iter)),
             }
+            if record.decisions.predictions:
+                atomic_write_text(path.with_name('decisions.csv'), record.decisions.to_csv())
             print_summary(write_summary(path, record, extra))
             self.runner.logger.info(f'summary: {path}')
 
