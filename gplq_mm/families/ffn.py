@@ -2,13 +2,12 @@
 
 from torch import nn
 
-from ..layers.family import full_name
-from ..layers.mlp import as_quant_mlp
+from ..layers.family import MlpNames, full_name
 from .blocks import MlpParts
 
 FFN = 'mmcv.cnn.bricks.transformer.FFN'
 # The residual branch is beside `layers`, which is the MLP alone.
-MLPS = {FFN: lambda ffn: as_quant_mlp(ffn.layers, '0.0', '0.1', '1')}
+MLPS = {FFN: MlpNames('0.0', '0.1', '1', inside='layers')}
 
 
 def ffn_parts(norm: nn.Module, ffn: nn.Module) -> MlpParts | None:

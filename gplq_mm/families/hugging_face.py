@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.attention import QuantAttention
-from ..layers.family import AttentionKind, Family, full_name, with_mixin
+from ..layers.family import AttentionKind, Family, MlpNames, full_name, with_mixin
 from ..layers.fused import fuses_norm_linear, is_plain, norm_linear
 from ..layers.int4_attention import Int4Attention, additive_mask, unsupported
 from ..layers.int4_conv import Int4Conv2d
-from ..layers.mlp import as_quant_mlp
 from ..registry import FAMILIES
 from .blocks import UNSCALED, AttentionParts, Int4PreNormBlock, MlpParts, fuse_block
 from .swin import WindowedBlock
@@ -221,8 +220,7 @@ def fuse_patch_merging(module: nn.Module) -> bool:
 
 ATTENTION = AttentionKind(quantize_attention, pack_attention)
 MLPS = dict.fromkeys(
-    [VIT + 'MLP', DINO + 'MLP', SWIN + 'MLP'],
-    lambda mlp: as_quant_mlp(mlp, 'fc1', 'activation_fn', 'fc2'),
+    [VIT + 'MLP', DINO + 'MLP', SWIN + 'MLP'], MlpNames('fc1', 'activation_fn', 'fc2')
 )
 FIRST = ('embeddings.patch_embeddings.projection',)
 

@@ -5,10 +5,9 @@ from functools import partial
 from torch import Tensor, nn
 
 from ..layers.attention import QuantAttention
-from ..layers.family import AttentionKind, Family, full_name, with_mixin
+from ..layers.family import AttentionKind, Family, MlpNames, full_name, with_mixin
 from ..layers.fused import fuses_norm_linear, is_plain, norm_linear
 from ..layers.int4_attention import Int4Attention, additive_mask, unsupported
-from ..layers.mlp import as_quant_mlp
 from ..registry import FAMILIES
 from .blocks import UNSCALED, AttentionParts, Int4PreNormBlock, MlpParts, fuse_block
 from .swin import WINDOW_MSA, WindowedBlock
@@ -179,7 +178,7 @@ class Timm(Family):
         **dict.fromkeys([BLOCK, VIT + 'ResPostBlock', VIT + 'ParallelThingsBlock'], -1),
         SWIN + 'SwinTransformerBlock': -1,
     }
-    mlps = {MLP: lambda mlp: as_quant_mlp(mlp, 'fc1', 'act', 'fc2')}
+    mlps = {MLP: MlpNames('fc1', 'act', 'fc2')}
     fused = {
         BLOCK: fuse_timm_block,
         SWIN + 'SwinTransformerBlock': partial(fuse_block, Int4TimmSwinBlock),

@@ -6,7 +6,7 @@ from .compensation import Compensation, QwT, QwTv2, attach_compensation, build_c
 from .compiled import compiled_products
 from .conv import QuantConv2d
 from .conv_transpose import QuantConvTranspose2d
-from .family import AttentionKind, Family, with_mixin
+from .family import AttentionKind, Family, MlpNames, with_mixin
 from .int4_attention import Int4Attention
 from .int4_conv import Int4Conv2d
 from .int4_conv_transpose import Int4ConvTranspose2d
@@ -27,7 +27,7 @@ from .lifecycle import (
     weights_disabled,
 )
 from .linear import QuantLinear
-from .mlp import QuantMlp, as_quant_mlp
+from .mlp import QuantMlp
 from .patching import patched_forward
 from .replace import (
     QuantReport,
@@ -49,6 +49,7 @@ __all__ = [
     'Int4ConvTranspose2d',
     'Int4Linear',
     'Int4WeightLayer',
+    'MlpNames',
     'QuantAttention',
     'QuantConv2d',
     'QuantConvTranspose2d',
@@ -59,7 +60,6 @@ __all__ = [
     'QwT',
     'QwTv2',
     'act_quantizers',
-    'as_quant_mlp',
     'attach_compensation',
     'build_compensation',
     'calibrate',

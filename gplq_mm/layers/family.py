@@ -7,11 +7,30 @@ imported here, and a model is never traced.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from ..registry import FAMILIES, registered
+
+
+class MlpNames(NamedTuple):
+    """Where an MLP of two Linears with a GELU between has its layers.
+
+    Attributes:
+        first, gelu, second: Names below the module that computes the MLP and nothing beside it.
+        inside: Name of that module below the one of the family's table; empty for itself.
+    """
+
+    first: str
+    gelu: str
+    second: str
+    inside: str = ''
+
+    @property
+    def hidden(self) -> str:
+        """Name of the second Linear, which reads the hidden values."""
+        return f'{self.inside}.{self.second}' if self.inside else self.second
 
 
 @dataclass(frozen=True)
@@ -56,8 +75,7 @@ class Family:
         attentions: Attention class -> :class:`AttentionKind`.
         blocks: Residual block, one tensor in and one out -> channel axis of both, -1 for tokens,
             1 for feature maps. What compensation, Stage 2 and checkpointing go by.
-        mlps: Class with an MLP -> function that gives it an explicit :class:`.QuantMlp` once its
-            layers are quantized.
+        mlps: Class with an MLP -> :class:`MlpNames`: where its layers are.
         fused: Class -> ``fuse(module)`` that gives it a fused forward of packed layers, in place,
             and returns whether there was anything to fuse.
         same_as: Class -> class of torch whose forward it has, :class:`torch.nn.LayerNorm` or
@@ -78,7 +96,7 @@ class Family:
 
     attentions: Mapping[str, AttentionKind] = {}
     blocks: Mapping[str, int] = {}
-    mlps: Mapping[str, Callable[[nn.Module], Any]] = {}
+    mlps: Mapping[str, MlpNames] = {}
     fused: Mapping[str, Callable[[nn.Module], bool]] = {}
     same_as: Mapping[str, type[nn.Module]] = {}
     ends: Mapping[str, tuple[str, ...]] = {}

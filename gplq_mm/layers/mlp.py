@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..quant import ActQuantizer, WeightQuantizer
-from .family import entry_of, with_mixin
+from .family import MlpNames, entry_of, with_mixin
 from .linear import QuantLinear
 from .reproducible import ReproducibleGELU
 from .saved_codes import coded_mlp
@@ -51,17 +51,18 @@ class QuantMlp:
         )
 
 
-def as_quant_mlp(module: nn.Module, first: str, gelu: str, second: str) -> bool:
-    """Makes a module an explicit :class:`QuantMlp`, in place; keys stay.
+def as_quant_mlp(module: nn.Module, names: MlpNames) -> bool:
+    """Makes a module with an MLP an explicit :class:`QuantMlp`, in place; keys stay.
 
     Args:
-        module: What computes the MLP and nothing beside it. It may hold a Dropout that drops
-            nothing, and Identity.
-        first, gelu, second: Names of the three layers below it.
+        module: Of a class in a family's table. It may hold a Dropout that drops nothing, and
+            Identity.
+        names: Where the layers are.
 
     Returns:
         Whether it is one: both Linears are quantized, and nothing acts between or behind them.
     """
+    module, (first, gelu, second) = module.get_submodule(names.inside), names[:3]
     known = {name: module.get_submodule(name) for name in (first, gelu, second)}
     inside = tuple(f'{name}.' for name in known)
     others = [
@@ -86,6 +87,6 @@ def as_quant_mlp(module: nn.Module, first: str, gelu: str, second: str) -> bool:
 def make_mlps_explicit(model: nn.Module) -> None:
     """Makes the MLPs that the families know explicit, in place."""
     for module in model.modules():
-        make = entry_of(module, 'mlps')
-        if make is not None:
-            make(module)
+        names = entry_of(module, 'mlps')
+        if names is not None:
+            as_quant_mlp(module, names)

@@ -143,10 +143,12 @@ def _plan(model: nn.Module, policy: QuantPolicy, may_stay_float: bool) -> list[t
     """
     if quant_layers(model):
         raise PolicyError('the model is quantized already; quantize a float model.')
-    plan, names, unsupported, ends = [], [], {}, set()
+    plan, names, unsupported, ends, hidden = [], [], {}, set(), set()
     for name, module in model.named_modules():
         prefix = f'{name}.' if name else ''
         ends |= {prefix + end for end in entry_of(module, 'ends') or ()}
+        if mlp := entry_of(module, 'mlps'):
+            hidden.add(prefix + mlp.hidden)
         # An attention that is unknown is no site, yet a rule may exclude it. The name of a known
         # one stands for nothing: its products and layers are the sites.
         if _is_unsupported(module):
@@ -155,7 +157,8 @@ def _plan(model: nn.Module, policy: QuantPolicy, may_stay_float: bool) -> list[t
                 unsupported[name] = module
         elif kind := kind_of(module):
             names.append(name)
-            spec = policy.resolve(name, kind, name in ends)
+            part = 'hidden' if kind == 'linear' and name in hidden else kind
+            spec = policy.resolve(name, part, name in ends)
             plan.append((name, kind, module, spec if spec.weight else None))
         elif entry_of(module, 'attentions'):
             names += [f'{name}.{operand}' for operand in OPERANDS]

@@ -30,6 +30,9 @@ _EIGHT_BIT_ENDS = (
 # ViT-Ti the input of one layer has four values above 50 an image, up to 218, and 9,999 of 10,000
 # below 4: a grid that covers the few has the least error, and rounds all others to one value.
 _PER_TENSOR = dict(granularity='tensor', observer='percentile', percentile=(0.001, 0.999))
+_LEVELS = dict(format='levels', granularity='head')
+_EIGHT_BITS = dict(bits=8, granularity='head')
+_PROBS = dict(zero_point='none', signed=False, row_relative=True)
 PRESETS: dict[str, dict] = {
     'gplq': dict(
         activation={},
@@ -38,6 +41,30 @@ PRESETS: dict[str, dict] = {
         k=dict(granularity='head'),
         v=dict(granularity='head'),
         probs=dict(granularity='head', zero_point='none', signed=False, row_relative=True),
+        rules=_EIGHT_BIT_ENDS,
+    ),
+    # Sixteen levels where they serve best, instead of equidistant ones.
+    'gplq-levels': dict(
+        activation=dict(format='levels'),
+        conv=dict(format='integer'),
+        weight={},
+        q=_LEVELS,
+        k=_LEVELS,
+        v=_LEVELS,
+        probs=dict(**_LEVELS, **_PROBS),
+        rules=_EIGHT_BIT_ENDS,
+    ),
+    # Products are those of bytes, so more bits cost no time on most processors: what loses most by
+    # 4 bits, the hidden values of MLPs and the operands of attentions, has 8.
+    'gplq-mixed': dict(
+        activation=dict(format='levels'),
+        conv=dict(format='integer'),
+        hidden=dict(bits=8),
+        weight={},
+        q=_EIGHT_BITS,
+        k=_EIGHT_BITS,
+        v=_EIGHT_BITS,
+        probs=dict(**_EIGHT_BITS, **_PROBS),
         rules=_EIGHT_BIT_ENDS,
     ),
     'paper': dict(
@@ -89,6 +116,8 @@ def _override(spec, changes: dict, where: str):
 def _completed(policy: Mapping) -> dict:
     """A saved policy with all fields of its specs."""
     activations = {key: completed(ActSpec, spec) for key, spec in policy['activations'].items()}
+    # The first files do not tell it from other layers.
+    activations.setdefault('hidden', activations['linear'])
     return {
         **policy,
         'weight': completed(WeightSpec, policy['weight']),
@@ -117,12 +146,17 @@ class QuantPolicy:
     mention ``exclude`` leaves an exclusion as it is.
 
     Args:
-        preset: ``'gplq'`` (asymmetric, MSE, folded groups), ``'paper'`` (symmetric, min-max,
+        preset: ``'gplq'`` (asymmetric, MSE, folded groups), ``'gplq-levels'`` (the same with
+            chosen levels, :mod:`.levels`), ``'gplq-mixed'`` (8 bits for hidden values of MLPs and
+            for operands of attentions, levels elsewhere), ``'paper'`` (symmetric, min-max,
             raw) or ``'repq'`` (RepQ-ViT: asymmetric, one scale a tensor after LayerNorms have
             been reparametrized, zero and powers of sqrt(2) for attention probabilities, raw).
         activation: Overrides of :class:`ActSpec` for layer inputs. Bits, observer and
             percentile also go to the attention operands, ``zero_point`` to q, k and v.
         weight: Overrides of :class:`WeightSpec`.
+        conv: Overrides of ``activation`` for convolutions.
+        hidden: Overrides of ``activation`` for the hidden values of MLPs that a family knows, the
+            inputs of their second Linear.
         q, k, v, probs: Overrides of :class:`ActSpec` for the operands of both attention
             products.
         rules: The ordered rules. A rule that matches no site of the model is an error unless
@@ -140,6 +174,8 @@ class QuantPolicy:
         preset: str = 'gplq',
         activation: dict | None = None,
         weight: dict | None = None,
+        conv: dict | None = None,
+        hidden: dict | None = None,
         q: dict | None = None,
         k: dict | None = None,
         v: dict | None = None,
@@ -153,7 +189,10 @@ class QuantPolicy:
         activation = dict(activation or {})
         act = _override(ActSpec(**base['activation']), activation, 'policy.activation')
         self.weight = _override(WeightSpec(**base['weight']), dict(weight or {}), 'policy.weight')
-        self.activations = {'linear': act, 'conv': act}
+        self.activations = {'linear': act}
+        for name, user in (('conv', conv), ('hidden', hidden)):
+            changes = {**base.get(name, {}), **dict(user or {})}
+            self.activations[name] = _override(act, changes, f'policy.{name}')
         # An operand follows the general setting except in what its nature fixes: its granularity,
         # and that probabilities are never negative.
         shared = {k: v for k, v in activation.items() if k in ('bits', 'observer', 'percentile')}
@@ -184,7 +223,7 @@ class QuantPolicy:
                 f'policy must be the name of a preset or a dict with some of {", ".join(known)}; '
                 f'it is {policy!r}.'
             )
-        for key in ('activation', 'weight', *OPERANDS):
+        for key in ('activation', 'weight', 'conv', 'hidden', *OPERANDS):
             if not isinstance(policy.get(key) or {}, Mapping):
                 raise PolicyError(
                     f'policy.{key}={policy[key]!r} must be a dict, such as {key}=dict(bits=4).'
@@ -217,7 +256,8 @@ class QuantPolicy:
 
         Args:
             name: Full name of the layer or operand.
-            kind: ``'linear'``, ``'conv'``, ``'q'``, ``'k'``, ``'v'`` or ``'probs'``.
+            kind: ``'linear'``, ``'hidden'`` (the second Linear of an MLP), ``'conv'``, ``'q'``,
+                ``'k'``, ``'v'`` or ``'probs'``.
             is_end: Whether it is a first or last layer of a model, which the presets' own rules
                 miss: they go by names of OpenMMLab.
 
@@ -228,6 +268,8 @@ class QuantPolicy:
             PolicyError: If the granularity does not suit the kind.
         """
         act = self.activations[kind]
+        if kind == 'hidden':
+            kind = 'linear'
         weight = self.weight if kind in ('linear', 'conv') else None
         excluded = False
         if is_end:

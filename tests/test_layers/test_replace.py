@@ -38,6 +38,22 @@ def test_everything_is_replaced_and_keeps_its_key(kind):
         torch.testing.assert_close(model(images()), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('kind', ['vit', 'swin'])
+def test_hidden_values_of_mlps_have_a_setting_of_their_own(kind):
+    model = build_float(kind)
+    quantize_model(model, QuantPolicy('gplq-mixed'))
+    formats = {
+        name: layer.act_quantizer.spec.format
+        for name, layer in quant_layers(model).items()
+        if layer.act_quantizer.spec.bits == 8
+    }
+    hidden = [name for name in formats if 'ffn' in name]
+    assert len(hidden) == len(find_blocks(model))
+    assert all(name.endswith('layers.1') for name in hidden)
+    others = [layer for name, layer in quant_layers(model).items() if name not in formats]
+    assert {layer.act_quantizer.spec.format for layer in others} == {'levels'}
+
+
 @pytest.mark.parametrize('kind', COUNTS)
 def test_ends_have_eight_bits_and_the_rest_four(kind):
     model = build_float(kind)

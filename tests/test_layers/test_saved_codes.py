@@ -9,6 +9,7 @@ from torch import nn
 
 from gplq_mm.benchmark.train import saved_megabytes
 from gplq_mm.layers import (
+    MlpNames,
     QuantAttention,
     QuantConv2d,
     QuantConvTranspose2d,
@@ -220,7 +221,7 @@ def test_a_dropout_that_drops_keeps_an_mlp_apart():
         first = make('linear')[0]
         second = QuantLinear.from_float(nn.Linear(10, 3), SiteSpec(ActSpec(), WeightSpec()), 'fc2')
         model = nn.Sequential(first, ReproducibleGELU(), nn.Dropout(p), second)
-        return as_quant_mlp(model, '0', '1', '3'), model
+        return as_quant_mlp(model, MlpNames('0', '1', '3')), model
 
     assert not chain(0.1)[0]
     made, model = chain(0.0)

@@ -206,3 +206,30 @@ def test_float_group_scales_belong_to_the_folded_layout(bits):
     raw = WeightSpec(bits=bits, group_scale='float', layout='raw')
     assert raw.has_one_step
     assert not raw.has_float_groups
+
+
+def test_hidden_values_and_convolutions_refine_the_general_setting():
+    policy = QuantPolicy(activation=dict(bits=3), hidden=dict(bits=8), conv=dict(observer='minmax'))
+    bits = {kind: policy.resolve('fc', kind).activation.bits for kind in ('linear', 'hidden')}
+    assert bits == {'linear': 3, 'hidden': 8}
+    conv = policy.resolve('conv', 'conv').activation
+    assert (conv.bits, conv.observer) == (3, 'minmax')
+    with pytest.raises(PolicyError, match=r'policy\.hidden has unknown key'):
+        QuantPolicy(hidden=dict(width=8))
+
+
+def test_presets_of_levels():
+    levels, mixed = QuantPolicy('gplq-levels'), QuantPolicy('gplq-mixed')
+    formats = {kind: spec.format for kind, spec in levels.activations.items()}
+    assert formats.pop('conv') == 'integer'
+    assert set(formats.values()) == {'levels'}
+    bits = {kind: mixed.resolve('site', kind).activation.bits for kind in mixed.activations}
+    assert bits == dict(linear=4, conv=4, hidden=8, q=8, k=8, v=8, probs=8)
+    assert mixed.label == 'w4a4'
+
+
+def test_a_policy_that_was_stored_without_hidden_values_is_the_same():
+    policy = QuantPolicy(activation=dict(bits=5))
+    stored = policy.to_dict()
+    del stored['activations']['hidden']
+    assert policy.differences(stored) == []
