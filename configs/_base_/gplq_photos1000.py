@@ -6,7 +6,7 @@ _base_ = ['./default_runtime.py', './gplq.py', './datasets/transfer_folders.py']
 # probabilities are distilled, and CutMix makes more images of them.
 gplq_model = dict(
     type='gplq_mm.GPLQ',
-    policy=_base_.gplq_policy,
+    policy=dict(preset='gplq-levels'),
     mimic=dict(_base_.gplq_mimic, explained=1.0),
     task_weight=0.0,
     distill=dict(loss_weight=20.0),
