@@ -88,7 +88,8 @@ class CalibrationSet:
         Args:
             runner: mmengine runner.
             num_images: As in the class.
-            **kwargs: ``batch_size``, ``seed``, ``num_workers``, or ``dataset`` for another set.
+            **kwargs: ``batch_size``, ``seed`` (the run's by default, or for None), ``num_workers``,
+                or ``dataset`` for another set.
         """
         datasets, dataset = shared_datasets(runner), kwargs.pop('dataset', None)
         if dataset is None:
@@ -96,6 +97,8 @@ class CalibrationSet:
             if runner.cfg.get('val_dataloader'):
                 evaluation = _innermost(runner.cfg.val_dataloader['dataset'])
                 dataset['pipeline'] = copy.deepcopy(evaluation['pipeline'])
+        if kwargs.get('seed') is None:
+            kwargs['seed'] = runner.seed
         kwargs.setdefault('num_workers', runner.cfg.train_dataloader.get('num_workers', 0))
         return cls(datasets.build(dataset), num_images, scored=scored_images(runner), **kwargs)
 

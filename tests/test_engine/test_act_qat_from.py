@@ -189,3 +189,10 @@ def test_weights_of_a_run_are_no_float_model(tmp_path, undisturbed):
     source = undisturbed['vit'] / 'w32a4.pth'
     with pytest.raises(CheckpointError, match=r'w32a4\.pth was written by a GPLQ run'):
         run(gplq_config(tmp_path, source))
+
+
+def test_stage_2_has_the_seed_of_stage_1(begun, tmp_path, float_checkpoints):
+    run(gplq_config(tmp_path / 'full', float_checkpoints['vit'], randomness__seed=7))
+    run(begun(tmp_path / 'full' / 'w32a4.pth'))
+    assert_like(tmp_path / 'begun', tmp_path / 'full')
+    assert read_summary(tmp_path / 'begun')['weight_ptq']['seed'] == 7

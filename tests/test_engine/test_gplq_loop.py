@@ -115,6 +115,11 @@ def test_another_seed_gives_another_run(tmp_path, float_checkpoints, undisturbed
     run(gplq_config(tmp_path, float_checkpoints['vit'], randomness__seed=7))
     first, second = weights(tmp_path, 'w32a4'), weights(undisturbed['vit'], 'w32a4')
     assert any(not torch.equal(first[key], second[key]) for key in first)
+    # Which images calibrate is a matter of chance, too.
+    summary, other = read_summary(tmp_path), read_summary(undisturbed['vit'])
+    for part in ('calibration', 'weight_ptq'):
+        assert (summary[part]['seed'], other[part]['seed']) == (7, 0)
+        assert summary[part]['image_ids'] != other[part]['image_ids']
 
 
 def test_no_epochs_is_plain_ptq(tmp_path, float_checkpoints):

@@ -21,7 +21,7 @@ class CalibrationHook(Hook):
     Args:
         num_images: Images over all ranks. Defaults to 128.
         batch_size: Images of a batch, per rank.
-        seed: Which images.
+        seed: Which images. Defaults to None, the seed of the run.
         dataset: Another data set config than the training set.
     """
 
@@ -31,7 +31,7 @@ class CalibrationHook(Hook):
         self,
         num_images: int = 128,
         batch_size: int = 32,
-        seed: int = 0,
+        seed: int | None = None,
         dataset: dict | None = None,
     ):
         self.num_images = num_images

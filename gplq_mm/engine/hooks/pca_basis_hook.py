@@ -18,12 +18,12 @@ class PCABasisHook(Hook):
     Args:
         num_images: Training images over all ranks. Defaults to 1024.
         batch_size: Images of a batch, per rank.
-        seed: Which images.
+        seed: Which images. Defaults to None, the seed of the run.
     """
 
     priority = 'ABOVE_NORMAL'
 
-    def __init__(self, num_images: int = 1024, batch_size: int = 32, seed: int = 0):
+    def __init__(self, num_images: int = 1024, batch_size: int = 32, seed: int | None = None):
         self.num_images = num_images
         self.batch_size = batch_size
         self.seed = seed

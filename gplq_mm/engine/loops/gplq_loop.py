@@ -8,7 +8,6 @@ from ...layers import weights_disabled
 from ...models import Stage, run_weight_ptq
 from ...ptq import build_weight_ptq
 from ...registry import LOOPS
-from ..calibration_set import CalibrationSet
 from ..weights import load_act_qat
 from .quant_loop import QuantTrainLoop
 
@@ -21,7 +20,7 @@ class GPLQTrainLoop(QuantTrainLoop):
         runner: The runner.
         dataloader: Training data; its sampler must be a ``gplq_mm.ResumableSampler``.
         weight_ptq: ``dict(type=..., num_images=..., batch_size=..., seed=...)``: the PTQ method
-            with its options, and the training images that it sees.
+            with its options, and the training images that it sees, by default by the run's seed.
         act_qat_from: Checkpoint ``w32a4.pth`` of another run. This one then begins where that
             one ended Stage 1, with its metrics, but for those of plain PTQ. For comparisons of
             Stage 2 alone: the policies may differ in what they say of weights, and in nothing
@@ -41,7 +40,7 @@ class GPLQTrainLoop(QuantTrainLoop):
         act_qat_from: str | None = None,
         **kwargs,
     ):
-        settings = {'type': 'GPTQ', 'num_images': 512, 'batch_size': 16, 'seed': 0}
+        settings = {'type': 'GPTQ', 'num_images': 512, 'batch_size': 16, 'seed': None}
         settings.update(weight_ptq or {})
         self.ptq_images = {key: settings.pop(key) for key in ('num_images', 'batch_size', 'seed')}
         self.method = build_weight_ptq(settings)
@@ -98,7 +97,7 @@ class GPLQTrainLoop(QuantTrainLoop):
     def _run_weight_ptq(self) -> None:
         model = self.model
         model.eval()
-        images = CalibrationSet.from_runner(self.runner, **self.ptq_images)
+        images = self._images(self.ptq_images)
         batches = images.prepared(model.data_preprocessor, 'images for Weight-PTQ')
         with self.record.clock.stage('weight_ptq'):
             scores = run_weight_ptq(model.architecture, batches, self._forward, self.method)

@@ -68,7 +68,7 @@ class QuantTrainLoop(EpochBasedTrainLoop):
             plain W4A4 PTQ, or None.
         num_diagnostic_images: Validation images for the feature distance.
         error_images: Which training images the PTQ error is measured on: ``num_images``,
-            ``batch_size``, ``seed``.
+            ``batch_size``, ``seed`` (the run's by default).
         transfer: ``dict(train_dataloader=..., val_dataloader=...)`` of another labelled data set,
             on which every stage is probed (:class:`gplq_mm.engine.transfer.TransferProbe`), or
             None.
@@ -112,7 +112,12 @@ class QuantTrainLoop(EpochBasedTrainLoop):
         if isinstance(baseline, str):
             baseline = {'type': baseline}
         self.baseline = None if baseline is None else build_weight_ptq(baseline)
-        self.error_images = {'num_images': 64, 'batch_size': 32, 'seed': 0, **(error_images or {})}
+        self.error_images = {
+            'num_images': 64,
+            'batch_size': 32,
+            'seed': None,
+            **(error_images or {}),
+        }
         self.data = TrainingData.of(self.dataloader)
         self.seed = runner.seed or 0
         make_rank_invariant(self.model.architecture)
@@ -241,13 +246,18 @@ class QuantTrainLoop(EpochBasedTrainLoop):
 
     # -- diagnostics ----------------------------------------------------------------------
 
+    def _images(self, settings: dict) -> CalibrationSet:
+        """Training images that a step of the loop reads, by the run's seed if it names none."""
+        seed = self.seed if settings['seed'] is None else settings['seed']
+        return CalibrationSet.from_runner(self.runner, **{**settings, 'seed': seed})
+
     @property
     def _forward(self) -> Callable[[dict], object]:
         architecture = self.model.architecture
         return lambda data: architecture(**data, mode='tensor')
 
     def _ptq_error(self, activations_quantized: bool) -> dict:
-        images = CalibrationSet.from_runner(self.runner, **self.error_images)
+        images = self._images(self.error_images)
         with torch.no_grad():
             return layer_output_error(
                 self.model.architecture,
