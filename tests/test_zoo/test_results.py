@@ -8,6 +8,8 @@ import pytest
 from mmengine.config import Config
 from zoo_checkout import summary
 
+from gplq_mm.evaluation import Decisions
+from tools.zoo.decisions import pack
 from tools.zoo.files import ZooError
 from tools.zoo.results import read_results
 
@@ -42,6 +44,18 @@ def test_summary(tmp_path):
     assert result['weight_drift'] == {'mae': 0.000123457, 'mse': 2e-8}
     assert result['ptq_error'] == {'with_stage1': {'mae': 0.1, 'mse': 0.0027}}
     assert result['pca'] == {'num_components': 32, 'explained_variance': 0.99}
+
+
+def test_decisions_are_kept_as_bits(tmp_path):
+    (tmp_path / 'summary.json').write_text(json.dumps(summary()))
+    assert 'decisions' not in read_results(tmp_path, GPLQ)
+    decisions = Decisions(['a', 'b', 'c'], [1, 2, 3], {'fp32': [1, 2, 3], 'w4a4': [1, 0, 3]})
+    (tmp_path / 'decisions.csv').write_text(decisions.to_csv())
+    kept = read_results(tmp_path, GPLQ)['decisions']
+    assert kept['images'] == 3
+    assert kept['correct'] == {'fp32': '4A==', 'w4a4': 'oA=='}
+    other = Decisions(['a', 'b', 'x'], [1, 2, 3], decisions.predictions)
+    assert pack(other)['of'] != kept['of'] == pack(decisions)['of']
 
 
 def test_summary_of_a_detector(tmp_path):

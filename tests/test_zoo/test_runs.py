@@ -27,10 +27,11 @@ class Zookeeper:
     def work_dir(self, name: str) -> Path:
         return self.root / 'work_dirs' / name
 
-    def run(self, *names: str, options=(), variant=None, **flags) -> dict[str, str]:
+    def run(self, *names: str, options=(), variant=None, seeds=(0,), **flags) -> dict[str, str]:
         """What became of each: 'measured', 'unchanged', or why it failed."""
         configs = [self.root / 'configs' / 'demo' / f'{name}.py' for name in names]
-        jobs = plan_jobs(self.root, configs, list(options), variant, self.root / 'work_dirs')
+        place = self.root / 'work_dirs'
+        jobs = plan_jobs(self.root, configs, list(options), variant, place, seeds)
         return run_jobs(self.root, jobs, self.lines.append, **flags)
 
     def measured(self, name: str) -> dict:
@@ -181,6 +182,37 @@ def test_variables_of_the_environment_are_part_of_the_command(keeper, monkeypatc
     monkeypatch.setenv('GPLQ_PLACE', '/data/of/mine')
     keeper.run('tiny')
     assert keeper.measured('tiny')['command'].startswith('export GPLQ_PLACE=mine\npython tools/')
+
+
+def test_a_variable_that_is_a_setting_needs_a_name(keeper, monkeypatch):
+    config = keeper.root / 'configs' / 'demo' / 'tiny.py'
+    config.write_text(config.read_text() + "hold_out = '{{$GPLQ_HOLD_OUT:none}}'\n")
+    commit(keeper.root)
+    monkeypatch.setenv('GPLQ_HOLD_OUT', '0/5')
+    assert 'GPLQ_HOLD_OUT=0/5 names no file or folder' in keeper.run('tiny')['tiny']
+    assert keeper.run('tiny', variant='held-out') == {'tiny+held-out': 'measured'}
+    command = keeper.measured('tiny+held-out')['command']
+    assert command.startswith('export GPLQ_HOLD_OUT=0/5\npython tools/')
+
+
+def test_every_seed_is_a_run(keeper):
+    commit(keeper.root)
+    names = ['tiny', 'tiny+seed-1', 'tiny+seed-2']
+    assert keeper.run('tiny', seeds=(0, 1, 2)) == dict.fromkeys(names, 'measured')
+    assert 'options' not in keeper.measured('tiny')
+    assert keeper.measured('tiny+seed-2')['options'] == ['randomness.seed=2']
+    assert keeper.run('tiny', seeds=(2,), variant='x') == {'tiny+x+seed-2': 'measured'}
+    assert '| Stage 2 | W4A4 | 66.0 |' in (keeper.root / 'README.md').read_text()
+    assert check_pages(keeper.root) == []
+
+
+def test_a_run_on_stage_1_of_another_has_the_seed_of_that(keeper):
+    config = keeper.root / 'configs' / 'demo' / 'tiny.py'
+    config.write_text(config.read_text() + "train_cfg['act_qat_from'] = 'x.pth'\n")
+    commit(keeper.root)
+    outcomes = keeper.run('tiny', seeds=(0, 1))
+    assert outcomes['tiny'] == 'measured'
+    assert 'has the seed of that one: leave --seeds out' in outcomes['tiny+seed-1']
 
 
 @pytest.mark.parametrize('name', ['configs/demo/tiny.py', 'gplq_mm/__init__.py'])

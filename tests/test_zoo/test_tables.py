@@ -8,6 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from zoo_checkout import TABLES, measured, write_config
 
+from gplq_mm.evaluation import Decisions, accuracy_difference
+from tools.zoo.cells import fill
+from tools.zoo.decisions import _correct, difference_text, pack
 from tools.zoo.files import ZooError, write_yaml
 from tools.zoo.metafile import Zoo, complete_entry, load_zoo, put_entry
 from tools.zoo.tables import DEFAULTS, load_layouts, make_table
@@ -199,6 +202,99 @@ def test_a_value_that_does_not_fit_its_format_is_an_error(tmp_path):
     columns = ({'title': 'x', 'cell': '{machine:.1f}'},)
     with pytest.raises(ZooError, match=r"cannot be written as '\{machine:\.1f\}'"):
         make_table(layout_of(columns=columns), zoo_of(tmp_path, tiny=measured()))
+
+
+# -- seeds and intervals ------------------------------------------------------------------------
+
+
+def scored(wrong: dict[str, int], images: int = 200, name: str = 'photo', **changes) -> dict:
+    """A run whose stages decide the first so many photos wrong."""
+    labels = [1] * images
+    predictions = {stage: [0] * count + [1] * (images - count) for stage, count in wrong.items()}
+    decisions = Decisions([f'{name}{i}' for i in range(images)], labels, predictions)
+    stages = {stage: {'top1': 100 - 100 * n / images} for stage, n in wrong.items()}
+    return measured(stages=stages, decisions=pack(decisions), **changes)
+
+
+INTERVAL = '{difference.points:+.1f} ({difference.low:+.1f} to {difference.high:+.1f})'
+COMPARED = (
+    *COLUMNS[:1],
+    {'title': 'top-1', 'cell': '{top1:.2f}'},
+    {'title': 'to FP32', 'cell': INTERVAL},
+    {'title': 'place', 'cell': '{rank}'},
+    {'title': 'seeds', 'cell': '{seeds}'},
+)
+
+
+def test_a_difference_has_the_interval_of_paired_decisions(tmp_path):
+    zoo = zoo_of(tmp_path, tiny=scored({'fp32': 20, 'w4a4': 40}), old=measured())
+    rows = [{'label': 'FP32', 'stage': 'fp32'}, {'label': 'W4A4'}, {'label': 'old', 'model': 'old'}]
+    found = cells(layout_of(rows, COMPARED[:3]), zoo)
+    expected = accuracy_difference([False] * 40 + [True] * 160, [False] * 20 + [True] * 180)
+    assert found[0] == ('FP32', '90.00', '')
+    assert found[1] == ('W4A4', '80.00', fill(INTERVAL, {'difference': expected}))
+    # What was measured before there were decisions keeps its place.
+    assert found[2] == ('old', '66.00', '')
+
+
+def test_a_difference_in_words():
+    run = scored({'fp32': 20, 'w4a4': 40})
+    assert re.fullmatch(
+        r', top-1 to FP32 -10\.0 \(95 %: -14\.\d to -6\.\d\)', difference_text(run, 'w4a4')
+    )
+    assert difference_text(run, 'fp32') == difference_text(measured(), 'w4a4') == ''
+
+
+def test_runs_with_several_seeds_are_one_row(tmp_path):
+    runs = {
+        'tiny': scored({'fp32': 20, 'w4a4': 40}, seconds=10, seed=0),
+        'tiny+seed-1': scored({'fp32': 20, 'w4a4': 30}, seconds=20, seed=1),
+        'tiny+seed-12': scored({'fp32': 20, 'w4a4': 50}, seconds=40, seed=12),
+        'tiny+seed-1x': scored({'fp32': 0, 'w4a4': 0}),
+        'tiny+other': scored({'fp32': 0, 'w4a4': 0}),
+    }
+    zoo = zoo_of(tmp_path, **runs)
+    columns = [*COMPARED, {'title': 'seconds', 'cell': '{seconds:.1f}'}]
+    _titles, rows, caption = parsed(
+        make_table(layout_of(STAGES[4:], columns, ['commit', 'command']), zoo)
+    )
+    assert rows[0][:2] == ('Stage 2', '80.00')
+    assert rows[0][2].startswith('-10.0 (-')
+    assert rows[0][-2:] == ('3', '23.3')
+    assert caption.startswith('Measured: commit 7765805.')
+    assert load_of(zoo, 'tiny+other') == ['tiny+other']
+
+
+def load_of(zoo: Zoo, name: str) -> list[str]:
+    return [run['Name'] for run in zoo.runs_of(name)]
+
+
+def test_no_interval_over_runs_on_other_photos(tmp_path):
+    runs = {
+        'tiny': scored({'fp32': 20, 'w4a4': 40}),
+        'tiny+seed-1': scored({'fp32': 20, 'w4a4': 40}, name='other'),
+    }
+    assert cells(layout_of(STAGES[4:], COMPARED[:3]), zoo_of(tmp_path, **runs)) == (
+        ('Stage 2', '80.00'),
+    )
+
+
+def test_what_chance_may_have_done_is_no_place(tmp_path):
+    rows = [{'label': name, 'model': name} for name in ('a', 'b', 'c', 'unmeasured')]
+    runs = {name: scored({'w4a4': wrong}) for name, wrong in (('a', 20), ('b', 60), ('c', 21))}
+    found = cells(layout_of(rows, COMPARED), zoo_of(tmp_path, **runs))
+    assert [(row[0], row[2]) for row in found] == [('a', '1'), ('b', '3'), ('c', '1')]
+    # A row that cannot be compared with the others leaves nobody a place.
+    for other in (measured(), scored({'w4a4': 0}, name='other')):
+        found = cells(layout_of(rows, COMPARED), zoo_of(tmp_path, **{**runs, 'b': other}))
+        assert [row[1:] for row in found] == [(row[1], '1') for row in found]
+
+
+@given(st.lists(st.booleans(), max_size=70))
+def test_decisions_come_back_from_their_bits(right):
+    decisions = Decisions([str(i) for i in range(len(right))], [1] * len(right), {'w4a4': right})
+    run = {'Measured': {'decisions': pack(decisions)}}
+    assert _correct(run, 'w4a4').tolist() == right
 
 
 # -- layouts ----------------------------------------------------------------------------------

@@ -34,6 +34,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     runs.add_argument(
         '--variant', metavar='NAME', help='names a config with other settings: CONFIG+NAME'
     )
+    runs.add_argument(
+        '--seeds',
+        nargs='+',
+        type=int,
+        default=[0],
+        metavar='SEED',
+        help='runs of each config; 0 is its own',
+    )
     runs.add_argument('--rerun', action='store_true', help='start again what has finished, too')
     runs.add_argument(
         '--allow-dirty', action='store_true', help='measure code that differs from its commit'
@@ -58,7 +66,7 @@ def _do(args: argparse.Namespace, root: Path, console: Console) -> str | None:
 
     if args.configs:
         work_dirs = args.work_dir_root.resolve()
-        jobs = plan_jobs(root, args.configs, args.cfg_options, args.variant, work_dirs)
+        jobs = plan_jobs(root, args.configs, args.cfg_options, args.variant, work_dirs, args.seeds)
         outcomes = run_jobs(root, jobs, say, args.rerun, args.allow_dirty)
         failed = [name for name in outcomes if outcomes[name] not in ('measured', 'unchanged')]
         return '\n'.join(f'{name}: {outcomes[name]}' for name in failed) or None

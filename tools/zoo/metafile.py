@@ -11,13 +11,16 @@ from pathlib import Path
 
 from .files import ZooError, dump_yaml, read_yaml, write_yaml
 
-__all__ = ['MEASURED', 'STAGE', 'Zoo', 'complete_entry', 'final_stage', 'load_zoo', 'put_entry']
+__all__ = [
+    'MEASURED', 'STAGE', 'Zoo', 'complete_entry', 'final_stage', 'load_zoo', 'put_entry',
+    'with_seed',
+]  # fmt: skip
 
 # Keys of Measured.
 MEASURED = {
     'command', 'commit', 'date', 'machine', 'data', 'options', 'seconds', 'cpu_seconds',
     'seconds_by_step', 'peak_memory_mb', 'iterations', 'seed', 'images', 'stages', 'ptq_error',
-    'weight_drift', 'pca',
+    'weight_drift', 'pca', 'decisions',
 }  # fmt: skip
 REQUIRED = ('command', 'commit', 'machine', 'data', 'stages')
 # Metric of a stage -> its name in mim's Results.
@@ -37,6 +40,11 @@ COMMIT = re.compile(r'[0-9a-f]{7,40}(-dirty)?')
 ABSOLUTE_PATH = re.compile(r'[\s=\'":]/\w[^\s\'"]*')
 
 
+def with_seed(name: str, seed: int | None) -> str:
+    """Name of a model's run with another seed than its config's; what it begins with for None."""
+    return f'{name}+seed-{"" if seed is None else seed}'
+
+
 @dataclass(frozen=True)
 class Zoo:
     """All measured models and all published figures of a checkout.
@@ -50,6 +58,11 @@ class Zoo:
     root: Path
     models: dict[str, dict]
     published: dict[str, dict]
+
+    def runs_of(self, name: str) -> list[dict]:
+        """Entries of a model, one for each seed; empty if it is not measured."""
+        other = re.compile(rf'{re.escape(with_seed(name, None))}\d+')
+        return [run for key, run in self.models.items() if key == name or other.fullmatch(key)]
 
     def config_exists(self, name: str) -> bool:
         """Whether a model's name belongs to a config, measured or not."""

@@ -20,6 +20,7 @@ from gplq_mm.registry import DATASETS
 from .files import ZooError
 
 __all__ = [
+    'ENVIRONMENT',
     'clean_commit',
     'describe_data',
     'load_config',

@@ -8,6 +8,9 @@ from typing import Any
 
 from mmengine.config import Config
 
+from gplq_mm.evaluation import Decisions
+
+from .decisions import pack
 from .files import ZooError
 
 __all__ = ['read_results']
@@ -35,7 +38,7 @@ def read_results(work_dir: Path, cfg: Config) -> dict[str, Any]:
     Returns:
         ``date``, ``stages`` and, where the run tells, ``iterations``, ``seed``,
         ``seconds_by_step``, ``peak_memory_mb``, ``images``, ``ptq_error``, ``weight_drift``,
-        ``pca``.
+        ``pca``, ``decisions``.
 
     Raises:
         ZooError: If the run is not finished, or has none of the metrics that tables know.
@@ -43,6 +46,9 @@ def read_results(work_dir: Path, cfg: Config) -> dict[str, Any]:
     if cfg.model.get('type') == 'gplq_mm.GPLQ':
         files = [work_dir / 'summary.json']
         results = _of_summary(files[0])
+        if (table := work_dir / 'decisions.csv').exists():
+            decisions = Decisions.from_csv(table.read_text(encoding='utf-8'))
+            results['decisions'] = pack(decisions)
     else:
         # In the order of time; a resumed run has several.
         files = sorted(work_dir.glob('*/vis_data/scalars.json'))

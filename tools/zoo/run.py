@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,10 +23,12 @@ from gplq_mm.checkpoint import atomic_write_text
 from gplq_mm.engine.launch import follow, telling, train_command
 from gplq_mm.evaluation.provenance import git
 
+from .decisions import difference_text
 from .facts import LOAD
 from .files import ZooError
-from .metafile import final_stage, load_zoo, put_entry
+from .metafile import final_stage, load_zoo, put_entry, with_seed
 from .origin import (
+    ENVIRONMENT,
     clean_commit,
     describe_data,
     load_config,
@@ -48,18 +50,34 @@ SECONDS_BETWEEN_LINES = 10.0
 
 @dataclass(frozen=True)
 class Job:
-    """A run that is wanted, with its name in the metafile and the options of ``--cfg-options``."""
+    """A run that is wanted.
+
+    Attributes:
+        name: In the metafile.
+        config: Its file.
+        work_dir: Where it writes.
+        options: Of ``--cfg-options``.
+        seed: Other than the config's, or None.
+        varied: Whether the name says that settings are not the config's.
+    """
 
     name: str
     config: Path
     work_dir: Path
     options: list[str]
+    seed: int | None = None
+    varied: bool = False
 
 
 def plan_jobs(
-    root: Path, configs: list[Path], options: list[str], variant: str | None, work_dirs: Path
+    root: Path,
+    configs: list[Path],
+    options: list[str],
+    variant: str | None,
+    work_dirs: Path,
+    seeds: Sequence[int] = (0,),
 ) -> list[Job]:
-    """Names the runs of a list of configs.
+    """Names the runs of a list of configs, each with all seeds; 0 is that of the configs.
 
     Raises:
         ZooError: If a config does not lie in a folder of ``configs``, or if settings are changed
@@ -77,8 +95,12 @@ def plan_jobs(
             raise ZooError(f'the config {config} does not exist.')
         if config.parent.parent != root / 'configs' or config.parent.name.startswith('_'):
             raise ZooError(f'{config} does not lie in a folder of {root / "configs"}.')
-        name = _model_name(config, variant)
-        jobs.append(Job(name, config, work_dirs / name, options))
+        for seed in seeds:
+            name, own = _model_name(config, variant), options
+            if seed:
+                name, own = with_seed(name, seed), [*options, f'randomness.seed={seed}']
+            job = Job(name, config, work_dirs / name, own, seed or None, variant is not None)
+            jobs.append(job)
     return jobs
 
 
@@ -133,7 +155,8 @@ def run_jobs(
             how, measured = _run(root, job, say, rerun, allow_dirty)
             publish(root, job.name, job.config, measured)
             stage = final_stage(measured['stages'])
-            say(f'{place}: {how}, {stage}: {measured["stages"][stage]}')
+            values = f'{measured["stages"][stage]}{difference_text(measured, stage)}'
+            say(f'{place}: {how}, {stage}: {values}')
         # Whatever it is, the other runs do not depend on it.
         except Exception as error:
             how = ' '.join(f'{type(error).__name__}: {error}'.split())
@@ -161,6 +184,7 @@ def _run(
 ) -> tuple[str, dict]:
     """Does one job, if it is to do; returns how, and what the metafile says of it."""
     cfg = load_config(job.config, job.options)
+    _check_settings(job, cfg)
     commit, key = clean_commit(root, cfg, allow_dirty), run_key(root, cfg)
     job.work_dir.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -193,6 +217,23 @@ def _run(
         measured |= {'seconds': round(state['seconds']), **results}
         _write_state(job.work_dir, state)
         return 'measured', measured
+
+
+def _check_settings(job: Job, cfg: Config) -> None:
+    """Refuses what would pass for a result of the config, or of the seed, and is none."""
+    values = {name: os.environ.get(name) for name in sorted(set(ENVIRONMENT.findall(cfg.text)))}
+    for name, value in values.items():
+        is_place = not value or os.path.isabs(value) or os.path.exists(value)
+        if not is_place and not job.varied:
+            raise ZooError(
+                f'{name}={value} names no file or folder, so it is a setting that changes what is '
+                'measured: correct it, unset it, or name the result with --variant.'
+            )
+    if job.seed and (cfg.get('train_cfg') or {}).get('act_qat_from'):
+        raise ZooError(
+            'the run goes on with Stage 1 of another run, and has the seed of that one: leave '
+            '--seeds out, or set train_cfg.act_qat_from=None with a --variant.'
+        )
 
 
 def _train(root: Path, job: Job, state: dict, say: Callable[[str], None]) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from .cells import KNOWN, MADE, fields_of, fill, values_of
+from .cells import KNOWN, MADE, RANK, fields_of, fill, stage_of, values_of
+from .decisions import ranks
 from .facts import FIELDS, commands, facts
 from .files import ZooError, read_yaml
 from .metafile import Zoo
@@ -121,7 +122,8 @@ def make_table(layout: Mapping, zoo: Zoo) -> str:
     # Columns that tell what the rows are, and nothing that was measured.
     labels = MADE.union(set.intersection(*(set(row) for row in layout['rows'])))
     told = [not source and set(fields_of(column['cell'])) <= labels for column in columns]
-    lines = [(row, [_cell(row, column, zoo) for column in columns]) for row in layout['rows']]
+    rows = _ranked(layout, zoo)
+    lines = [(row, [_cell(row, column, zoo) for column in columns]) for row in rows]
     lines = [
         (row, cells)
         for row, cells in lines
@@ -130,8 +132,8 @@ def make_table(layout: Mapping, zoo: Zoo) -> str:
     kept = [i for i, label in enumerate(told) if label or any(cells[i] for _, cells in lines)]
     shown = [columns[i] for i in kept if not told[i] and not source]
     names = dict.fromkeys(_model_of(row, column) for column in shown for row, _ in lines)
-    runs = [zoo.models[name] for name in names if name in zoo.models]
-    about = zoo.models.get(layout['model'])
+    runs = [run for name in names for run in zoo.runs_of(name)]
+    about = zoo.runs_of(layout['model'])
     return TEMPLATE.render(
         titles=[columns[i]['title'] for i in kept],
         rows=[[cells[i] for i in kept] for _, cells in lines],
@@ -142,8 +144,19 @@ def make_table(layout: Mapping, zoo: Zoo) -> str:
     ).strip('\n')
 
 
+def _ranked(layout: Mapping, zoo: Zoo) -> list[Mapping]:
+    """The rows, with their place among each other where a column asks for it."""
+    rows = layout['rows']
+    if not any(RANK in fields_of(column['cell']) for column in layout['columns']):
+        return rows
+    runs = [zoo.runs_of(_model_of(row, {})) for row in rows]
+    stages = [stage_of(found, row.get('stage')) for found, row in zip(runs, rows, strict=True)]
+    places = ranks(list(zip(runs, stages, strict=True)))
+    return [{**row, RANK: place} for row, place in zip(rows, places, strict=True)]
+
+
 def _cell(row: Mapping, column: Mapping, zoo: Zoo) -> str:
-    entry = zoo.models.get(_model_of(row, column))
     stage = column.get('stage') or row.get('stage')
+    values = values_of(zoo.runs_of(_model_of(row, column)), stage)
     # What the row itself says goes before what was measured.
-    return fill(column['cell'], {**(values_of(entry, stage) if entry else {}), **row})
+    return fill(column['cell'], {**values, **row})
