@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from ..ops import reference, training_reference
+from ..quant.levels import table_of
 from ..quant.packing import pack_multiplier_panels, pack_panels
 from .timing import Call
 
-# Code range of four bits, and bits of the rounding residual beside a code.
-TRAINING_GRID = [0, 15, 12]
+# Code range of four bits and of the positions of levels, and bits of the rounding residual beside a
+# code.
+TRAINING_GRID, FINE_GRID = [0, 15, 12], [0, 63, 10]
 
 
 def random_layer(
@@ -113,49 +115,63 @@ def training_calls(batch: int) -> dict[str, Callable[..., Call]]:
         Name to a function of the ops and a device, which gives a call without arguments.
     """
 
-    def numbers(shape: tuple[int, ...], low: float, high: float) -> tuple[Tensor, Tensor]:
-        step = torch.linspace(0.9, 1.1, math.prod(shape)).view(shape) * (high - low) / 15
-        return step, torch.full(shape, low)
+    def quantizer(
+        shape: tuple[int, ...], low: float, high: float, tables: int, device: torch.device | str
+    ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+        grid = FINE_GRID if tables else TRAINING_GRID
+        step = torch.linspace(0.9, 1.1, math.prod(shape)).view(shape) * (high - low) / grid[1]
+        powers = torch.linspace(0.7, 1.3, tables)[:, None]
+        levels = (torch.linspace(0, 1, 16) ** powers * grid[1]).round().to(torch.uint8)
+        # None is empty, one is that of the tensor, more are those of the heads.
+        table = table_of(levels) if tables > 1 else table_of(levels).flatten()
+        return *(t.to(device) for t in (step, torch.full(shape, low), table)), grid
 
-    def input_of(shape: tuple[int, ...], scale_shape: tuple[int, ...], gelu: bool = False):
+    def input_of(
+        shape: tuple[int, ...], scale_shape: tuple[int, ...], tables: int = 0, gelu: bool = False
+    ):
         def make(ops, device: torch.device | str) -> Call:
             torch.manual_seed(0)
-            low = -0.2 if gelu else -2.0
-            tensors = torch.randn(shape), torch.randn(shape), *numbers(scale_shape, low, 2.0)
-            x, grad, scale, offset = (tensor.to(device) for tensor in tensors)
-            grid = (scale, offset, TRAINING_GRID)
+            x, grad = (torch.randn(shape).to(device) for _ in range(2))
+            given = quantizer(scale_shape, -0.2 if gelu else -2.0, 2.0, tables, device)
 
             def call():
                 if gelu:
-                    x_hat = ops.gelu_fake_quant(x, *grid)
-                    return x_hat, *ops.gelu_fake_quant_backward(grad, x, *grid)
-                x_hat, state = ops.fake_quant(x, *grid)
-                again = ops.fake_quant_values(state, *grid)
-                return x_hat, again, *ops.fake_quant_backward(grad, state, *grid)
+                    x_hat = ops.gelu_fake_quant(x, *given)
+                    return x_hat, *ops.gelu_fake_quant_backward(grad, x, *given)
+                x_hat, state = ops.fake_quant(x, *given)
+                again = ops.fake_quant_values(state, *given)
+                return x_hat, again, *ops.fake_quant_backward(grad, state, *given)
 
             return call
 
         return make
 
-    def softmax(ops, device: torch.device | str) -> Call:
-        torch.manual_seed(0)
-        scores, grad = (torch.randn(batch, 6, 197, 197) for _ in range(2))
-        scores, grad = (4 * scores).to(device), grad.to(device)
-        scale, offset = (tensor.to(device) for tensor in numbers((6, 1, 1), 0.0, 0.8))
-        rest = (0.5, None, None, scale, offset, TRAINING_GRID, True)
+    def softmax_of(tables: int = 0):
+        def make(ops, device: torch.device | str) -> Call:
+            torch.manual_seed(0)
+            scores, grad = (torch.randn(batch, 6, 197, 197) for _ in range(2))
+            scores, grad = (4 * scores).to(device), grad.to(device)
+            rest = (0.5, None, None, *quantizer((6, 1, 1), 0.0, 0.8, tables, device), True)
 
-        def call():
-            # In place: what is timed includes these copies.
-            probs, again, above = scores.clone(), scores.clone(), grad.clone()
-            total = ops.softmax_fake_quant_(probs, *rest)
-            sums = ops.softmax_fake_quant_backward_(above, again, *rest)
-            return probs, total, above, again, *sums
+            def call():
+                # In place: what is timed includes these copies.
+                probs, again, above = scores.clone(), scores.clone(), grad.clone()
+                total = ops.softmax_fake_quant_(probs, *rest)
+                sums = ops.softmax_fake_quant_backward_(above, again, *rest)
+                return probs, total, above, again, *sums
 
-        return call
+            return call
 
+        return make
+
+    tokens, hidden, heads = (batch, 197, 384), (batch, 197, 1536), (batch, 6, 197, 64)
     return {
-        'input a channel': input_of((batch, 197, 384), (384,)),
-        'q, k or v a head': input_of((batch, 6, 197, 64), (6, 1, 1)),
-        'gelu a channel': input_of((batch, 197, 1536), (1536,), gelu=True),
-        'softmax a head': softmax,
+        'input a channel': input_of(tokens, (384,)),
+        'q, k or v a head': input_of(heads, (6, 1, 1)),
+        'gelu a channel': input_of(hidden, (1536,), gelu=True),
+        'softmax a head': softmax_of(),
+        'levels, a channel': input_of(tokens, (384,), 1),
+        'levels, a head': input_of(heads, (6, 1, 1), 6),
+        'levels, gelu a channel': input_of(hidden, (1536,), 1, gelu=True),
+        'levels, softmax a head': softmax_of(6),
     }

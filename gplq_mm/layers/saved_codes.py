@@ -32,6 +32,12 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
+def _table(quantizer: ActQuantizer) -> Tensor:
+    """Table of the quantizer as the ops take it: empty where codes are the integers."""
+    table = quantizer.table()
+    return quantizer.scale.new_empty(0, dtype=torch.uint8) if table is None else table
+
+
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Convolution | None):
     if geometry is None:
         return F.linear(x, weight, bias)
@@ -90,46 +96,45 @@ def _multiply_backward(
 
 class _CodedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, scale, offset, grid, factor, geometry):
+    def forward(ctx, x, weight, bias, scale, offset, table, grid, factor, geometry):
         ops = torch.ops.gplq_mm
         dtype = _product_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
-            x_hat, state = ops.fake_quant(x, scale, offset, grid)
+            x_hat, state = ops.fake_quant(x, scale, offset, table, grid)
             out = _multiply(
                 x_hat.to(dtype),
                 weight.to(dtype),
                 None if bias is None else bias.to(dtype),
                 geometry,
             )
-        ctx.save_for_backward(state, weight, scale, offset)
+        ctx.save_for_backward(state, weight, scale, offset, table)
         ctx.settings = (grid, factor, geometry, x.dtype)
         return out
 
     @staticmethod
     def backward(ctx, grad):
         ops = torch.ops.gplq_mm
-        state, weight, scale, offset = ctx.saved_tensors
+        state, weight, *parameters = ctx.saved_tensors
         grid, factor, geometry, input_dtype = ctx.settings
+        quantizer = (*parameters, grid)
         needs = ctx.needs_input_grad
         learns = needs[0] or needs[3] or needs[4]
         x_hat = None
         # A convolution wants an input of the right shape even where its values play no part.
         if needs[1] or geometry is not None:
-            x_hat = ops.fake_quant_values(state, scale, offset, grid).to(grad.dtype)
+            x_hat = ops.fake_quant_values(state, *quantizer).to(grad.dtype)
         above, grad_weight, grad_bias = _multiply_backward(
             grad, x_hat, weight.to(grad.dtype), geometry, (learns, needs[1], needs[2])
         )
         del x_hat
         grad_x = grad_scale = grad_offset = None
         if learns:
-            grad_x, grad_scale, grad_offset = ops.fake_quant_backward(
-                above, state, scale, offset, grid
-            )
+            grad_x, grad_scale, grad_offset = ops.fake_quant_backward(above, state, *quantizer)
             grad_x, grad_scale = grad_x.to(input_dtype), grad_scale * factor
             grad_offset = grad_offset * factor if needs[4] else None
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_x, grad_weight, grad_bias, grad_scale, grad_offset, None, None, None
+        return grad_x, grad_weight, grad_bias, grad_scale, grad_offset, *[None] * 4
 
 
 def coded_product(
@@ -143,21 +148,24 @@ def coded_product(
 
     Args:
         x: Input of the layer.
-        quantizer: Uniform and calibrated (``quantizer.keeps_codes(x)`` says yes).
+        quantizer: Of integers or levels, and calibrated (``quantizer.keeps_codes(x)`` says yes).
         weight: Of a Linear ``(out, in)`` or of a convolution.
         bias: ``(out,)`` or None.
         geometry: None for a Linear.
     """
     scale, offset = quantizer.grid()
     factor = quantizer._grad_scale(x)
+    table = _table(quantizer)
     return _CodedProduct.apply(
-        x, weight, bias, scale, offset, quantizer.state_grid, factor, geometry
+        x, weight, bias, scale, offset, table, quantizer.state_grid, factor, geometry
     )
 
 
 class _CodedMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight1, bias1, scale1, offset1, weight2, bias2, scale2, offset2, settings):
+    def forward(
+        ctx, x, weight1, bias1, scale1, offset1, weight2, bias2, scale2, offset2, tables, settings
+    ):
         rows = x.reshape(-1, x.shape[-1]).to(_product_dtype(x))
         with torch.autocast(x.device.type, enabled=False):
             out, state, hidden = torch.ops.gplq_mm.mlp_fake_quant(
@@ -166,10 +174,11 @@ class _CodedMlp(torch.autograd.Function):
                 [bias1, bias2],
                 [scale1, scale2],
                 [offset1, offset2],
+                tables,
                 settings[0],
             )
         kept = (state, hidden, weight1, weight2)
-        ctx.save_for_backward(*kept, scale1, scale2, offset1, offset2)
+        ctx.save_for_backward(*kept, scale1, scale2, offset1, offset2, *tables)
         ctx.settings = (*settings, x.shape, x.dtype)
         return out.view(*x.shape[:-1], -1)
 
@@ -183,7 +192,8 @@ class _CodedMlp(torch.autograd.Function):
             hidden,
             [weight1, weight2],
             parameters[:2],
-            parameters[2:],
+            parameters[2:4],
+            parameters[4:],
             grids,
         )
         x, of_weight1, of_weight2, of_bias1, of_bias2, *learned = grads
@@ -199,7 +209,7 @@ class _CodedMlp(torch.autograd.Function):
             learned[3] * factors[1],
         )
         needs = ctx.needs_input_grad
-        return *(part if needs[i] else None for i, part in enumerate(results)), None
+        return *(part if needs[i] else None for i, part in enumerate(results)), None, None
 
 
 def coded_mlp(
@@ -213,7 +223,7 @@ def coded_mlp(
 
     Args:
         x: ``(..., in)``.
-        quantizers: Of the inputs of both layers, uniform and calibrated.
+        quantizers: Of the inputs of both layers, as in :func:`coded_product`.
         weights: ``(hidden, in)`` and ``(out, hidden)``.
         biases: ``(hidden,)`` and ``(out,)``, or None.
     """
@@ -232,6 +242,7 @@ def coded_mlp(
         biases[1],
         scale2,
         offset2,
+        [_table(first), _table(second)],
         ([*first.state_grid, *second.state_grid], factors),
     )
 
@@ -239,7 +250,18 @@ def coded_mlp(
 class _CodedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, query, key, value, bias, mask, factor, grids, factors, row_relative, *parameters
+        ctx,
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        tables,
+        factor,
+        grids,
+        factors,
+        row_relative,
+        *parameters,
     ):
         scales, offsets = list(parameters[:4]), list(parameters[4:])
         dtype = _product_dtype(query)
@@ -253,17 +275,19 @@ class _CodedAttention(torch.autograd.Function):
                 mask,
                 scales,
                 offsets,
+                tables,
                 grids,
                 row_relative,
             )
-        ctx.save_for_backward(*kept, bias, mask, *parameters)
+        ctx.save_for_backward(*kept, bias, mask, *tables, *parameters)
         ctx.settings = (factor, grids, factors, row_relative, query.dtype)
         return out
 
     @staticmethod
     def backward(ctx, grad):
         # Read once: checkpointing gives every tensor out a single time.
-        query, key, value, total, bias, mask, *parameters = ctx.saved_tensors
+        query, key, value, total, bias, mask, *quantizers = ctx.saved_tensors
+        tables, scales, offsets = quantizers[:4], quantizers[4:8], quantizers[8:]
         factor, grids, factors, row_relative, dtype = ctx.settings
         grads = torch.ops.gplq_mm.attention_fake_quant_backward(
             grad,
@@ -272,8 +296,9 @@ class _CodedAttention(torch.autograd.Function):
             factor,
             bias,
             mask,
-            parameters[:4],
-            parameters[4:],
+            scales,
+            offsets,
+            tables,
             grids,
             row_relative,
         )
@@ -281,10 +306,10 @@ class _CodedAttention(torch.autograd.Function):
         learned = [
             part * factors[i % 4] if needed else None
             for i, (part, needed) in enumerate(
-                zip(grads[4:], ctx.needs_input_grad[9:], strict=True)
+                zip(grads[4:], ctx.needs_input_grad[10:], strict=True)
             )
         ]
-        return *inputs, None if bias is None else grads[3], None, None, None, None, None, *learned
+        return *inputs, None if bias is None else grads[3], *[None] * 6, *learned
 
 
 def coded_attention(
@@ -302,7 +327,7 @@ def coded_attention(
         query: ``(B, heads, N, d)``.
         key, value: ``(B, heads, M, d)``.
         factor: Factor on the scores.
-        quantizers: Of q, k, v and the probabilities, uniform and calibrated.
+        quantizers: Of q, k, v and the probabilities, as in :func:`coded_product`.
         bias: ``(heads, N, M)`` added to the scores, or None.
         mask: ``(windows, N, M)`` added to the scores of item ``i % windows``, or None.
 
@@ -322,6 +347,7 @@ def coded_attention(
         value,
         None if bias is None else bias.float(),
         None if mask is None else mask.float(),
+        [_table(quantizer) for quantizer in quantizers],
         factor,
         [number for quantizer in quantizers for number in quantizer.state_grid],
         factors,

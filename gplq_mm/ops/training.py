@@ -16,53 +16,49 @@ from .library import announced, register
 
 __all__ = ['SCHEMAS']
 
+# What a quantizer is, and four of them in attention or two in an MLP.
+_GRID = 'Tensor scale, Tensor? offset, Tensor table, int[] grid'
+_GRIDS = 'Tensor[] scales, Tensor?[] offsets, Tensor[] tables, int[] grids'
+# What becomes of scores before the softmax.
+_ADDED = 'float factor, Tensor? bias, Tensor? mask'
+
 SCHEMAS = {
     # (values float32, state), both of the shape of x
-    'fake_quant': '(Tensor x, Tensor scale, Tensor? offset, int[] grid) -> (Tensor, Tensor)',
+    'fake_quant': f'(Tensor x, {_GRID}) -> (Tensor, Tensor)',
     # values float32
-    'fake_quant_values': '(Tensor state, Tensor scale, Tensor? offset, int[] grid) -> Tensor',
+    'fake_quant_values': f'(Tensor state, {_GRID}) -> Tensor',
     # gradients of x, scale and offset
-    'fake_quant_backward': (
-        '(Tensor grad, Tensor state, Tensor scale, Tensor? offset, int[] grid) '
-        '-> (Tensor, Tensor, Tensor)'
-    ),
-    'gelu_fake_quant': '(Tensor x, Tensor scale, Tensor? offset, int[] grid) -> Tensor',
+    'fake_quant_backward': f'(Tensor grad, Tensor state, {_GRID}) -> (Tensor, Tensor, Tensor)',
+    'gelu_fake_quant': f'(Tensor x, {_GRID}) -> Tensor',
     # gradient of x, values, gradients of scale and offset
     'gelu_fake_quant_backward': (
-        '(Tensor grad, Tensor x, Tensor scale, Tensor? offset, int[] grid) '
-        '-> (Tensor, Tensor, Tensor, Tensor)'
+        f'(Tensor grad, Tensor x, {_GRID}) -> (Tensor, Tensor, Tensor, Tensor)'
     ),
     # in place: scores become quantized numbers (B, heads, N, M); denominators (B, heads, N, 1)
-    'softmax_fake_quant_': (
-        '(Tensor(a!) scores, float factor, Tensor? bias, Tensor? mask, Tensor scale, '
-        'Tensor? offset, int[] grid, bool row_relative) -> Tensor'
-    ),
+    'softmax_fake_quant_': f'(Tensor(a!) scores, {_ADDED}, {_GRID}, bool row_relative) -> Tensor',
     # in place: grad becomes that of the scores before the factor, and scores quantized numbers;
     # gradients of scale and offset
     'softmax_fake_quant_backward_': (
-        '(Tensor(a!) grad, Tensor(b!) scores, float factor, Tensor? bias, Tensor? mask, '
-        'Tensor scale, Tensor? offset, int[] grid, bool row_relative) -> (Tensor, Tensor)'
+        f'(Tensor(a!) grad, Tensor(b!) scores, {_ADDED}, {_GRID}, bool row_relative) '
+        '-> (Tensor, Tensor)'
     ),
     # output, states of q, k and v, denominators
     'attention_fake_quant': (
-        '(Tensor query, Tensor key, Tensor value, float factor, Tensor? bias, Tensor? mask, '
-        'Tensor[] scales, Tensor?[] offsets, int[] grids, bool row_relative) '
+        f'(Tensor query, Tensor key, Tensor value, {_ADDED}, {_GRIDS}, bool row_relative) '
         '-> (Tensor, Tensor, Tensor, Tensor, Tensor)'
     ),
     # gradients of q, k, v and the bias, then of the four scales and the four offsets
     'attention_fake_quant_backward': (
-        '(Tensor grad, Tensor[] states, Tensor total, float factor, Tensor? bias, Tensor? mask, '
-        'Tensor[] scales, Tensor?[] offsets, int[] grids, bool row_relative) -> Tensor[]'
+        f'(Tensor grad, Tensor[] states, Tensor total, {_ADDED}, {_GRIDS}, bool row_relative) '
+        '-> Tensor[]'
     ),
     # output, state of x, input of the GELU
     'mlp_fake_quant': (
-        '(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] scales, Tensor?[] offsets, '
-        'int[] grids) -> (Tensor, Tensor, Tensor)'
+        f'(Tensor x, Tensor[] weights, Tensor?[] biases, {_GRIDS}) -> (Tensor, Tensor, Tensor)'
     ),
     # gradients of x, the weights, the biases, the scales and the offsets
     'mlp_fake_quant_backward': (
-        '(Tensor grad, Tensor state, Tensor hidden, Tensor[] weights, Tensor[] scales, '
-        'Tensor?[] offsets, int[] grids) -> Tensor[]'
+        f'(Tensor grad, Tensor state, Tensor hidden, Tensor[] weights, {_GRIDS}) -> Tensor[]'
     ),
 }
 
@@ -78,12 +74,12 @@ def _reals(*like: Tensor) -> tuple[Tensor, ...]:
     return tuple(map(_real, like))
 
 
-def _fake_fake_quant(x, scale, offset, grid):
+def _fake_fake_quant(x, scale, offset, table, grid):
     return _real(x), x.new_empty(x.shape, dtype=state_dtype(*grid))
 
 
 def _fake_attention(
-    query, key, value, factor, bias, mask, scales, offsets, grids, row_relative
+    query, key, value, factor, bias, mask, scales, offsets, tables, grids, row_relative
 ) -> tuple[Tensor, ...]:
     states = [
         x.new_empty(x.shape, dtype=state_dtype(*grids[3 * i : 3 * i + 3]))
@@ -95,20 +91,22 @@ def _fake_attention(
 
 
 def _fake_attention_backward(
-    grad, states, total, factor, bias, mask, scales, offsets, grids, row_relative
+    grad, states, total, factor, bias, mask, scales, offsets, tables, grids, row_relative
 ) -> list[Tensor]:
     inputs = [state.new_empty(state.shape, dtype=grad.dtype) for state in states]
     added = grad.new_empty(0) if bias is None else _real(bias)
     return [*inputs, added, *_reals(*scales, *scales)]
 
 
-def _fake_mlp(x, weights, biases, scales, offsets, grids):
+def _fake_mlp(x, weights, biases, scales, offsets, tables, grids):
     state = x.new_empty(x.shape, dtype=state_dtype(*grids[:3]))
     out, hidden = (x.new_empty(x.shape[0], weights[i].shape[0]) for i in (1, 0))
     return out, state, hidden
 
 
-def _fake_mlp_backward(grad, state, hidden, weights, scales, offsets, grids) -> list[Tensor]:
+def _fake_mlp_backward(
+    grad, state, hidden, weights, scales, offsets, tables, grids
+) -> list[Tensor]:
     first, second = (grad.new_empty(weight.shape) for weight in weights)
     biases = (grad.new_empty(weight.shape[0]) for weight in weights)
     return [grad.new_empty(state.shape), first, second, *biases, *_reals(*scales, *scales)]
@@ -116,9 +114,9 @@ def _fake_mlp_backward(grad, state, hidden, weights, scales, offsets, grids) -> 
 
 _FAKES = {
     'fake_quant': _fake_fake_quant,
-    'fake_quant_values': lambda state, scale, offset, grid: _real(state),
+    'fake_quant_values': lambda state, *_: _real(state),
     'fake_quant_backward': lambda grad, state, scale, *_: (_real(grad), *_reals(scale, scale)),
-    'gelu_fake_quant': lambda x, scale, offset, grid: _real(x),
+    'gelu_fake_quant': lambda x, *_: _real(x),
     'gelu_fake_quant_backward': lambda grad, x, scale, *_: _reals(x, x, scale, scale),
     'softmax_fake_quant_': lambda scores, *_: scores.new_empty(*scores.shape[:-1], 1),
     'softmax_fake_quant_backward_': lambda grad, scores, factor, bias, mask, scale, *_: _reals(

@@ -45,6 +45,7 @@ def attention_fake_quant(
     mask: Tensor | None,
     scales: list[Tensor],
     offsets: OptionalTensors,
+    tables: list[Tensor],
     grids: list[int],
     row_relative: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -57,6 +58,7 @@ def attention_fake_quant(
         bias: float32 ``(heads, N, M)`` or None.
         mask: float32 ``(windows, N, M)``, added to item ``i % windows`` of the batch, or None.
         scales, offsets: Of q, k, v and the probabilities; float32.
+        tables: Of the four, as in :mod:`.training_reference`.
         grids: code_min, code_max and level_bits of the four, 12 integers.
         row_relative: As in :func:`.training_reference.softmax_fake_quant_`.
 
@@ -79,13 +81,21 @@ def attention_fake_quant(
         operands = []
         for i, x in enumerate((query, key, value)):
             x_hat, states[i][items] = ops.fake_quant.default(
-                x[items], scales[i], offsets[i], _grid(grids, i)
+                x[items], scales[i], offsets[i], tables[i], _grid(grids, i)
             )
             operands.append(x_hat.to(dtype))
         q, k, v = operands
         probs = _product(q, k.mT).float()
         totals[items] = ops.softmax_fake_quant_.default(
-            probs, factor, bias, mask, scales[3], offsets[3], _grid(grids, 3), row_relative
+            probs,
+            factor,
+            bias,
+            mask,
+            scales[3],
+            offsets[3],
+            tables[3],
+            _grid(grids, 3),
+            row_relative,
         )
         product = _product(probs.to(dtype), v)
         out[items] = product.div_(totals[items]) if row_relative else product
@@ -101,6 +111,7 @@ def attention_fake_quant_backward(
     mask: Tensor | None,
     scales: list[Tensor],
     offsets: OptionalTensors,
+    tables: list[Tensor],
     grids: list[int],
     row_relative: bool,
 ) -> list[Tensor]:
@@ -110,7 +121,7 @@ def attention_fake_quant_backward(
         grad: ``(B, heads, N, d)``; its dtype is that of the products.
         states: Of q, k and v.
         total: Denominators.
-        factor, bias, mask, scales, offsets, grids, row_relative: As there.
+        factor, bias, mask, scales, offsets, tables, grids, row_relative: As there.
 
     Returns:
         Gradients of query, key and value (dtype of ``grad``), of the bias (empty without one), of
@@ -125,9 +136,9 @@ def attention_fake_quant_backward(
     windows = 1 if mask is None else len(mask)
     for items in _chunks(batch, heads * queries * states[1].shape[2], windows, grad.device):
         q, k, v = (
-            ops.fake_quant_values.default(state[items], scales[i], offsets[i], _grid(grids, i)).to(
-                dtype
-            )
+            ops.fake_quant_values.default(
+                state[items], scales[i], offsets[i], tables[i], _grid(grids, i)
+            ).to(dtype)
             for i, state in enumerate(states)
         )
         above = grad[items]
@@ -144,6 +155,7 @@ def attention_fake_quant_backward(
             mask,
             scales[3],
             offsets[3],
+            tables[3],
             _grid(grids, 3),
             row_relative,
         )
@@ -157,7 +169,7 @@ def attention_fake_quant_backward(
         )
         for i, part in enumerate(parts):
             grad_x, *of_grid = ops.fake_quant_backward.default(
-                part, states[i][items], scales[i], offsets[i], _grid(grids, i)
+                part, states[i][items], scales[i], offsets[i], tables[i], _grid(grids, i)
             )
             inputs[i][items] = grad_x
             for kind in range(2):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..quant.code_state import state_dtype
+from ..quant.functional import POSITIONS
 from .checks import check_codes, check_float, check_tensor, require
 
 MAX_LEVEL_BITS = 14
@@ -19,10 +20,11 @@ def check_learned_grid(
     shape: Sequence[int],
     scale: Tensor,
     offset: Tensor | None,
+    table: Tensor,
     grid: Sequence[int],
     device: torch.device,
 ) -> None:
-    """Checks scale, offset and grid against the shape of what they quantize."""
+    """Checks scale, offset, table and grid against the shape of what they quantize."""
     require(len(shape) > 0, 'the input must have at least one axis.')
     require(
         len(grid) == 3, f'grid must be [code_min, code_max, level_bits], got {len(grid)} integers.'
@@ -45,18 +47,44 @@ def check_learned_grid(
         f'scale of shape {list(scale.shape)} must have at most one axis longer than 1, as long as '
         f'that of the input {list(shape)}.',
     )
+    _check_table(shape, table, grid, device)
 
 
-def check_quantized(x: Tensor, scale: Tensor, offset: Tensor | None, grid: Sequence[int]) -> None:
+def _check_table(
+    shape: Sequence[int], table: Tensor, grid: Sequence[int], device: torch.device
+) -> None:
+    check_tensor('table', table, (torch.uint8,), table.shape, device)
+    if not table.numel():
+        return
+    leading = list(table.shape[:-1])
+    require(
+        table.dim() > 0
+        and table.shape[-1] == POSITIONS
+        and (not leading or (len(shape) > 2 and leading == [shape[-3]])),
+        f'table of shape {list(table.shape)} must have {POSITIONS} bytes, or as many for every '
+        f'head of the input {list(shape)}, or none.',
+    )
+    require(
+        list(grid[:2]) == [0, POSITIONS - 1],
+        f'a table is for codes 0..{POSITIONS - 1}, got {grid[0]}..{grid[1]}.',
+    )
+
+
+def check_quantized(
+    x: Tensor, scale: Tensor, offset: Tensor | None, table: Tensor, grid: Sequence[int]
+) -> None:
     """Checks what is quantized, or its gradient, and its grid."""
     check_float(x)
-    check_learned_grid(x.shape, scale, offset, grid, x.device)
+    check_learned_grid(x.shape, scale, offset, table, grid, x.device)
 
 
-def check_gelu(x: Tensor, scale: Tensor, offset: Tensor | None, grid: Sequence[int]) -> None:
+def check_gelu(
+    x: Tensor, scale: Tensor, offset: Tensor | None, table: Tensor, grid: Sequence[int]
+) -> None:
     """Checks the input of a GELU and the grid of its output."""
-    check_quantized(x, scale, offset, grid)
+    check_quantized(x, scale, offset, table, grid)
     require(scale.numel() in (1, *scale.shape[-1:]), 'scale must have one number, or one a column.')
+    require(table.dim() == 1, 'the output of a GELU has one table.')
 
 
 def check_state(state: Tensor, grid: Sequence[int]) -> None:
@@ -79,6 +107,7 @@ def check_scores(
     mask: Tensor | None,
     scale: Tensor,
     offset: Tensor | None,
+    table: Tensor,
     grid: Sequence[int],
 ) -> None:
     """Checks the arguments of a softmax."""
@@ -96,7 +125,7 @@ def check_scores(
             windows > 0 and batch % windows == 0,
             f'the batch of {batch} must be a multiple of the {windows} masks.',
         )
-    check_learned_grid(scores.shape, scale, offset, grid, scores.device)
+    check_learned_grid(scores.shape, scale, offset, table, grid, scores.device)
     require(scale.numel() == 1 or scale.shape[-1] == 1, 'scores have no scale a column.')
 
 

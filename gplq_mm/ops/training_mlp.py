@@ -34,6 +34,7 @@ def mlp_fake_quant(
     biases: list[Tensor | None],
     scales: list[Tensor],
     offsets: list[Tensor | None],
+    tables: list[Tensor],
     grids: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``linear2(gelu(linear1(x_hat))_hat)``.
@@ -43,6 +44,7 @@ def mlp_fake_quant(
         weights: ``(hidden, in)`` and ``(out, hidden)``, of any floating dtype.
         biases: ``(hidden,)`` and ``(out,)``, or None.
         scales, offsets: Of the inputs of both layers, one number or one a column; float32.
+        tables: Of both, as in :mod:`.training_reference`.
         grids: code_min, code_max and level_bits of both, 6 integers.
 
     Returns:
@@ -54,12 +56,14 @@ def mlp_fake_quant(
     first, second = (weight.to(dtype) for weight in weights)
     bias1, bias2 = (None if bias is None else bias.to(dtype) for bias in biases)
     out = x.new_empty(len(x), len(second))
-    values, state = ops.fake_quant.default(x, scales[0], offsets[0], grids[:3])
+    values, state = ops.fake_quant.default(x, scales[0], offsets[0], tables[0], grids[:3])
     values = values.to(dtype)
     hidden = x.new_empty(len(x), len(first))
     for rows in _chunks(x, len(first)):
         _product(values[rows], first, bias1, hidden[rows])
-        activated = ops.gelu_fake_quant.default(hidden[rows], scales[1], offsets[1], grids[3:])
+        activated = ops.gelu_fake_quant.default(
+            hidden[rows], scales[1], offsets[1], tables[1], grids[3:]
+        )
         _product(activated.to(dtype), second, bias2, out[rows])
     return out, state, hidden
 
@@ -71,6 +75,7 @@ def mlp_fake_quant_backward(
     weights: list[Tensor],
     scales: list[Tensor],
     offsets: list[Tensor | None],
+    tables: list[Tensor],
     grids: list[int],
 ) -> list[Tensor]:
     """Gradients of :func:`mlp_fake_quant`.
@@ -79,7 +84,7 @@ def mlp_fake_quant_backward(
         grad: ``(N, out)``; its dtype is that of the products.
         state: Of the input.
         hidden: Input of the GELU.
-        weights, scales, offsets, grids: As there.
+        weights, scales, offsets, tables, grids: As there.
 
     Returns:
         Gradients of the input, the two weights and the two biases (dtype of ``grad``), of the two
@@ -94,17 +99,18 @@ def mlp_fake_quant_backward(
     grad_bias = grad.new_zeros(len(first))
     learned = [[torch.zeros_like(scale) for scale in scales] for _ in range(2)]
     for rows in _chunks(grad, len(first)):
-        values = ops.fake_quant_values.default(state[rows], scales[0], offsets[0], grids[:3])
-        values = values.to(dtype)
+        values = ops.fake_quant_values.default(
+            state[rows], scales[0], offsets[0], tables[0], grids[:3]
+        ).to(dtype)
         grad_hidden, activated, *of_hidden = ops.gelu_fake_quant_backward.default(
-            grad[rows] @ second, hidden[rows], scales[1], offsets[1], grids[3:]
+            grad[rows] @ second, hidden[rows], scales[1], offsets[1], tables[1], grids[3:]
         )
         grad_hidden = grad_hidden.to(dtype)
         grad_weights[1].addmm_(grad[rows].T, activated.to(dtype))
         grad_weights[0].addmm_(grad_hidden.T, values)
         grad_bias += grad_hidden.sum(0)
         grad_x[rows], *of_input = ops.fake_quant_backward.default(
-            grad_hidden @ first, state[rows], scales[0], offsets[0], grids[:3]
+            grad_hidden @ first, state[rows], scales[0], offsets[0], tables[0], grids[:3]
         )
         for kind in range(2):
             learned[kind][0] += of_input[kind]

@@ -57,10 +57,17 @@ def learned_axis(scale: Tensor) -> int:
     return next((i for i in range(1, scale.dim() + 1) if scale.shape[-i] != 1), 0)
 
 
-def numbers_of(scale: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scale and offset as the kernels read them."""
+def numbers_of(
+    scale: Tensor, offset: Tensor | None, table: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale, offset and table as the kernels read them."""
     scale = scale.contiguous()
-    return scale, scale if offset is None else offset.contiguous()
+    return scale, scale if offset is None else offset.contiguous(), table.contiguous()
+
+
+def count_tables(table: Tensor) -> int:
+    """Tables of all heads, or 1."""
+    return len(table) if table.dim() > 1 else 1
 
 
 def zeros_of(scale: Tensor) -> tuple[Tensor, Tensor]:

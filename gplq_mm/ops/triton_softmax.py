@@ -8,8 +8,16 @@ import triton.language as tl
 from torch import Tensor
 
 from . import native, training_checks, training_reference
-from .triton_common import fma, launch_options, learned_axis, numbers_of, zeros_of
-from .triton_training_kernels import code_of, grid_of, is_outside, shares, store_sums, tile_of
+from .triton_common import count_tables, fma, launch_options, learned_axis, numbers_of, zeros_of
+from .triton_training_kernels import (
+    code_of,
+    grid_of,
+    integer_of,
+    is_outside,
+    shares,
+    store_sums,
+    tile_of,
+)
 
 # Values of a tile of whole rows of scores, which several arrays of its size are kept of, and the
 # longest row that registers hold; above it the plain-torch form runs.
@@ -40,16 +48,17 @@ def _probabilities(
     return tl.where(below == below, value, below), total
 
 
-@triton.jit(do_not_specialize=['rows', 'inner', 'channels', 'windows'])
+@triton.jit(do_not_specialize=['rows', 'inner', 'channels', 'windows', 'tables'])
 def softmax_kernel(
     scores,  # float32 (rows, columns), rows in the order (batch, heads, queries); replaced
     total,  # float32 (rows,)
     bias,  # float32 (item_rows, columns), item_rows = heads * queries; read with BIAS
     mask,  # float32 (windows * queries, columns); read with MASK
     scale, offset,  # float32 (channels,); offset is read with OFFSET
-    rows, columns, queries, item_rows, windows, inner, channels, factor,
+    table,  # uint8 (tables, 64), one or one a head; read with TABLE
+    rows, columns, queries, item_rows, windows, inner, channels, tables, factor,
     CODE_MIN: tl.constexpr, CODE_MAX: tl.constexpr, ROW_RELATIVE: tl.constexpr,
-    OFFSET: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
+    OFFSET: tl.constexpr, TABLE: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
     WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Quantized numbers of a softmax in place of the scores; a program holds whole rows."""
@@ -62,19 +71,20 @@ def softmax_kernel(
         ROW_RELATIVE, BIAS, MASK,
     )  # fmt: skip
     code = code_of(fma(probs, inverse, shift), CODE_MIN, CODE_MAX)
-    tl.store(scores + place, fma(code, step, zero), mask=ok)
+    integer = integer_of(code, table, row, queries, tables, TABLE)
+    tl.store(scores + place, fma(integer, step, zero), mask=ok)
     tl.store(total + row[:, None], sums, mask=(row < rows)[:, None])
 
 
-@triton.jit(do_not_specialize=['rows', 'inner', 'channels', 'windows'])
+@triton.jit(do_not_specialize=['rows', 'inner', 'channels', 'windows', 'tables'])
 def softmax_backward_kernel(
     grad,  # float32 (rows, columns), of the quantized numbers; becomes that of the scores
     scores,  # as in softmax_kernel; become the quantized numbers
     parts,  # float32 (2, rows)
-    bias, mask, scale, offset,  # as in softmax_kernel
-    rows, columns, queries, item_rows, windows, inner, channels, factor,
+    bias, mask, scale, offset, table,  # as in softmax_kernel
+    rows, columns, queries, item_rows, windows, inner, channels, tables, factor,
     CODE_MIN: tl.constexpr, CODE_MAX: tl.constexpr, ROW_RELATIVE: tl.constexpr,
-    OFFSET: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
+    OFFSET: tl.constexpr, TABLE: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
     WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of softmax_kernel, whose output is computed again."""
@@ -89,9 +99,10 @@ def softmax_backward_kernel(
     above = tl.load(grad + place, mask=ok, other=0.0)
     steps = fma(probs, inverse, shift)
     code = code_of(steps, CODE_MIN, CODE_MAX)
-    p_hat = fma(code, step, zero)
+    integer = integer_of(code, table, row, queries, tables, TABLE)
+    p_hat = fma(integer, step, zero)
     outside = is_outside(steps, CODE_MIN, CODE_MAX)
-    of_probs, of_scale, of_offset = shares(above, outside, code, code - steps)
+    of_probs, of_scale, of_offset = shares(above, outside, integer, integer - steps)
     # What reaches the scores through the denominator.
     if ROW_RELATIVE:
         taken = tl.div_rn(tl.sum(above * p_hat, 1)[:, None], total)
@@ -112,6 +123,7 @@ def _softmax_launch(
     mask: Tensor | None,
     scale: Tensor,
     offset: Tensor | None,
+    table: Tensor,
     grid: list[int],
     row_relative: bool,
 ) -> tuple[tuple[int], list, dict]:
@@ -123,7 +135,7 @@ def _softmax_launch(
     arguments = [
         scores if bias is None else bias.contiguous(),
         scores if mask is None else mask.contiguous(),
-        *numbers_of(scale, offset),
+        *numbers_of(scale, offset, table),
         rows,
         keys,
         queries,
@@ -132,6 +144,7 @@ def _softmax_launch(
         # Rows that a scale lasts for.
         math.prod(scores.shape[4 - axis + 1 : 3]) if axis else 1,
         scale.numel(),
+        count_tables(table),
         factor,
     ]
     options = dict(
@@ -139,6 +152,7 @@ def _softmax_launch(
         CODE_MAX=grid[1],
         ROW_RELATIVE=row_relative,
         OFFSET=offset is not None,
+        TABLE=table.numel() > 0,
         BIAS=bias is not None,
         MASK=mask is not None,
         ROWS=tile_rows,
@@ -158,12 +172,12 @@ def _fits(scores: Tensor) -> bool:
     return keys <= MAX_KEYS
 
 
-# What follows the scores stands in training_reference: factor, bias, mask, scale, offset, grid,
-# row_relative.
+# What follows the scores stands in training_reference: factor, bias, mask, scale, offset, table,
+# grid, row_relative.
 
 
 def softmax_fake_quant_(scores: Tensor, factor: float, *rest) -> Tensor:
-    training_checks.check_scores(scores, *rest[:5])
+    training_checks.check_scores(scores, *rest[:6])
     if not _fits(scores):
         return training_reference.softmax_fake_quant_(scores, factor, *rest)
     total = scores.new_empty(*scores.shape[:-1], 1)
@@ -177,7 +191,7 @@ def softmax_fake_quant_(scores: Tensor, factor: float, *rest) -> Tensor:
 def softmax_fake_quant_backward_(
     grad: Tensor, scores: Tensor, factor: float, *rest
 ) -> tuple[Tensor, Tensor]:
-    training_checks.check_scores(scores, *rest[:5])
+    training_checks.check_scores(scores, *rest[:6])
     training_checks.check_score_gradient(grad, scores)
     if not _fits(scores):
         return training_reference.softmax_fake_quant_backward_(grad, scores, factor, *rest)
@@ -185,7 +199,7 @@ def softmax_fake_quant_backward_(
     if not scores.numel():
         return zeros_of(scale)
     programs, arguments, options = _softmax_launch(scores, factor, *rest)
-    rows, inner, channels = arguments[4], arguments[9], arguments[10]
+    rows, inner, channels = arguments[5], arguments[10], arguments[11]
     with torch.cuda.device_of(scores):
         parts = torch.empty(2, rows, dtype=torch.float32, device=scores.device)
         softmax_backward_kernel[programs](grad, scores, parts, *arguments, **options)

@@ -6,6 +6,9 @@ A grid is learned for a column (PER_COLUMN, or a single row) or for rows: that o
 that shares a grid and written to a place of their own; the host adds these parts in a fixed order,
 so that they are the same in every run, which atomic additions would not give.
 
+With TABLE, a code stands for the integer that its table has for it; that of a row is
+``row // table_rows % tables``.
+
 With WIDE, places are counted in 64 bits, which take registers. Codes are those of the reference,
 ties included: what is one fused multiply-add there is one here,
 and the launches fuse nothing else.
@@ -14,10 +17,11 @@ and the launches fuse nothing else.
 import triton
 import triton.language as tl
 
-from ..quant.code_state import TOLERANCE
+from ..quant.functional import POSITIONS, TOLERANCE
 from .triton_common import MAGIC, SQRT_HALF, fma
 
 _TOLERANCE = tl.constexpr(TOLERANCE)
+_POSITIONS = tl.constexpr(POSITIONS)
 _DENSITY = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
 
 
@@ -75,6 +79,18 @@ def code_of(steps, CODE_MIN: tl.constexpr, CODE_MAX: tl.constexpr):
 
 
 @triton.jit
+def integer_of(code, table, row, table_rows, tables, TABLE: tl.constexpr):
+    """What codes of a tile stand for; NaN stays."""
+    if TABLE:
+        is_number = code == code
+        head = row // table_rows % tables
+        at = head[:, None] * _POSITIONS + tl.where(is_number, code, 0.0).to(tl.int32)
+        return tl.where(is_number, tl.load(table + at).to(tl.float32), code)
+    else:
+        return code
+
+
+@triton.jit
 def is_outside(steps, CODE_MIN: tl.constexpr, CODE_MAX: tl.constexpr):
     """Whether nothing of the gradient passes; so it is for NaN."""
     low: tl.constexpr = CODE_MIN - _TOLERANCE
@@ -90,11 +106,11 @@ def _gelu(x):
 
 
 @triton.jit
-def shares(above, outside, code, residual):
-    """What values add to the gradients of x, scale and offset."""
+def shares(above, outside, integer, residual):
+    """What values add to the gradients of x, scale and offset; residual is integer - steps."""
     return (
         tl.where(outside, 0.0, above),
-        above * tl.where(outside, code, residual),
+        above * tl.where(outside, integer, residual),
         tl.where(outside, above, 0.0),
     )
 
@@ -130,15 +146,16 @@ def _decode(state, CODE_MIN: tl.constexpr, CODE_MAX: tl.constexpr, LEVEL_BITS: t
     return (index + CODE_MIN).to(tl.float32), level.to(tl.float32) * width, outside
 
 
-@triton.jit(do_not_specialize=['rows', 'channels'])
+@triton.jit(do_not_specialize=['rows', 'channels', 'inner', 'tables', 'table_rows'])
 def encode_kernel(
     x,  # (rows, columns) float32, float16 or bfloat16
     x_hat,  # (rows, columns) float32
     state,  # (rows, columns) uint8 or int16
     scale, offset,  # float32 (channels,); offset is read with OFFSET
-    rows, columns, channels,
+    table,  # uint8 (tables, 64); read with TABLE
+    rows, columns, channels, inner, tables, table_rows,
     CODE_MIN: tl.constexpr, CODE_MAX: tl.constexpr, LEVEL_BITS: tl.constexpr,
-    OFFSET: tl.constexpr, PER_COLUMN: tl.constexpr,
+    OFFSET: tl.constexpr, TABLE: tl.constexpr, PER_COLUMN: tl.constexpr,
     WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Values on the grid and their states."""
@@ -149,12 +166,13 @@ def encode_kernel(
     high: tl.constexpr = CODE_MAX + _TOLERANCE
     _, _, row, column, place, mask = tile_of(rows, columns, WIDE, ROWS, BLOCK)
     step, zero, inverse, shift = grid_of(
-        scale, offset, row, column, columns, 1, channels, OFFSET, PER_COLUMN
+        scale, offset, row, column, columns, inner, channels, OFFSET, PER_COLUMN
     )
     value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
     steps = fma(value, inverse, shift)
     code = code_of(steps, CODE_MIN, CODE_MAX)
-    tl.store(x_hat + place, fma(code, step, zero), mask=mask)
+    integer = integer_of(code, table, row, table_rows, tables, TABLE)
+    tl.store(x_hat + place, fma(integer, step, zero), mask=mask)
     # What lies outside gets a level that no inner value of its code has.
     level = (code - steps) * most
     level = tl.where(steps < low, end, level)
@@ -169,34 +187,39 @@ def encode_kernel(
     tl.store(state + place, bits.to(state.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=['rows', 'channels'])
+@triton.jit(do_not_specialize=['rows', 'channels', 'inner', 'tables', 'table_rows'])
 def decode_kernel(
     state,  # (rows, columns) uint8 or int16
     x_hat,  # (rows, columns) float32
     scale, offset,  # float32 (channels,); offset is read with OFFSET
-    rows, columns, channels,
+    table,  # uint8 (tables, 64); read with TABLE
+    rows, columns, channels, inner, tables, table_rows,
     CODE_MIN: tl.constexpr, CODE_MAX: tl.constexpr, LEVEL_BITS: tl.constexpr,
-    OFFSET: tl.constexpr, PER_COLUMN: tl.constexpr,
+    OFFSET: tl.constexpr, TABLE: tl.constexpr, PER_COLUMN: tl.constexpr,
     WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Values on the grid from their states."""
     _, _, row, column, place, mask = tile_of(rows, columns, WIDE, ROWS, BLOCK)
-    step, zero, _, _ = grid_of(scale, offset, row, column, columns, 1, channels, OFFSET, PER_COLUMN)
+    step, zero, _, _ = grid_of(
+        scale, offset, row, column, columns, inner, channels, OFFSET, PER_COLUMN
+    )
     bits = tl.load(state + place, mask=mask, other=0)
     code, _, _ = _decode(bits, CODE_MIN, CODE_MAX, LEVEL_BITS)
-    tl.store(x_hat + place, fma(code, step, zero), mask=mask)
+    integer = integer_of(code, table, row, table_rows, tables, TABLE)
+    tl.store(x_hat + place, fma(integer, step, zero), mask=mask)
 
 
-@triton.jit(do_not_specialize=['rows', 'channels'])
+@triton.jit(do_not_specialize=['rows', 'channels', 'inner', 'tables', 'table_rows'])
 def fake_quant_backward_kernel(
     grad,  # (rows, columns) float32, float16 or bfloat16
     state,  # (rows, columns) uint8 or int16
     grad_x,  # (rows, columns) float32
     parts,  # as store_sums writes them
     scale, offset,  # not read
-    rows, columns, channels,
+    table,  # as in decode_kernel
+    rows, columns, channels, inner, tables, table_rows,
     CODE_MIN: tl.constexpr, CODE_MAX: tl.constexpr, LEVEL_BITS: tl.constexpr,
-    OFFSET: tl.constexpr, PER_COLUMN: tl.constexpr,
+    OFFSET: tl.constexpr, TABLE: tl.constexpr, PER_COLUMN: tl.constexpr,
     WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the input, and sums of those of scale and offset."""
@@ -204,7 +227,10 @@ def fake_quant_backward_kernel(
     above = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
     bits = tl.load(state + place, mask=mask, other=0)
     code, residual, outside = _decode(bits, CODE_MIN, CODE_MAX, LEVEL_BITS)
-    of_x, of_scale, of_offset = shares(above, outside, code, residual)
+    integer = integer_of(code, table, row, table_rows, tables, TABLE)
+    if TABLE:
+        residual += integer - code
+    of_x, of_scale, of_offset = shares(above, outside, integer, residual)
     tl.store(grad_x + place, of_x, mask=mask)
     store_sums(
         parts, of_scale, of_offset, row_block, column_block, row, column, rows, columns,
@@ -212,52 +238,55 @@ def fake_quant_backward_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=['rows', 'channels'])
+@triton.jit(do_not_specialize=['rows', 'channels', 'inner', 'tables', 'table_rows'])
 def gelu_kernel(
     x,  # (rows, columns) float32, float16 or bfloat16
     x_hat,  # (rows, columns) float32
     scale, offset,  # float32 (columns,), or (1,) without PER_COLUMN; offset is read with OFFSET
-    rows, columns, channels,
+    table,  # uint8 (1, 64); read with TABLE
+    rows, columns, channels, inner, tables, table_rows,
     CODE_MIN: tl.constexpr, CODE_MAX: tl.constexpr, LEVEL_BITS: tl.constexpr,
-    OFFSET: tl.constexpr, PER_COLUMN: tl.constexpr,
+    OFFSET: tl.constexpr, TABLE: tl.constexpr, PER_COLUMN: tl.constexpr,
     WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """GELU on the grid."""
     _, _, row, column, place, mask = tile_of(rows, columns, WIDE, ROWS, BLOCK)
     step, zero, inverse, shift = grid_of(
-        scale, offset, row, column, columns, 1, channels, OFFSET, PER_COLUMN
+        scale, offset, row, column, columns, inner, channels, OFFSET, PER_COLUMN
     )
     value, _ = _gelu(tl.load(x + place, mask=mask, other=0.0).to(tl.float32))
     code = code_of(fma(value, inverse, shift), CODE_MIN, CODE_MAX)
-    tl.store(x_hat + place, fma(code, step, zero), mask=mask)
+    integer = integer_of(code, table, row, table_rows, tables, TABLE)
+    tl.store(x_hat + place, fma(integer, step, zero), mask=mask)
 
 
-@triton.jit(do_not_specialize=['rows', 'channels'])
+@triton.jit(do_not_specialize=['rows', 'channels', 'inner', 'tables', 'table_rows'])
 def gelu_backward_kernel(
     grad, x,  # (rows, columns) float32, float16 or bfloat16
     grad_x, x_hat,  # (rows, columns) float32
     parts,  # as store_sums writes them
-    scale, offset,  # as in gelu_kernel
-    rows, columns, channels,
+    scale, offset, table,  # as in gelu_kernel
+    rows, columns, channels, inner, tables, table_rows,
     CODE_MIN: tl.constexpr, CODE_MAX: tl.constexpr, LEVEL_BITS: tl.constexpr,
-    OFFSET: tl.constexpr, PER_COLUMN: tl.constexpr,
+    OFFSET: tl.constexpr, TABLE: tl.constexpr, PER_COLUMN: tl.constexpr,
     WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the input of GELU, its output on the grid, and sums as above."""
     row_block, column_block, row, column, place, mask = tile_of(rows, columns, WIDE, ROWS, BLOCK)
     step, zero, inverse, shift = grid_of(
-        scale, offset, row, column, columns, 1, channels, OFFSET, PER_COLUMN
+        scale, offset, row, column, columns, inner, channels, OFFSET, PER_COLUMN
     )
     above = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
     value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
     activated, phi = _gelu(value)
     steps = fma(activated, inverse, shift)
     code = code_of(steps, CODE_MIN, CODE_MAX)
+    integer = integer_of(code, table, row, table_rows, tables, TABLE)
     outside = is_outside(steps, CODE_MIN, CODE_MAX)
-    of_x, of_scale, of_offset = shares(above, outside, code, code - steps)
+    of_x, of_scale, of_offset = shares(above, outside, integer, integer - steps)
     slope = phi + value * (_DENSITY * tl.exp(-0.5 * value * value))
     tl.store(grad_x + place, of_x * slope, mask=mask)
-    tl.store(x_hat + place, fma(code, step, zero), mask=mask)
+    tl.store(x_hat + place, fma(integer, step, zero), mask=mask)
     store_sums(
         parts, of_scale, of_offset, row_block, column_block, row, column, rows, columns,
         PER_COLUMN, ROWS, BLOCK,

@@ -11,7 +11,7 @@ level below it: these are free, since beyond the outermost codes nothing counts 
 import torch
 from torch import Tensor
 
-from .functional import TOLERANCE, dequantize, quantize, to_steps
+from .functional import TOLERANCE, quantize, to_steps
 
 
 def level_bits_of(qmin: int, qmax: int, num_bytes: int) -> int:
@@ -32,14 +32,14 @@ def is_inside(steps: Tensor, qmin: int, qmax: int) -> Tensor:
 def encode_state(
     x: Tensor, scale: Tensor, offset: Tensor | None, qmin: int, qmax: int, level_bits: int
 ) -> tuple[Tensor, Tensor]:
-    """Quantizes, and describes what the rounding did.
+    """Rounds to codes, and describes what the rounding did.
 
     Args:
         x, scale, offset, qmin, qmax: As in :func:`.functional.quantize`; ``x`` float32.
         level_bits: Bits of the level.
 
     Returns:
-        Quantized real values, shape and dtype of ``x``; the state, uint8 or int16 of that shape.
+        Codes in the dtype of ``x``; the state, uint8 or int16. Both of the shape of ``x``.
     """
     codes = quantize(x, scale, offset, qmin, qmax)
     steps = to_steps(x, scale, offset)
@@ -52,7 +52,7 @@ def encode_state(
     dtype = state_dtype(qmin, qmax, level_bits)
     if dtype == torch.int16:
         state = torch.where(state > 32767, state - 65536, state)
-    return dequantize(codes, scale, offset), state.to(dtype)
+    return codes, state.to(dtype)
 
 
 def decode_state(

@@ -9,7 +9,8 @@ from triton_targets import SHARED, CompileOnly
 
 pytestmark = pytest.mark.skipif(find_spec('triton') is None, reason='triton is not installed')
 
-GRID, WIDE_GRID = [0, 15, 4], [-8, 7, 12]
+GRID, WIDE_GRID, FINE = [0, 15, 4], [-8, 7, 12], [0, 63, 10]
+NO_TABLE, TABLE = torch.empty(0, dtype=torch.uint8), torch.arange(64, dtype=torch.uint8)
 
 
 @pytest.fixture(scope='module')
@@ -41,19 +42,22 @@ def check(compiler, *names):
         assert not re.search(r'\b(atom|red)\.', ptx), name
 
 
-# A linear layer, and heads of attention in two bytes a state.
+# A linear layer, heads of attention in two bytes a state, and both with levels.
 @pytest.mark.parametrize(
-    ('shape', 'scale_shape', 'dtype', 'grid'),
+    ('shape', 'scale_shape', 'dtype', 'table', 'grid'),
     [
-        ((64, 197, 384), (384,), torch.float32, GRID),
-        ((8, 6, 197, 64), (6, 1, 1), torch.bfloat16, WIDE_GRID),
+        ((64, 197, 384), (384,), torch.float32, NO_TABLE, GRID),
+        ((8, 6, 197, 64), (6, 1, 1), torch.bfloat16, NO_TABLE, WIDE_GRID),
+        ((64, 197, 384), (384,), torch.bfloat16, TABLE, FINE),
+        ((8, 6, 197, 64), (6, 1, 1), torch.float32, TABLE.expand(6, 64), FINE),
     ],
 )
-def test_fake_quant(ops, compiler, shape, scale_shape, dtype, grid):
+def test_fake_quant(ops, compiler, shape, scale_shape, dtype, table, grid):
     x, scale = torch.empty(shape, dtype=dtype), torch.ones(scale_shape)
-    _, state = ops.fake_quant(x, scale, scale, grid)
-    ops.fake_quant_values(state, scale, scale, grid)
-    ops.fake_quant_backward(x, state, scale, scale, grid)
+    quantizer = scale, scale, table, grid
+    _, state = ops.fake_quant(x, *quantizer)
+    ops.fake_quant_values(state, *quantizer)
+    ops.fake_quant_backward(x, state, *quantizer)
     check(compiler, 'encode_kernel', 'decode_kernel', 'fake_quant_backward_kernel')
     for name, compiled in compiler.launched:
         # Sixteen bytes a thread and instruction.
@@ -63,19 +67,21 @@ def test_fake_quant(ops, compiler, shape, scale_shape, dtype, grid):
             assert 'fma.rn.f32' in compiled.asm['ptx']
 
 
-def test_gelu(ops, compiler):
+@pytest.mark.parametrize(('table', 'grid'), [(NO_TABLE, GRID), (TABLE, FINE)])
+def test_gelu(ops, compiler, table, grid):
     x, scale = torch.empty(64, 1536, dtype=torch.float16), torch.ones(1536)
-    ops.gelu_fake_quant(x, scale, None, GRID)
-    ops.gelu_fake_quant_backward(x.float(), x, scale, None, GRID)
+    ops.gelu_fake_quant(x, scale, None, table, grid)
+    ops.gelu_fake_quant_backward(x.float(), x, scale, None, table, grid)
     check(compiler, 'gelu_kernel', 'gelu_backward_kernel')
 
 
 # Tokens of DeiT, and of Swin with windows of 7, a bias and a mask.
 @pytest.mark.parametrize(('tokens', 'added'), [(197, False), (49, True)])
-def test_softmax(ops, compiler, tokens, added):
+@pytest.mark.parametrize(('table', 'grid'), [(NO_TABLE, GRID), (TABLE.expand(3, 64), FINE)])
+def test_softmax(ops, compiler, tokens, added, table, grid):
     scores, scale = torch.empty(4, 3, tokens, tokens), torch.ones(1)
     bias, mask = (scores[0], scores[:2, 0]) if added else (None, None)
-    rest = (0.125, bias, mask, scale, None, GRID, True)
+    rest = (0.125, bias, mask, scale, None, table, grid, True)
     ops.softmax_fake_quant_(scores, *rest)
     ops.softmax_fake_quant_backward_(torch.empty_like(scores), scores, *rest)
     check(compiler, 'softmax_kernel', 'softmax_backward_kernel')
@@ -85,8 +91,9 @@ def test_odd_sizes_compile(ops, compiler):
     """Those that are 1, which Triton makes constants of, and those that no vector fits."""
     for shape, scale_shape in [((1,), ()), ((3, 1), (3, 1)), ((1, 1, 5, 5), (1, 1, 1))]:
         x, scale = torch.empty(shape), torch.ones(scale_shape)
-        _, state = ops.fake_quant(x, scale, None, GRID)
-        ops.fake_quant_backward(x, state, scale, None, GRID)
+        _, state = ops.fake_quant(x, scale, None, NO_TABLE, GRID)
+        ops.fake_quant_backward(x, state, scale, None, NO_TABLE, GRID)
     scores = torch.empty(1, 1, 1, 1)
-    ops.softmax_fake_quant_(scores, 1.0, scores[0], scores[0], scale, None, GRID, False)
+    rest = (scores[0], scores[0], scale, None, NO_TABLE, GRID, False)
+    ops.softmax_fake_quant_(scores, 1.0, *rest)
     check(compiler, *['encode_kernel', 'fake_quant_backward_kernel'] * 3, 'softmax_kernel')

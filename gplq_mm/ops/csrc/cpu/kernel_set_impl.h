@@ -12,7 +12,7 @@ namespace {
 template <typename Vectors>
 const KernelSet* kernel_set() {
   static const KernelSet table = {kernel_table<Vectors>(), attention_kernel<Vectors>(),
-                                training_table()};
+                                training_kernels<Vectors>()};
   return &table;
 }
 

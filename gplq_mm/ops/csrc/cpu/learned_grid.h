@@ -1,9 +1,11 @@
-// Scale, offset and range of codes of a learned quantizer as the kernels of training take them.
+// Scale, offset, table and range of codes of a learned quantizer as the kernels of training take
+// them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -23,9 +25,9 @@ inline bool is_narrow(at::IntArrayRef grid) { return (grid[1] - grid[0] + 1) << 
 class GridOf {
  public:
   // sizes: those of what is quantized, cut into rows of `columns` values. `merged` rows are as long
-  // as one scale lasts; others end with the last axis.
+  // as one scale and one table last; others end with the last axis.
   GridOf(at::IntArrayRef sizes, const at::Tensor& scale, const OptionalTensor& offset,
-         at::IntArrayRef grid, bool merged) {
+         const at::Tensor& table, at::IntArrayRef grid, bool merged) {
     const auto dim = static_cast<int64_t>(sizes.size());
     const auto size = [&](int64_t from_end) {
       return sizes[static_cast<size_t>(dim - from_end)];
@@ -49,19 +51,35 @@ class GridOf {
                         sizes, ".");
       axis_ = i;
     }
+    check_table(table, sizes, grid);
+    // Tables of heads lie along the third axis from the end.
+    constexpr int64_t kHeads = 3;
+    const bool has_heads = table.dim() > 1;
     per_column_ = axis_ <= 1;
     channels_ = scale.numel();
     columns_ = size(1);
-    inner_ = 1;
-    for (int64_t i = 2; i < axis_; ++i) (merged ? columns_ : inner_) *= size(i);
+    int64_t inner = 1, table_inner = 1;
+    for (int64_t i = 2; i < std::max(axis_, has_heads ? kHeads : 0); ++i) {
+      const bool one_scale = i < axis_, one_table = !has_heads || i < kHeads;
+      if (merged && one_scale && one_table) {
+        columns_ *= size(i);
+        continue;
+      }
+      if (one_scale) inner *= size(i);
+      if (one_table) table_inner *= size(i);
+    }
     fill(scale, offset);
+    table_ = table.contiguous();
     grid_ = {numbers_[0].data(),
              numbers_[1].data(),
              numbers_[2].data(),
              numbers_[3].data(),
+             table_.numel() == 0 ? nullptr : table_.const_data_ptr<uint8_t>(),
              per_column_,
              channels_,
-             inner_,
+             inner,
+             has_heads ? table.size(0) : 1,
+             table_inner,
              static_cast<int32_t>(grid[0]),
              static_cast<int32_t>(grid[1]),
              static_cast<int>(grid[2]),
@@ -76,6 +94,19 @@ class GridOf {
   int64_t channels() const { return channels_; }
 
  private:
+  static void check_table(const at::Tensor& table, at::IntArrayRef sizes, at::IntArrayRef grid) {
+    check_tensor("table", table, {at::kByte}, table.sizes());
+    if (table.numel() == 0) return;
+    const int64_t dim = table.dim();
+    TORCH_CHECK_VALUE(dim > 0 && table.size(-1) == kTableSize &&
+                          (dim == 1 || (dim == 2 && sizes.size() > 2 &&
+                                        table.size(0) == sizes[sizes.size() - 3])),
+                      "table of shape ", table.sizes(), " must have ", kTableSize,
+                      " bytes, or as many for every head of the input ", sizes, ", or none.");
+    TORCH_CHECK_VALUE(grid[0] == 0 && grid[1] == kTableSize - 1, "a table is for codes 0..",
+                      kTableSize - 1, ", got ", grid[0], "..", grid[1], ".");
+  }
+
   void fill(const at::Tensor& scale, const OptionalTensor& offset) {
     const at::Tensor scales = scale.contiguous();
     const at::Tensor offsets = offset.has_value() ? offset->contiguous() : at::Tensor();
@@ -97,7 +128,8 @@ class GridOf {
   }
 
   std::vector<float> numbers_[4];
-  int64_t axis_, channels_, columns_, inner_;
+  at::Tensor table_;
+  int64_t axis_, channels_, columns_;
   bool per_column_;
   LearnedGrid grid_;
 };

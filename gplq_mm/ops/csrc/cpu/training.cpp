@@ -22,9 +22,10 @@ using at::Tensor;
 Tensor real_of(const Tensor& x) { return x.to(at::kFloat).contiguous(); }
 
 std::tuple<Tensor, Tensor> fake_quant(const Tensor& x, const Tensor& scale,
-                                      const OptionalTensor& offset, at::IntArrayRef grid) {
+                                      const OptionalTensor& offset, const Tensor& table,
+                                      at::IntArrayRef grid) {
   check_float(x);
-  const GridOf scales(x.sizes(), scale, offset, grid, true);
+  const GridOf scales(x.sizes(), scale, offset, table, grid, true);
   Tensor x_hat = at::empty(x.sizes(), at::kFloat);
   Tensor state = empty_state(x.sizes(), grid);
   if (x.numel() == 0) return {x_hat, state};
@@ -42,9 +43,9 @@ std::tuple<Tensor, Tensor> fake_quant(const Tensor& x, const Tensor& scale,
 }
 
 Tensor fake_quant_values(const Tensor& state, const Tensor& scale, const OptionalTensor& offset,
-                         at::IntArrayRef grid) {
+                         const Tensor& table, at::IntArrayRef grid) {
   Tensor x_hat = at::empty(state.sizes(), at::kFloat);
-  const GridOf scales(state.sizes(), scale, offset, grid, true);
+  const GridOf scales(state.sizes(), scale, offset, table, grid, true);
   check_state(state, grid);
   if (state.numel() == 0) return x_hat;
   const int64_t columns = scales.columns();
@@ -78,9 +79,9 @@ std::tuple<Tensor, Tensor> sum_columns(int64_t rows, int64_t columns, const Tens
 std::tuple<Tensor, Tensor, Tensor> fake_quant_backward(const Tensor& grad, const Tensor& state,
                                                        const Tensor& scale,
                                                        const OptionalTensor& offset,
-                                                       at::IntArrayRef grid) {
+                                                       const Tensor& table, at::IntArrayRef grid) {
   check_float(grad);
-  const GridOf scales(grad.sizes(), scale, offset, grid, true);
+  const GridOf scales(grad.sizes(), scale, offset, table, grid, true);
   check_state(state, grid);
   TORCH_CHECK_VALUE(grad.sizes() == state.sizes(), "grad has shape ", grad.sizes(), ", state ",
                     state.sizes(), ".");
@@ -115,15 +116,16 @@ std::tuple<Tensor, Tensor, Tensor> fake_quant_backward(const Tensor& grad, const
   return {grad_x, std::get<0>(sums), std::get<1>(sums)};
 }
 
-void check_columns(const GridOf& scales) {
+void check_gelu(const GridOf& scales, const Tensor& table) {
   TORCH_CHECK_VALUE(scales.per_column(), "scale must have one number, or one a column.");
+  TORCH_CHECK_VALUE(table.dim() == 1, "the output of a GELU has one table.");
 }
 
 Tensor gelu_fake_quant(const Tensor& x, const Tensor& scale, const OptionalTensor& offset,
-                       at::IntArrayRef grid) {
+                       const Tensor& table, at::IntArrayRef grid) {
   check_float(x);
-  const GridOf scales(x.sizes(), scale, offset, grid, true);
-  check_columns(scales);
+  const GridOf scales(x.sizes(), scale, offset, table, grid, true);
+  check_gelu(scales, table);
   Tensor x_hat = at::empty(x.sizes(), at::kFloat);
   if (x.numel() == 0) return x_hat;
   const Tensor real = real_of(x);
@@ -138,13 +140,12 @@ Tensor gelu_fake_quant(const Tensor& x, const Tensor& scale, const OptionalTenso
   return x_hat;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> gelu_fake_quant_backward(const Tensor& grad, const Tensor& x,
-                                                                    const Tensor& scale,
-                                                                    const OptionalTensor& offset,
-                                                                    at::IntArrayRef grid) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> gelu_fake_quant_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& scale, const OptionalTensor& offset,
+    const Tensor& table, at::IntArrayRef grid) {
   check_float(x);
-  const GridOf scales(x.sizes(), scale, offset, grid, true);
-  check_columns(scales);
+  const GridOf scales(x.sizes(), scale, offset, table, grid, true);
+  check_gelu(scales, table);
   TORCH_CHECK_VALUE(grad.sizes() == x.sizes(), "grad has shape ", grad.sizes(), ", the input ",
                     x.sizes(), ".");
   Tensor grad_x = at::empty(x.sizes(), at::kFloat), x_hat = at::empty(x.sizes(), at::kFloat);

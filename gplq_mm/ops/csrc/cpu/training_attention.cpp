@@ -80,17 +80,13 @@ void check_rows(const GridOf& scales) {
                     "scores have no scale a column.");
 }
 
-// Channel of a row of scores; one number for everything is a grid of columns.
-int64_t channel_of(const GridOf& scales, int64_t row) {
-  return scales.per_column() ? 0 : (*scales).channel(row);
-}
-
 Tensor softmax_fake_quant_(Tensor& scores, double factor, const OptionalTensor& bias,
                            const OptionalTensor& mask, const Tensor& scale,
-                           const OptionalTensor& offset, at::IntArrayRef grid, bool row_relative) {
+                           const OptionalTensor& offset, const Tensor& table, at::IntArrayRef grid,
+                           bool row_relative) {
   check_scores(scores);
   const Rows rows(scores.sizes(), factor, bias, mask);
-  const GridOf scales(scores.sizes(), scale, offset, grid, false);
+  const GridOf scales(scores.sizes(), scale, offset, table, grid, false);
   check_rows(scales);
   Tensor total = at::empty({scores.size(0), scores.size(1), scores.size(2), 1}, at::kFloat);
   auto* totals = total.mutable_data_ptr<float>();
@@ -100,8 +96,8 @@ Tensor softmax_fake_quant_(Tensor& scores, double factor, const OptionalTensor& 
   for_rows(total.numel(), columns * 4, [&](int64_t first, int64_t count) {
     auto* space = thread_buffer<Use::window, float>(rows.space());
     for (int64_t row = first; row < first + count; ++row) {
-      totals[row] = kernel.softmax(rows.row(row, data + row * columns), *scales,
-                                   channel_of(scales, row), row_relative, space);
+      totals[row] = kernel.softmax(rows.row(row, data + row * columns), *scales, row,
+                                   row_relative, space);
     }
   });
   return total;
@@ -110,10 +106,10 @@ Tensor softmax_fake_quant_(Tensor& scores, double factor, const OptionalTensor& 
 std::tuple<Tensor, Tensor> softmax_fake_quant_backward_(
     Tensor& grad, Tensor& scores, double factor, const OptionalTensor& bias,
     const OptionalTensor& mask, const Tensor& scale, const OptionalTensor& offset,
-    at::IntArrayRef grid, bool row_relative) {
+    const Tensor& table, at::IntArrayRef grid, bool row_relative) {
   check_scores(scores);
   const Rows rows(scores.sizes(), factor, bias, mask);
-  const GridOf scales(scores.sizes(), scale, offset, grid, false);
+  const GridOf scales(scores.sizes(), scale, offset, table, grid, false);
   check_rows(scales);
   check_tensor("grad", grad, {at::kFloat}, scores.sizes());
   TORCH_CHECK_VALUE(grad.is_contiguous(), "grad must be contiguous.");
@@ -127,8 +123,8 @@ std::tuple<Tensor, Tensor> softmax_fake_quant_backward_(
   for_rows(count_of_rows, columns * 4, [&](int64_t first, int64_t count) {
     auto* space = thread_buffer<Use::window, float>(rows.space());
     for (int64_t row = first; row < first + count; ++row) {
-      kernel.softmax_backward(rows.row(row, data + row * columns), *scales,
-                              channel_of(scales, row), row_relative, grads + row * columns, space,
+      kernel.softmax_backward(rows.row(row, data + row * columns), *scales, row, row_relative,
+                              grads + row * columns, space,
                               {parts[0].data() + row, parts[1].data() + row});
     }
   });
@@ -146,7 +142,8 @@ class Attention {
  public:
   Attention(const std::array<at::IntArrayRef, kInputs>& sizes, double factor,
             const OptionalTensor& bias, const OptionalTensor& mask, at::TensorList scales,
-            const c10::List<OptionalTensor>& offsets, at::IntArrayRef grids, bool row_relative)
+            const c10::List<OptionalTensor>& offsets, at::TensorList tables,
+            at::IntArrayRef grids, bool row_relative)
       : factor_(factor), row_relative_(row_relative) {
     for (const auto& shape : sizes) {
       TORCH_CHECK_VALUE(shape.size() == 4, "q, k and v must have 4 axes, got ", shape.size(), ".");
@@ -161,16 +158,18 @@ class Attention {
     }
     TORCH_CHECK_VALUE(lengths_[1] == lengths_[2] && widths_[0] == widths_[1],
                       "k must be as long as v and as wide as q.");
-    TORCH_CHECK_VALUE(scales.size() == kOperands && offsets.size() == kOperands &&
-                          grids.size() == kOperands * 3,
-                      "q, k, v and the probabilities need a scale, an offset and a grid each.");
+    TORCH_CHECK_VALUE(
+        scales.size() == kOperands && offsets.size() == kOperands && tables.size() == kOperands &&
+            grids.size() == kOperands * 3,
+        "q, k, v and the probabilities need a scale, an offset, a table and a grid each.");
     score_sizes_ = {batch_, heads_, lengths_[0], lengths_[1]};
     rows_.emplace(score_sizes_, factor, bias, mask);
     for (int i = 0; i < kOperands; ++i) {
       const auto index = static_cast<size_t>(i);
       grids_[index] = {grids[3 * index], grids[3 * index + 1], grids[3 * index + 2]};
       const at::IntArrayRef shape = i == kProbs ? at::IntArrayRef(score_sizes_) : sizes[index];
-      scales_[index].emplace(shape, scales[index], offsets.get(index), grids_[index], false);
+      scales_[index].emplace(shape, scales[index], offsets.get(index), tables[index],
+                             grids_[index], false);
     }
     check_rows(*scales_[kProbs]);
   }
@@ -247,10 +246,11 @@ class Space {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_fake_quant(
     const Tensor& query, const Tensor& key, const Tensor& value, double factor,
     const OptionalTensor& bias, const OptionalTensor& mask, at::TensorList scales,
-    const c10::List<OptionalTensor>& offsets, at::IntArrayRef grids, bool row_relative) {
+    const c10::List<OptionalTensor>& offsets, at::TensorList tables, at::IntArrayRef grids,
+    bool row_relative) {
   for (const auto* x : {&query, &key, &value}) check_float(*x);
   const Attention attention({query.sizes(), key.sizes(), value.sizes()}, factor, bias, mask, scales,
-                            offsets, grids, row_relative);
+                            offsets, tables, grids, row_relative);
   const int64_t heads = attention.heads(), queries = attention.queries(), keys = attention.keys();
   const int64_t width = attention.width(kValue);
   const std::array<Tensor, kInputs> inputs = {matrices_of(query), matrices_of(key),
@@ -287,9 +287,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_fake_quant(
       for (int64_t i = 0; i < queries; ++i) {
         const int64_t row = pair * queries + i;
         totals[row] = kernel.softmax(attention.rows().row(row, space.scores() + i * keys),
-                                     *attention.scale(kProbs),
-                                     channel_of(attention.scale(kProbs), row), row_relative,
-                                     space.line());
+                                     *attention.scale(kProbs), row, row_relative, space.line());
       }
       Tensor product = matrix(space.rows(0), queries, width);
       at::mm_out(product, scores, matrix(space.operand(kValue), keys, width));
@@ -330,12 +328,13 @@ struct OperandSums {
 std::vector<Tensor> attention_fake_quant_backward(
     const Tensor& grad, at::TensorList states, const Tensor& total, double factor,
     const OptionalTensor& bias, const OptionalTensor& mask, at::TensorList scales,
-    const c10::List<OptionalTensor>& offsets, at::IntArrayRef grids, bool row_relative) {
+    const c10::List<OptionalTensor>& offsets, at::TensorList tables, at::IntArrayRef grids,
+    bool row_relative) {
   TORCH_CHECK_VALUE(states.size() == kInputs, "q, k and v have a state each, got ", states.size(),
                     ".");
   check_float(grad);
   const Attention attention({states[0].sizes(), states[1].sizes(), states[2].sizes()}, factor, bias,
-                            mask, scales, offsets, grids, row_relative);
+                            mask, scales, offsets, tables, grids, row_relative);
   for (int i = 0; i < kInputs; ++i) check_state(states[static_cast<size_t>(i)], attention.grid(i));
   const int64_t batch = attention.batch(), heads = attention.heads();
   const int64_t queries = attention.queries(), keys = attention.keys();
@@ -394,8 +393,8 @@ std::vector<Tensor> attention_fake_quant_backward(
     for (int64_t i = 0; i < queries; ++i) {
       const int64_t row = pair * queries + i;
       kernel.softmax_backward(attention.rows().row(row, space.scores() + i * keys),
-                              *attention.scale(kProbs), channel_of(attention.scale(kProbs), row),
-                              row_relative, space.grad_scores() + i * keys, space.line(),
+                              *attention.scale(kProbs), row, row_relative,
+                              space.grad_scores() + i * keys, space.line(),
                               {of_probs[0].data() + row, of_probs[1].data() + row});
     }
     if (bias_parts.defined()) {
