@@ -15,7 +15,7 @@ from ..errors import SettingError, StateError
 from .code_state import level_bits_of
 from .format import IntegerFormat
 from .functional import to_steps
-from .levels import check_levels, table_of, uniform_levels
+from .levels import LevelsFormat, check_levels, table_of, uniform_levels
 from .observers import MinMaxObserver, build_observer
 from .spec import ActSpec
 
@@ -87,7 +87,8 @@ class ActQuantizer(LearnedQuantizer):
     """
 
     # Bytes a value of what backward is given, 1 or 2. With one, 4 bits of it are the rounding
-    # residual, and the gradient of a scale is a few percent off; more than 4 bits take two.
+    # residual, of levels 2 beside their position, and the gradient of a scale is a few percent off;
+    # more than 4 bits take two.
     saved_bytes: int = 2
 
     def __init__(self, spec: ActSpec, shape: tuple[int, ...], name: str = ''):
@@ -128,14 +129,14 @@ class ActQuantizer(LearnedQuantizer):
     def state_grid(self) -> list[int]:
         """Smallest and largest code, and the bits beside a code in what backward is given
         (:mod:`.code_state`)."""
-        num_bytes = self.saved_bytes if self.qmax - self.qmin < 16 else 2
+        num_bytes = self.saved_bytes if self.spec.bits <= 4 else 2
         return [self.qmin, self.qmax, level_bits_of(self.qmin, self.qmax, num_bytes)]
 
     def keeps_codes(self, x: Tensor) -> bool:
-        """Whether codes are all that backward needs of ``x``: the quantizer rounds to
-        integers, and not in float64. A subclass of the format rounds in its own way."""
+        """Whether codes are all that backward needs of ``x``: the quantizer rounds to integers or
+        levels, and not in float64. A subclass of the format rounds in its own way."""
         return (
-            type(self.format) is IntegerFormat
+            type(self.format) in (IntegerFormat, LevelsFormat)
             and self.enabled
             and self._state >= QuantState.LEARNING
             and x.dtype in CODED_DTYPES

@@ -75,12 +75,16 @@ ACTS = {
     'one scale': dict(granularity='tensor'),
     '8 bit': dict(bits=8),
     '3 bit': dict(bits=3),
+    'levels': dict(format='levels'),
+    '5 bit levels': dict(format='levels', bits=5, granularity='tensor'),
 }
 
 
 @pytest.mark.parametrize('act', ACTS)
 @pytest.mark.parametrize('kind', LAYERS)
 def test_gradients_are_those_of_the_plain_formulation(kind, act):
+    if 'levels' in act and 'linear' not in kind:
+        pytest.skip('inputs of convolutions have no levels')
     layer, x = make(kind, ACTS[act])
     above = torch.randn_like(layer(x))
     out, found = gradients(layer, x, above)
@@ -98,9 +102,11 @@ def test_gradients_are_those_of_the_plain_formulation(kind, act):
             assert distance(grad, plain[name]) < 2e-6, name
 
 
-@pytest.mark.parametrize('kind', ['linear', 'padded conv'])
-def test_one_byte_has_exact_gradients_but_for_the_scale(kind):
-    layer, x = make(kind)
+@pytest.mark.parametrize(
+    ('kind', 'act'), [('linear', 'asymmetric'), ('padded conv', 'asymmetric'), ('linear', 'levels')]
+)
+def test_one_byte_has_exact_gradients_but_for_the_scale(kind, act):
+    layer, x = make(kind, ACTS[act])
     above = torch.randn_like(layer(x))
     _, two = gradients(layer, x, above)
     set_saved_bytes(layer, 1)
@@ -110,13 +116,11 @@ def test_one_byte_has_exact_gradients_but_for_the_scale(kind):
         assert distance(grad, two[name]) < limit, name
 
 
-def attention(granularity='head', row_relative=True, **probs):
-    spec = dict(granularity=granularity, tokens=12 if granularity == 'token' else None)
+def attention(granularity='head', row_relative=True, **act):
+    spec = dict(granularity=granularity, tokens=12 if granularity == 'token' else None, **act)
     specs = {name: ActSpec(**spec) for name in 'qk'}
-    specs['v'] = ActSpec(granularity='head' if granularity == 'token' else granularity)
-    specs['probs'] = ActSpec(
-        **spec, zero_point='none', signed=False, row_relative=row_relative, **probs
-    )
+    specs['v'] = ActSpec(granularity='head' if granularity == 'token' else granularity, **act)
+    specs['probs'] = ActSpec(**spec, zero_point='none', signed=False, row_relative=row_relative)
     return QuantAttention(specs, 3, None, 'attn')
 
 
@@ -135,10 +139,13 @@ class Attend(nn.Module):
         return self.attention.attend(query, key, value, 0.3, self.bias, mask)
 
 
-def attending(granularity='head', row_relative=True, masked=True):
+def attending(granularity='head', row_relative=True, masked=True, **act):
     torch.manual_seed(0)
     mask = torch.randn(2, 12, 12) if masked else None
-    module, x = Attend(attention(granularity, row_relative), mask), torch.randn(3, 4, 3, 12, 8)
+    module, x = (
+        Attend(attention(granularity, row_relative, **act), mask),
+        torch.randn(3, 4, 3, 12, 8),
+    )
     quantizers = act_quantizers(module).values()
     for quantizer in quantizers:
         quantizer.observe()
@@ -151,10 +158,11 @@ def attending(granularity='head', row_relative=True, masked=True):
     return module, x
 
 
+@pytest.mark.parametrize('form', ['integer', 'levels'])
 @pytest.mark.parametrize('row_relative', [True, False])
 @pytest.mark.parametrize('granularity', ['head', 'tensor', 'token'])
-def test_gradients_of_attention(granularity, row_relative):
-    module, x = attending(granularity, row_relative)
+def test_gradients_of_attention(granularity, row_relative, form):
+    module, x = attending(granularity, row_relative, format=form)
     above = torch.randn(4, 3, 12, 8)
     out, found = gradients(module, x, above)
     set_saved_bytes(module, None)
@@ -164,8 +172,10 @@ def test_gradients_of_attention(granularity, row_relative):
     flipped = distance(out, plain_out) > 1e-5 or distance(plain_out, exact_out) > 1e-5
     assert distance(out, plain_out) < 2e-2
     assert found.keys() == plain.keys()
+    # Beside a position there is less room for the residual than beside a code.
+    limit = 5e-2 if flipped else (1e-3 if form == 'integer' else 5e-3)
     for name, grad in found.items():
-        assert distance(grad, plain[name]) < (5e-2 if flipped else 1e-3), name
+        assert distance(grad, plain[name]) < limit, name
         assert distance(grad, exact[name]) < (5e-2 if flipped else 1e-2), name
 
 
@@ -246,9 +256,14 @@ def test_whole_models_keep_less(kind):
     assert kept[1] < kept[2] < 0.7 * kept[None]
 
 
-@pytest.mark.parametrize('kind', ['vit', 'swin', 'resnet'])
-def test_whole_models_have_the_gradients_of_the_plain_formulation(kind):
-    model = build_quantized(kind, freeze=False).train()
+LEVELS = {site: dict(format='levels') for site in ('activation', 'q', 'k', 'v', 'probs')}
+
+
+@pytest.mark.parametrize(
+    ('kind', 'policy'), [('vit', {}), ('swin', {}), ('resnet', {}), ('vit', LEVELS)]
+)
+def test_whole_models_have_the_gradients_of_the_plain_formulation(kind, policy):
+    model = build_quantized(kind, policy, freeze=False).train()
     batch = images(4)
     results = []
     for saved_bytes in (2, None):
@@ -350,8 +365,9 @@ def test_hooks_of_quantizers_see_what_they_saw(kind):
             assert out.shape == plain_out.shape
 
 
-def test_compiles_into_one_graph():
-    layer, x = make('linear')
+@pytest.mark.parametrize('act', ['asymmetric', 'levels'])
+def test_compiles_into_one_graph(act):
+    layer, x = make('linear', ACTS[act])
     above = torch.randn_like(layer(x))
     out, expected = gradients(layer, x, above)
     torch._dynamo.reset()
@@ -363,8 +379,9 @@ def test_compiles_into_one_graph():
         assert distance(grad, expected[key]) < 1e-6, name
 
 
-def test_attention_compiles_into_one_graph():
-    module, x = attending()
+@pytest.mark.parametrize('form', ['integer', 'levels'])
+def test_attention_compiles_into_one_graph(form):
+    module, x = attending(format=form)
     above = torch.randn(4, 3, 12, 8)
     out, expected = gradients(module, x, above)
     torch._dynamo.reset()
