@@ -1,4 +1,4 @@
-// AVX2: vpmaddubsw with sums of two products, exact in 16 bits for codes of four bits. Attention
+// AVX2: vpmaddubsw with sums of two products, exact in 16 bits for codes of seven bits. Attention
 // adds as many sums as fit before it widens them, or widens both operands first where no sum of two
 // is sure to fit; either way the result is exact.
 #include <cmath>
@@ -18,13 +18,11 @@
 namespace gplq_mm {
 namespace {
 
-// Largest code whose products with int8 may be summed in 16 bits...
-constexpr int32_t kNarrow = 15;
-// ...this many times: 8 * 2 * 15 * 128 < 2^15.
-constexpr int64_t kWiden = 8;
-
+// How many sums of two products of codes and int8 may be added in 16 bits: twice 2 * 63 * 128 and
+// once 2 * 127 * 128 are below 2^15.
+constexpr int32_t kTwice = 63, kOnce = 127;
 // The half of a byte that takes part. A product of wider codes is one of their low halves plus
-// 16 times one of their high halves, each exact.
+// 16 times one of their high halves.
 enum class Half { whole, low, high };
 // In attention: magnitude of a sum of two products that fits 16 bits.
 constexpr int64_t kLargestShort = 32767;
@@ -41,50 +39,63 @@ struct Avx2 : Vectors256 {
     return four;
   }
 
-  template <int rows, Half half>
-  static void quarter(const uint8_t* codes, int64_t stride, const int8_t* weights, int64_t steps,
-                      int32_t* sums) {
-    const __m256i ones = _mm256_set1_epi16(1);
-    for (int64_t begin = 0; begin < steps; begin += kWiden) {
-      const int64_t end = begin + kWiden < steps ? begin + kWiden : steps;
-      __m256i sum[rows][2];
-#pragma GCC unroll 6
-      for (int row = 0; row < rows; ++row) sum[row][0] = sum[row][1] = _mm256_setzero_si256();
-      for (int64_t s = begin; s < end; ++s) {
-        const auto* from = reinterpret_cast<const __m256i*>(weights + s * kStep * kPanel);
-        const __m256i low = _mm256_load_si256(from), high = _mm256_load_si256(from + 1);
-#pragma GCC unroll 6
-        for (int row = 0; row < rows; ++row) {
-          const __m256i four = broadcast<half>(codes + row * stride + s * kStep);
-          sum[row][0] = _mm256_add_epi16(sum[row][0], _mm256_maddubs_epi16(four, low));
-          sum[row][1] = _mm256_add_epi16(sum[row][1], _mm256_maddubs_epi16(four, high));
-        }
+  // Adds the products of one or two steps of a row and 16 rows of weights, which stay in memory:
+  // the registers are for the sums.
+  template <Half half, int together>
+  static void add_steps(const uint8_t* codes, const int8_t* weights, __m256i (&sum)[2]) {
+    const __m256i factor = _mm256_set1_epi16(half == Half::high ? 16 : 1);
+    const __m256i first = broadcast<half>(codes);
+    const __m256i second = together > 1 ? broadcast<half>(codes + kStep) : first;
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      __m256i pairs = _mm256_maddubs_epi16(first, load_bytes(weights + 32 * i));
+      if (together > 1) {
+        const __m256i others = load_bytes(weights + kStep * kPanel + 32 * i);
+        pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(second, others));
       }
+      sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(pairs, factor));
+    }
+  }
+
+  template <int rows, Half half, int together>
+  static void add_quarter(const uint8_t* codes, int64_t stride, const int8_t* weights,
+                          int64_t steps, __m256i (&sum)[rows][2]) {
+    int64_t s = 0;
+    for (; s + together <= steps; s += together) {
 #pragma GCC unroll 6
       for (int row = 0; row < rows; ++row) {
-#pragma GCC unroll 2
-        for (int i = 0; i < 2; ++i) {
-          auto* to = reinterpret_cast<__m256i*>(sums + row * kPanel + 8 * i);
-          __m256i wide = _mm256_madd_epi16(sum[row][i], ones);
-          if (half == Half::high) wide = _mm256_slli_epi32(wide, 4);
-          _mm256_store_si256(to, _mm256_add_epi32(_mm256_load_si256(to), wide));
-        }
+        add_steps<half, together>(codes + row * stride + s * kStep, weights + s * kStep * kPanel,
+                                  sum[row]);
       }
+    }
+    if (s == steps) return;
+#pragma GCC unroll 6
+    for (int row = 0; row < rows; ++row) {
+      add_steps<half, 1>(codes + row * stride + s * kStep, weights + s * kStep * kPanel, sum[row]);
     }
   }
 
   template <int rows>
   static void tile(const uint8_t* codes, int64_t stride, const int8_t* panel, int64_t steps,
                    int32_t max_code, int32_t* sums) {
-    std::memset(sums, 0, sizeof(int32_t) * rows * kPanel);
-    for (int64_t i = 0; i < kPanel / kQuarter; ++i) {
-      const int8_t* weights = panel + i * kQuarter * kStep;
-      int32_t* to = sums + i * kQuarter;
-      if (max_code <= kNarrow) {
-        quarter<rows, Half::whole>(codes, stride, weights, steps, to);
+    for (int64_t i = 0; i < kPanel; i += kQuarter) {
+      const int8_t* weights = panel + i * kStep;
+      __m256i sum[rows][2];
+#pragma GCC unroll 6
+      for (int row = 0; row < rows; ++row) sum[row][0] = sum[row][1] = _mm256_setzero_si256();
+      if (max_code <= kTwice) {
+        add_quarter<rows, Half::whole, 2>(codes, stride, weights, steps, sum);
+      } else if (max_code <= kOnce) {
+        add_quarter<rows, Half::whole, 1>(codes, stride, weights, steps, sum);
       } else {
-        quarter<rows, Half::low>(codes, stride, weights, steps, to);
-        quarter<rows, Half::high>(codes, stride, weights, steps, to);
+        add_quarter<rows, Half::low, 2>(codes, stride, weights, steps, sum);
+        add_quarter<rows, Half::high, 2>(codes, stride, weights, steps, sum);
+      }
+#pragma GCC unroll 6
+      for (int row = 0; row < rows; ++row) {
+        auto* to = reinterpret_cast<__m256i*>(sums + row * kPanel + i);
+        _mm256_store_si256(to, sum[row][0]);
+        _mm256_store_si256(to + 1, sum[row][1]);
       }
     }
   }
