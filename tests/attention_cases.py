@@ -4,14 +4,14 @@ A probability within float32's error of a rounding boundary may get either code.
 those codes and gives the interval that the output then lies in; everything else is exact.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from hypothesis import strategies as st
-from packed_layers import SEEDS
+from packed_layers import NO_TABLE, SEEDS, level_table
 from torch import Tensor
 
-from gplq_mm.quant.functional import quantize
+from gplq_mm.quant.functional import look_up, quantize
 
 EPSILON = 2.0**-24
 # Rounded operations that a score goes through, with some to spare.
@@ -28,6 +28,7 @@ class AttentionCase:
     scale: float
     grids: Tensor
     limits: list[int]
+    tables: list[Tensor] = field(default_factory=lambda: [NO_TABLE] * 4)
     row_relative: bool = True
     bias: Tensor | None = None
     mask: Tensor | None = None
@@ -52,22 +53,26 @@ def random_case(
     symmetric: bool = False,
     probs_offset: bool = False,
     seed: int = 0,
+    levels: tuple[int, int, int, int] = (0, 0, 0, 0),
 ) -> AttentionCase:
-    """Normal q, k, v of ``channels`` a head, on grids that clip little."""
+    """Normal q, k, v of ``channels`` a head, on grids that clip little; operands with ``levels``
+    have a table of so many for each head."""
     generator = torch.Generator().manual_seed(seed)
 
     def near_one(*shape):
         return 0.8 + 0.4 * torch.rand(*shape, generator=generator)
 
-    grids, limits = torch.zeros(4, 2, heads), []
+    grids, limits, tables = torch.zeros(4, 2, heads), [], [NO_TABLE] * 4
     for i, width in enumerate(bits):
-        codes = 2**width
+        codes = 64 if levels[i] else 2**width
+        if levels[i]:
+            tables[i] = torch.stack([level_table(levels[i], generator) for _ in range(heads)])
         if i == 3:
             grids[i, 0] = near_one(heads) * (1.0 if row_relative else 0.3) / (codes - 1)
             if probs_offset:
                 grids[i, 1] = grids[i, 0] * (near_one(heads) - 0.7)
             limits += [0, codes - 1]
-        elif symmetric:
+        elif symmetric and not levels[i]:
             grids[i, 0] = near_one(heads) * 5 / codes
             limits += [-(codes // 2), codes // 2 - 1]
         else:
@@ -75,7 +80,7 @@ def random_case(
             grids[i, 1] = -2.5 * near_one(heads)
             limits += [0, codes - 1]
     qkv = torch.randn(windows, tokens, 3 * heads * channels, generator=generator)
-    return AttentionCase(qkv, heads, channels**-0.5, grids, limits, row_relative)
+    return AttentionCase(qkv, heads, channels**-0.5, grids, limits, tables, row_relative)
 
 
 def with_rows(case: AttentionCase, padding: int, missing: int, seed: int = 0) -> AttentionCase:
@@ -114,6 +119,7 @@ def attention_cases(draw, tokens: st.SearchStrategy[int] = TOKENS) -> AttentionC
         draw(st.booleans()),
         draw(st.booleans()),
         seed,
+        draw(st.one_of(st.just((0,) * 4), st.tuples(*[st.sampled_from([0, 1, 8, 16, 64])] * 4))),
     )
     generator = torch.Generator().manual_seed(seed + 1)
     count = case.qkv.shape[1]
@@ -174,7 +180,12 @@ class Bounds:
         return self.case.grids[i, 0][:, None, None], self.case.grids[i, 1][:, None, None]
 
     def _codes(self, x: Tensor, i: int) -> Tensor:
-        return quantize(x, *self._grid(i), *self.case.limits[2 * i : 2 * i + 2]).double()
+        positions = quantize(x, *self._grid(i), *self.case.limits[2 * i : 2 * i + 2])
+        return self._integers(positions.double(), i)
+
+    def _integers(self, positions: Tensor, i: int) -> Tensor:
+        table = self.case.tables[i]
+        return look_up(positions, table) if table.numel() else positions
 
     def _real(self, codes: Tensor, i: int) -> Tensor:
         scale, offset = (part.double() for part in self._grid(i))
@@ -206,7 +217,9 @@ class Bounds:
         slack = probs * inverse.double() * (error.expm1() + 16 * EPSILON)
         slack = slack + 4 * EPSILON * (shift.abs() + 1e-30)
         limits = self.case.limits[6:8]
-        return (steps - slack).round().clamp(*limits), (steps + slack).round().clamp(*limits)
+        ends = ((steps + off).round().clamp(*limits) for off in (-slack, slack))
+        # Levels ascend.
+        return tuple(self._integers(end, 3) for end in ends)
 
     def _mix(self, low: Tensor, high: Tensor, value: Tensor, divisor: Tensor) -> None:
         scale, offset = (part.double() for part in self._grid(3))

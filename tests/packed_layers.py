@@ -16,6 +16,8 @@ from gplq_mm.quant.packing import pack_multiplier_panels, pack_panels
 ISAS = native.available_isas()
 # Examples are drawn afresh from a seed, so that shrinking changes shapes and not values.
 SEEDS = st.integers(0, 2**16)
+# Codes are the integers that are multiplied.
+NO_TABLE = torch.empty(0, dtype=torch.uint8)
 
 
 def every_isa(check: Callable[[], None]) -> None:
@@ -32,6 +34,15 @@ def error_of(function: Callable, *args) -> str:
     with pytest.raises(ValueError, match=r'.') as error:
         function(*args)
     return str(error.value)
+
+
+def level_table(count: int, generator: torch.Generator, extreme: bool = False) -> Tensor:
+    """Table ``(64,)`` of ``count`` random levels, up to 63 if ``extreme``; uint8."""
+    levels = torch.randperm(64, generator=generator)[:count].sort().values
+    if extreme:
+        levels[-1] = 63
+    nearest = (torch.arange(64)[:, None] - levels).abs().argmin(1)
+    return levels[nearest].to(torch.uint8)
 
 
 @dataclass
@@ -69,8 +80,12 @@ def random_layer(
     code_min: int = 0,
     seed: int = 0,
     extreme: bool = False,
+    levels: int = 0,
 ) -> PackedCase:
-    """A layer with random or, if ``extreme``, largest possible integers."""
+    """A layer with random or, if ``extreme``, largest possible integers; its activations have a
+    table of ``levels``, if any."""
+    if levels:
+        act_bits, code_min = 6, 0
     generator = torch.Generator().manual_seed(seed)
 
     def integers(low, high, *shape):
@@ -103,6 +118,7 @@ def random_layer(
         reals(0.001, 0.01, rows),
         reals(-2, 2, rows),
         integers(-9000, 9000, rows).int(),
+        level_table(levels, generator, extreme) if levels else NO_TABLE,
     ]
     return PackedCase(layer, [code_min, code_min + 2**act_bits - 1, group_size], natural)
 
@@ -120,6 +136,7 @@ def layers(draw, max_rows: int = 150, max_columns: int = 140) -> PackedCase:
         code_min=draw(st.sampled_from([0, -(2 ** (act_bits - 1))])),
         seed=draw(SEEDS),
         extreme=draw(st.booleans()),
+        levels=draw(st.sampled_from([0, 0, 1, 2, 8, 16, 64])),
     )
 
 

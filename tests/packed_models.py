@@ -29,6 +29,16 @@ MMDET_SWIN = dict(
 )
 
 
+_LEVELS = dict(format='levels', observer='mse')
+LEVELS_POLICY = dict(
+    activation=_LEVELS,
+    q={**_LEVELS, 'granularity': 'head'},
+    k={**_LEVELS, 'granularity': 'tensor'},
+    v={**_LEVELS, 'granularity': 'tensor'},
+    probs={**_LEVELS, 'granularity': 'head'},
+)
+
+
 def run_config(kind: str) -> dict:
     """What :func:`gplq_mm.deploy.save` needs of the config of a run."""
     return dict(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..ops import reference, training_reference
+from ..quant.functional import POSITIONS
 from ..quant.levels import table_of
 from ..quant.packing import pack_multiplier_panels, pack_panels
 from .timing import Call
@@ -14,28 +15,38 @@ from .timing import Call
 # Code range of four bits and of the positions of levels, and bits of the rounding residual beside a
 # code.
 TRAINING_GRID, FINE_GRID = [0, 15, 12], [0, 63, 10]
+# Of a layer or an operand whose codes are the integers themselves.
+NO_TABLE = torch.empty(0, dtype=torch.uint8)
 
 
 def random_layer(
-    columns: int, rows: int, bits: int = 4, act_bits: int = 4
+    columns: int, rows: int, bits: int = 4, act_bits: int = 4, levels: int = 0
 ) -> tuple[list[Tensor], list[int]]:
-    """Operands of a packed layer in groups of 32, on the CPU."""
+    """Operands of a packed layer in groups of 32, on the CPU; with ``levels`` codes of 6 bits
+    are positions of so many chosen ones."""
     limit = min(2 ** (bits - 1), 127)
     codes = torch.randint(-limit, 2 ** (bits - 1), (rows, columns), dtype=torch.int8)
     largest = max(1, min(15, 127 // limit))
     factors = torch.randint(1, largest + 1, (rows, -(-columns // 32)), dtype=torch.uint8)
-    levels = 2**act_bits
+    codes_of_input = 2**act_bits
     layer = [
-        torch.full((columns,), levels / 5),
-        torch.full((columns,), levels / 2) + torch.rand(columns),
+        torch.full((columns,), codes_of_input / 5),
+        torch.full((columns,), codes_of_input / 2) + torch.rand(columns),
         pack_panels(codes, bits),
         pack_multiplier_panels(factors),
         torch.randperm(columns).int(),
         torch.rand(rows) * 1e-3,
         torch.randn(rows),
         torch.randint(-1000, 1000, (rows,), dtype=torch.int32),
+        random_tables(1, levels)[0] if levels else NO_TABLE,
     ]
-    return layer, [0, levels - 1, 32]
+    return layer, [0, codes_of_input - 1, 32]
+
+
+def random_tables(rows: int, levels: int) -> Tensor:
+    """Tables of ``levels`` random levels, uint8 ``(rows, 64)``."""
+    chosen = torch.rand(rows, POSITIONS).argsort(1)[:, :levels].sort(1).values
+    return table_of(chosen.to(torch.uint8))
 
 
 def _moved(value, device: torch.device | str):
@@ -75,14 +86,14 @@ def check(shapes: Iterable[tuple[int, int, int]], device: torch.device | str) ->
         compare(f'{op} {label}', actual, getattr(reference, op)(*args), flipped)
 
     for tokens, columns, rows in shapes:
-        for bits, act_bits in ((4, 4), (8, 8), (3, 6)):
-            layer, grid = random_layer(columns, rows, bits, act_bits)
+        for bits, act_bits, levels in ((4, 4, 0), (8, 8, 0), (3, 6, 0), (4, 6, 16)):
+            layer, grid = random_layer(columns, rows, bits, act_bits, levels)
             for images in (1, 4):
                 x = torch.randn(tokens * images, columns, dtype=torch.bfloat16)
                 # Every other value on a tie.
                 ties = torch.randint(0, 16, x[:, ::2].shape) + 0.5 - layer[1][::2]
                 x[:, ::2] = (ties / layer[0][::2]).bfloat16()
-                label = f'{tuple(x.shape)} x {rows}, W{bits}A{act_bits}'
+                label = f'{tuple(x.shape)} x {rows}, W{bits}A{act_bits}' + ', levels' * bool(levels)
                 run('int4_accumulate', label, x, layer, grid)
                 run('int4_linear', label, x, layer, grid)
     x = torch.randn(2 * 197, 384)
@@ -96,11 +107,13 @@ def check(shapes: Iterable[tuple[int, int, int]], device: torch.device | str) ->
     patches, geometry = random_layer(768, 768, 8, 8), [16, 16, 16, 16, 0, 0, 1, 1]
     run('int4_conv2d', 'of patches', torch.randn(2, 3, 224, 224), *patches, geometry)
     for tokens, heads, depth in ((197, 12, 64), (49, 6, 32), (144, 6, 32)):
-        grids = torch.zeros(4, 2, heads)
-        grids[:3, 0], grids[:3, 1], grids[3, 0] = 0.3, -2.2, 1 / 15
         qkv, bias = torch.randn(4, tokens, 3 * heads * depth), torch.randn(heads, tokens, tokens)
-        rest = heads, depth**-0.5, grids, [0, 15] * 4, True, bias, None, None, 0
-        run('int4_attention', f'of {tokens} tokens', qkv, *rest, flipped=0.02)
+        for last, table in ((15, NO_TABLE), (POSITIONS - 1, random_tables(heads, 16))):
+            grids = torch.zeros(4, 2, heads)
+            grids[:3, 0], grids[:3, 1], grids[3, 0] = 4.5 / last, -2.2, 1 / last
+            rest = grids, [0, last] * 4, [table] * 4, True, bias, None, None, 0
+            label = f'of {tokens} tokens' + ', levels' * (last != 15)
+            run('int4_attention', label, qkv, heads, depth**-0.5, *rest, flipped=0.02)
     for name, call in training_calls(2).items():
         host = call(training_reference, 'cpu')()
         for i, actual in enumerate(call(ops, device)()):

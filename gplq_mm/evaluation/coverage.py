@@ -128,7 +128,7 @@ def _width(module: nn.Module) -> str:
         weight, act = module.bits
         return f'w{weight}a{act}'
     if isinstance(module, Int4Attention):
-        return _operand_width([(high - low).bit_length() for low, high in _pairs(module.limits)])
+        return _operand_width(module.bits)
     if isinstance(module, QuantAttention):
         quantizers = [getattr(module, operand) for operand in ('q', 'k', 'v', 'probs')]
         bits = [q.spec.bits if getattr(q, 'enabled', False) else 32 for q in quantizers]
@@ -136,10 +136,6 @@ def _width(module: nn.Module) -> str:
     weight, act = module.weight_quantizer, module.act_quantizer
     bits = weight.spec.bits if weight.is_quantized and weight.enabled else 32
     return f'w{bits}a{act.spec.bits}' if act.enabled else FLOAT
-
-
-def _pairs(limits: list[int]) -> list[tuple[int, int]]:
-    return list(zip(limits[::2], limits[1::2], strict=True))
 
 
 def _operand_width(bits: list[int]) -> str:
@@ -198,7 +194,7 @@ class _Counter(TorchDispatchMode):
     def _count_op(self, func, args: tuple, out: Any) -> None:
         """Books a fused or packed op on the layers that it is given."""
         if func._overloadpacket is torch.ops.gplq_mm.int4_attention:
-            qkv, rows = args[0], args[8]
+            qkv, rows = args[0], args[9]
             tokens = qkv.shape[-2] if rows is None else rows.shape[-1]
             windows = math.prod(qkv.shape[:-2]) if rows is None else rows.shape[0]
             module = self.packed[id(args[3])]

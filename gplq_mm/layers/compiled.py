@@ -20,7 +20,7 @@ from .conv_transpose import QuantConvTranspose2d
 from .int4_conv import Int4Conv2d
 from .int4_conv_transpose import Int4ConvTranspose2d
 from .int4_linear import Int4Linear
-from .int4_weight import DeployError, Int4WeightLayer
+from .int4_weight import DeployError, Int4WeightLayer, table_operand
 from .linear import QuantLinear
 
 # Simulated layer -> packed layer.
@@ -86,12 +86,14 @@ def _attend(
     if not same or dropout_p or not attention.computes_on_codes(query):
         return QuantAttention.attend(attention, query, key, value, scale, bias, mask, dropout_p)
     qkv = torch.stack([x.transpose(1, 2) for x in (query, key, value)], 2).flatten(2)
+    tables = [table_operand(table, query.device) for table in attention.tables()]
     added = (None if x is None else x.float().contiguous() for x in (bias, mask))
     out = _attention(
         qkv.float(),
         attention.num_heads,
         scale,
         *attention.grids(),
+        tables,
         attention.probs.row_relative,
         *added,
         None,

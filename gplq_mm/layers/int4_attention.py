@@ -7,7 +7,7 @@ from ..errors import SettingError
 from ..ops import library as _library  # noqa: F401  (defines the ops)
 from ..quant import QuantState
 from .attention import OPERANDS, QuantAttention
-from .int4_weight import DeployError, move_only
+from .int4_weight import DeployError, move_only, table_operand
 
 # Added to a score that does not count: far below all others, and still finite.
 FORBIDDEN = -1e30
@@ -29,7 +29,9 @@ class Int4Attention(nn.Module):
     """Softmax attention on quantized operands.
 
     Buffers: ``grids`` float32 ``(4, 2, heads)``, scale and offset of q, k, v and probabilities;
-    ``bias`` float32 ``(heads, N, N)`` added to the scores, or None.
+    ``q_table`` to ``probs_table`` uint8 ``(heads, 64)``, the levels of their codes, or ``(0,)``
+    where codes are the integers themselves; ``bias`` float32 ``(heads, N, N)`` added to the
+    scores, or None.
 
     Args:
         num_heads: Heads.
@@ -40,8 +42,11 @@ class Int4Attention(nn.Module):
         super().__init__()
         self.num_heads, self.scale = num_heads, float(scale)
         self.limits: list[int] = []
+        self.bits: list[int] = []
         self.row_relative = False
         self.register_buffer('grids', None)
+        for operand in OPERANDS:
+            self.register_buffer(f'{operand}_table', None)
         self.register_buffer('bias', None)
 
     @classmethod
@@ -75,6 +80,9 @@ class Int4Attention(nn.Module):
                     f'{quantizer.site}: switched off; deploy the model with all quantizers on.'
                 )
         packed.grids, packed.limits = attention.grids()
+        packed.bits = [getattr(attention, operand).spec.bits for operand in OPERANDS]
+        for operand, table in zip(OPERANDS, attention.tables(), strict=True):
+            setattr(packed, f'{operand}_table', table_operand(table, packed.grids.device))
         packed.row_relative = attention.probs.row_relative
         packed.bias = None if bias is None else bias.detach().float().contiguous()
         return packed.eval()
@@ -104,6 +112,7 @@ class Int4Attention(nn.Module):
             self.scale,
             self.grids,
             self.limits,
+            [self._buffers[f'{operand}_table'] for operand in OPERANDS],
             self.row_relative,
             self.bias,
             mask,

@@ -31,6 +31,13 @@ def move_only(module: nn.Module, fn) -> None:
             module._buffers[name] = moved
 
 
+def table_operand(table: Tensor | None, device: torch.device) -> Tensor:
+    """A table of levels (:meth:`.ActQuantizer.table`) as the ops take it: empty for None."""
+    if table is None:
+        return torch.empty(0, dtype=torch.uint8, device=device)
+    return table.contiguous()
+
+
 def check_packable(layer: QuantWeightLayer) -> None:
     """Raises DeployError unless the layer has frozen integers of the ``folded`` layout, with
     integer multipliers."""
@@ -121,6 +128,7 @@ class Int4WeightLayer(nn.Module):
                 'row_scale': value.row_scale,
                 'bias': quantizer.bias,
                 'correction': self._correction(layer, value.integers()),
+                'table': table_operand(act.table(), scale.device),
             }
         for name in LAYER_FIELDS:
             self.register_buffer(name, buffers[name].detach().contiguous())

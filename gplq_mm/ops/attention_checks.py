@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checks import check_codes, check_float, check_tensor, require
+from ..quant.functional import POSITIONS
+from .checks import check_codes, check_float, check_table, check_tensor, require, table_shape
 
 OPERANDS = 4
 # 255 * 128 * 2**16 < 2**31: sums of so many products of codes are exact in int32.
@@ -21,6 +22,7 @@ def check_attention(
     heads: int,
     grids: Tensor,
     limits: Sequence[int],
+    tables: Sequence[Tensor],
     bias: Tensor | None,
     mask: Tensor | None,
     rows: Tensor | None,
@@ -63,6 +65,15 @@ def check_attention(
     )
     for i in range(OPERANDS):
         check_codes(limits[2 * i : 2 * i + 2])
+    require(
+        len(tables) == OPERANDS,
+        f'tables must be those of q, k, v and probabilities, got {len(tables)} tensors.',
+    )
+    for i, table in enumerate(tables):
+        name = f'tables[{i}]'
+        shape = table_shape(table, (heads, POSITIONS))
+        check_tensor(name, table, (torch.uint8,), shape, qkv.device)
+        check_table(name, table, limits[2 * i : 2 * i + 2])
     if bias is not None:
         check_tensor('bias', bias, (torch.float32,), (heads, tokens, tokens), qkv.device)
     if mask is not None:

@@ -8,16 +8,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..quant.functional import POSITIONS
 from ..quant.packing import PANEL
 
 LAYER_FIELDS = (
-    'inverse', 'shift', 'weight', 'multiplier', 'position', 'row_scale', 'bias', 'correction'
+    'inverse', 'shift', 'weight', 'multiplier', 'position', 'row_scale', 'bias', 'correction',
+    'table',
 )  # fmt: skip
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _DTYPES = {
     'multiplier': torch.uint8,
     'position': torch.int32,
     'correction': torch.int32,
+    'table': torch.uint8,
 }
 # -8 * 15 is the last product that an int8 holds.
 MAX_PACKED_MULTIPLIER = 15
@@ -59,6 +62,31 @@ def check_codes(grid: Sequence[int]) -> None:
     )
 
 
+def table_shape(table: Tensor, shape: Sequence[int]) -> Sequence[int]:
+    """``shape`` for a table of levels, ``(0,)`` where there is none."""
+    return (0,) if table.dim() == 1 and not len(table) else shape
+
+
+def check_table(name: str, table: Tensor, grid: Sequence[int]) -> None:
+    """Checks what a table of levels holds, of the right dtype and shape, for a range of codes.
+
+    Values are only looked at on the CPU: elsewhere that would wait for the device.
+    """
+    if not table.numel():
+        return
+    low, high, last = grid[0], grid[1], POSITIONS - 1
+    require(
+        (low, high) == (0, last),
+        f'codes must be positions 0..{last} where {name} has levels, got {low}..{high}.',
+    )
+    if table.device.type == 'cpu':
+        _check_range(name, table, 0, last)
+        require(
+            bool((table[..., 1:] >= table[..., :-1]).all()),
+            f'{name} must hold levels that ascend.',
+        )
+
+
 def check_float(x: Tensor) -> None:
     """Checks the dtype of an op's input."""
     wanted = ', '.join(_name(dtype) for dtype in FLOATS)
@@ -75,13 +103,17 @@ def check_input(x: Tensor, columns: int) -> None:
     )
 
 
-def check_quantize(x: Tensor, inverse: Tensor, shift: Tensor, grid: Sequence[int]) -> None:
+def check_quantize(
+    x: Tensor, inverse: Tensor, shift: Tensor, grid: Sequence[int], table: Tensor
+) -> None:
     """Checks the arguments of ``quantize_codes``."""
     require(len(grid) >= 2, f'grid must be [code_min, code_max, ...], got {len(grid)} integers.')
     check_codes(grid)
     require(x.dim() > 0, 'the input must have at least one axis.')
     check_tensor('inverse', inverse, (torch.float32,), x.shape[-1:], x.device)
     check_tensor('shift', shift, (torch.float32,), x.shape[-1:], x.device)
+    check_tensor('table', table, (torch.uint8,), table_shape(table, (POSITIONS,)), x.device)
+    check_table('table', table, grid)
     check_input(x, x.shape[-1])
 
 
@@ -122,12 +154,14 @@ def check_layer(layer: Sequence[Tensor], grid: Sequence[int], device: torch.devi
         'row_scale': (rows,),
         'bias': (rows,),
         'correction': (rows,),
+        'table': table_shape(tensors['table'], (POSITIONS,)),
     }
     for name, tensor in tensors.items():
         dtypes = (
             (torch.uint8, torch.int8) if name == 'weight' else (_DTYPES.get(name, torch.float32),)
         )
         check_tensor(name, tensor, dtypes, shapes[name], device)
+    check_table('table', tensors['table'], grid)
     widest = grid[1] - grid[0]
     require(
         widest * 128 * columns < 2**31,

@@ -16,8 +16,10 @@ from . import native, reference
 __all__ = ['SCHEMAS', 'announced', 'register']
 
 SCHEMAS = {
-    # codes uint8, shape of x
-    'quantize_codes': '(Tensor x, Tensor inverse, Tensor shift, int[] grid) -> Tensor',
+    # codes or levels, uint8, shape of x
+    'quantize_codes': (
+        '(Tensor x, Tensor inverse, Tensor shift, int[] grid, Tensor table) -> Tensor'
+    ),
     # LayerNorm over the last axis; GELU
     'layer_norm': '(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor',
     'gelu': '(Tensor x) -> Tensor',
@@ -44,8 +46,8 @@ SCHEMAS = {
     # qkv (B, N, 3C) -> (B, N, C); with rows (W, N): qkv (R, 3C) -> (out_rows, C), and a row index
     # of out_rows or more is read (padding) but not written.
     'int4_attention': (
-        '(Tensor qkv, int heads, float scale, Tensor grids, int[] limits, bool row_relative, '
-        'Tensor? bias, Tensor? mask, Tensor? rows, SymInt out_rows) -> Tensor'
+        '(Tensor qkv, int heads, float scale, Tensor grids, int[] limits, Tensor[] tables, '
+        'bool row_relative, Tensor? bias, Tensor? mask, Tensor? rows, SymInt out_rows) -> Tensor'
     ),
 }
 
@@ -71,7 +73,7 @@ def _fake_conv2d(x, layer, grid, geometry):
 
 
 def _fake_attention(
-    qkv, heads, scale, grids, limits, row_relative, bias, mask, rows, out_rows
+    qkv, heads, scale, grids, limits, tables, row_relative, bias, mask, rows, out_rows
 ) -> Tensor:
     channels = qkv.shape[-1] // 3
     if rows is None:

@@ -6,6 +6,9 @@ A packed layer travels through the ops as a list of tensors and a list of intege
 ``layer`` (in the order of :data:`LAYER_FIELDS`)
     inverse ``(K,)`` float32, shift ``(K,)`` float32: the activation grid; a code is
     ``clamp(round(x * inverse + shift), code_min, code_max) - code_min``, 0..255.
+    table ``(64,)`` uint8, the last field, where a code stands for a chosen level: codes are then
+    positions 0..63, and what is multiplied is the integer 0..63 that the table holds there, which
+    ascend; ``(0,)`` where codes are the integers themselves.
     weight uint8 ``(P, K, 32)`` or int8 ``(P, K, 64)``, multiplier uint8 ``(P, G, 64)``: panels
     of 64 rows, see :mod:`gplq_mm.quant.packing`.
     position int32 ``(K,)``: input column k meets stored column ``position[k]``.
@@ -20,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..quant import arithmetic
+from ..quant.functional import look_up
 from ..quant.packing import unpack_multiplier_panels, unpack_panels
 from . import checks
 from .attention_checks import check_attention
@@ -31,19 +35,27 @@ __all__ = ['LAYER_FIELDS']
 EXACT_FLOAT32 = 2**24
 
 
-def _codes(x: Tensor, inverse: Tensor, shift: Tensor, code_min: int, code_max: int) -> Tensor:
-    """Codes from 0 as float32; the same operations as :func:`gplq_mm.quant.functional.quantize`.
+def _given(table: Tensor) -> Tensor | None:
+    """A table of levels, or None for an empty one."""
+    return table if table.numel() else None
+
+
+def _codes(x: Tensor, inverse: Tensor, shift: Tensor, grid: list[int], table: Tensor) -> Tensor:
+    """Codes from 0, or levels, as float32; the same operations as
+    :func:`gplq_mm.quant.functional.quantize`.
 
     NaN, which no code can stand for, becomes 0 as in the kernels.
     """
+    code_min, code_max = grid[:2]
     steps = torch.addcmul(shift, x.float(), inverse)
     steps = steps.round_().clamp_(code_min, code_max).sub_(code_min)
-    return steps.nan_to_num_(nan=0.0)
+    steps.nan_to_num_(nan=0.0)
+    return look_up(steps, _given(table))
 
 
 def _integers(layer: list[Tensor], group_size: int) -> Tensor:
     """``multiplier * code`` in the order of the input columns, float32 ``(N, K)``."""
-    _, _, weight, multiplier, position, row_scale, _, _ = layer
+    _, _, weight, multiplier, position, row_scale, *_ = layer
     rows = row_scale.shape[0]
     codes = unpack_panels(weight, rows).float()
     factors = unpack_multiplier_panels(multiplier, rows).float()
@@ -60,9 +72,11 @@ def _accumulate(codes: Tensor, layer: list[Tensor], grid: list[int]) -> Tensor:
     return sums.to(torch.int32) - layer[7]
 
 
-def quantize_codes(x: Tensor, inverse: Tensor, shift: Tensor, grid: list[int]) -> Tensor:
-    checks.check_quantize(x, inverse, shift, grid)
-    return _codes(x, inverse, shift, grid[0], grid[1]).to(torch.uint8)
+def quantize_codes(
+    x: Tensor, inverse: Tensor, shift: Tensor, grid: list[int], table: Tensor
+) -> Tensor:
+    checks.check_quantize(x, inverse, shift, grid, table)
+    return _codes(x, inverse, shift, grid, table).to(torch.uint8)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -80,7 +94,7 @@ def gelu(x: Tensor) -> Tensor:
 def int4_accumulate(x: Tensor, layer: list[Tensor], grid: list[int]) -> Tensor:
     checks.check_layer(layer, grid, x.device)
     checks.check_input(x, layer[0].numel())
-    return _accumulate(_codes(x, layer[0], layer[1], grid[0], grid[1]), layer, grid)
+    return _accumulate(_codes(x, layer[0], layer[1], grid, layer[8]), layer, grid)
 
 
 def _rescale(accumulator: Tensor, layer: list[Tensor]) -> Tensor:
@@ -162,13 +176,14 @@ def int4_attention(
     scale: float,
     grids: Tensor,
     limits: list[int],
+    tables: list[Tensor],
     row_relative: bool,
     bias: Tensor | None,
     mask: Tensor | None,
     rows: Tensor | None,
     out_rows: int,
 ) -> Tensor:
-    check_attention(qkv, heads, grids, limits, bias, mask, rows, out_rows)
+    check_attention(qkv, heads, grids, limits, tables, bias, mask, rows, out_rows)
     channels = qkv.shape[-1] // 3
     flat = qkv.float().reshape(-1, 3 * channels)
     windows = qkv if rows is None else flat[rows.long()]
@@ -178,7 +193,10 @@ def int4_attention(
     query, key, value = (
         windows.float().reshape(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     )
-    out = arithmetic.attention(query, key, value, scale, grids, limits, row_relative, bias, mask)
+    levels = [_given(table) for table in tables]
+    out = arithmetic.attention(
+        query, key, value, scale, grids, limits, row_relative, bias, mask, levels
+    )
     out = out.transpose(1, 2).reshape(batch, tokens, channels).to(qkv.dtype)
     if rows is None:
         return out

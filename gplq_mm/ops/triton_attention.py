@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import native, reference
 from .attention_checks import check_attention
-from .triton_common import LAUNCH, MANY_PROGRAMS, codes_of
+from .triton_common import LAUNCH, MANY_PROGRAMS, levels_of, table_or_none
 
 # Keys times head size that fit the shared memory of every device; above it the plain-torch form
 # runs.
@@ -15,13 +15,15 @@ MAX_KEY_VALUES = 256 * 64
 
 
 @triton.jit
-def _on_grid(x, grid, operand, head, heads, ok, MIN: tl.constexpr, MAX: tl.constexpr):
-    """Codes in the range of int8 (0 where not ok), and what turns them back: scale, offset."""
+def _on_grid(x, grid, table, operand, head, heads, ok, MIN: tl.constexpr, MAX: tl.constexpr):
+    """Codes or levels in the range of int8 (0 where not ok), and their scale and offset."""
     base: tl.constexpr = 128 if MAX - MIN > 127 else 0
     scale = tl.load(grid + operand * 2 * heads + head)
     offset = tl.load(grid + (operand * 2 + 1) * heads + head)
     inverse = tl.div_rn(1.0, scale)
-    code = codes_of(x, inverse, offset * -inverse, MIN, MAX) - base
+    if table is not None:
+        table += head * (MAX - MIN + 1)
+    code = levels_of(x, inverse, offset * -inverse, MIN, MAX, table) - base
     return tl.where(ok, code, 0), scale, scale * (MIN + base) + offset
 
 
@@ -30,6 +32,7 @@ def attention_kernel(
     qkv,  # (in_rows, 3 * heads * D)
     out,  # (rows of the result, heads * D)
     grids,  # float32 (4, 2, heads): scale and offset of q, k, v, probabilities
+    q_table, k_table, v_table, p_table,  # uint8 (heads, 64): levels of their codes, or None
     bias,  # float32 (heads, N, N)
     mask,  # float32 (mask_count, N, N)
     index,  # int32 (windows, N): row of qkv and out of each token
@@ -70,9 +73,9 @@ def attention_kernel(
     ok_kv = ok_kv[:, None] & ok_d
     kv = read + k_row[:, None] * (3 * channels)
     k = tl.load(kv + channels, mask=ok_kv, other=0.0).to(tl.float32)
-    k, k_scale, k_offset = _on_grid(k, grids, 1, head, heads, ok_kv, LIMITS[2], LIMITS[3])
+    k, k_scale, k_offset = _on_grid(k, grids, k_table, 1, head, heads, ok_kv, LIMITS[2], LIMITS[3])
     v = tl.load(kv + 2 * channels, mask=ok_kv, other=0.0).to(tl.float32)
-    v, v_scale, v_offset = _on_grid(v, grids, 2, head, heads, ok_kv, LIMITS[4], LIMITS[5])
+    v, v_scale, v_offset = _on_grid(v, grids, v_table, 2, head, heads, ok_kv, LIMITS[4], LIMITS[5])
     k_sum = tl.sum(k, 1).to(tl.float32)[None, :]
     v_sum = tl.sum(v, 0).to(tl.float32)[None, :]
     k_codes = tl.trans(k.to(tl.int8))
@@ -89,7 +92,7 @@ def attention_kernel(
             ok_q = ok_q & (row >= 0) & (row < in_rows)
         ok = ok_q[:, None] & ok_d
         q = tl.load(read + row[:, None] * (3 * channels), mask=ok, other=0.0).to(tl.float32)
-        q, q_scale, q_offset = _on_grid(q, grids, 0, head, heads, ok, LIMITS[0], LIMITS[1])
+        q, q_scale, q_offset = _on_grid(q, grids, q_table, 0, head, heads, ok, LIMITS[0], LIMITS[1])
         scores = tl.dot(q.to(tl.int8), k_codes).to(tl.float32) * (q_scale * k_scale)
         scores += (tl.sum(q, 1).to(tl.float32) * (q_scale * k_offset))[:, None]
         scores += k_sum * (k_scale * q_offset) + D * q_offset * k_offset
@@ -108,7 +111,7 @@ def attention_kernel(
         if not ROW_RELATIVE:
             probs = tl.div_rn(probs, tl.broadcast_to(total, probs.shape))
         p, p_scale, p_offset = _on_grid(
-            probs, grids, 3, head, heads, ok_k[None, :], LIMITS[6], LIMITS[7]
+            probs, grids, p_table, 3, head, heads, ok_k[None, :], LIMITS[6], LIMITS[7]
         )
         value = tl.dot(p.to(tl.float16), v_codes) * (p_scale * v_scale)
         value += (tl.sum(p, 1).to(tl.float32) * (p_scale * v_offset))[:, None]
@@ -128,13 +131,14 @@ def int4_attention(
     scale: float,
     grids: Tensor,
     limits: list[int],
+    tables: list[Tensor],
     row_relative: bool,
     bias: Tensor | None,
     mask: Tensor | None,
     rows: Tensor | None,
     out_rows: int,
 ) -> Tensor:
-    check_attention(qkv, heads, grids, limits, bias, mask, rows, out_rows)
+    check_attention(qkv, heads, grids, limits, tables, bias, mask, rows, out_rows)
     windows, tokens = qkv.shape[:2] if rows is None else rows.shape
     channels = qkv.shape[-1] // 3
     depth = channels // heads
@@ -146,7 +150,7 @@ def int4_attention(
             'their keys and values do not fit the shared memory',
         )
         return reference.int4_attention(
-            qkv, heads, scale, grids, limits, row_relative, bias, mask, rows, out_rows
+            qkv, heads, scale, grids, limits, tables, row_relative, bias, mask, rows, out_rows
         )
     qkv = qkv.contiguous()
     shape = (*qkv.shape[:-1], channels) if rows is None else (out_rows, channels)
@@ -162,6 +166,7 @@ def int4_attention(
             qkv,
             out,
             grids.contiguous(),
+            *(table_or_none(table) for table in tables),
             qkv if bias is None else bias.contiguous(),
             qkv if mask is None else mask.contiguous(),
             qkv if rows is None else rows.contiguous(),

@@ -47,6 +47,21 @@ def codes_of(x, inverse, shift, CODE_MIN: tl.constexpr, CODE_MAX: tl.constexpr):
     return (steps + MAGIC).to(tl.int32, bitcast=True) - (_MAGIC_BITS + CODE_MIN)
 
 
+@triton.jit
+def levels_of(x, inverse, shift, CODE_MIN: tl.constexpr, CODE_MAX: tl.constexpr, table):
+    """As :func:`codes_of`; what a table of levels holds at the codes, unless ``table`` is None."""
+    code = codes_of(x, inverse, shift, CODE_MIN, CODE_MAX)
+    if table is not None:
+        # A table is one line of the cache.
+        code = tl.load(table + code).to(tl.int32)
+    return code
+
+
+def table_or_none(table: Tensor) -> Tensor | None:
+    """A table of levels, or None for one without any."""
+    return table.contiguous() if table.numel() else None
+
+
 def launch_options(size: int, tile: int, each: int = 16) -> dict:
     """Options that every launch has: ``size`` of the tensor, values of a tile and of a thread."""
     return dict(WIDE=size >= WIDE_FROM, num_warps=min(max(tile // (32 * each), 1), 32), **LAUNCH)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import INTERPRETED, LAUNCH, SQRT_HALF, codes_of, fma
+from .triton_common import INTERPRETED, LAUNCH, SQRT_HALF, fma, levels_of
 from .triton_layer import TritonLayer
 from .triton_tuning import tuned
 
@@ -108,6 +108,7 @@ def gemm_kernel(
     correction,  # int32 (N,)
     gamma, residual,  # float (N,) and (M, N); read with GAMMA and ADD
     next_inverse, next_shift,  # float32 (N,): grid of the next layer; read with OUT_CODES
+    next_table,  # uint8 (64,): levels of the next layer's codes, or None
     M, N, half, groups,
     M_BUCKET,  # M rounded up to a power of two: a key of autotuning
     GROUP_SIZE: tl.constexpr,
@@ -188,7 +189,7 @@ def gemm_kernel(
         if OUT == _OUT_CODES:
             factor = tl.load(next_inverse + w_row)[None, :]
             offset = tl.load(next_shift + w_row)[None, :]
-            code = codes_of(value, factor, offset, NEXT_MIN, NEXT_MAX)
+            code = levels_of(value, factor, offset, NEXT_MIN, NEXT_MAX, next_table)
             if NEXT_PACKED:
                 # The rows of w are ordered such that two neighbours share a byte.
                 low, high = tl.split(code.reshape(BLOCK_M, BLOCK_N // 2, 2))
@@ -277,6 +278,7 @@ def multiply(
         layer.row_scale if residual is None else residual,
         next_inverse,
         next_shift,
+        None if second is None else second.table,
         rows,
         layer.rows,
         layer.half,

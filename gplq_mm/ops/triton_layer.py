@@ -17,6 +17,7 @@ from ..quant.packing import (
     unpack_panels,
 )
 from .checks import check_layer, check_mlp
+from .triton_common import table_or_none
 
 # Codes up to here take half a byte, up to the next an int8 as they are; more are shifted.
 NIBBLE, BYTE = 15, 127
@@ -41,6 +42,7 @@ class TritonLayer:
         source: int32 ``(2H,)``, input column of each stored column, or None where they are the
             same.
         inverse, shift: float32 ``(K,)``, stored order.
+        table: uint8 ``(64,)``, the levels of the codes, or None.
         row_scale, bias: float32 ``(N,)``.
         correction: int32 ``(N,)``, the effect of ``offset`` included.
     """
@@ -57,6 +59,7 @@ class TritonLayer:
     source: Tensor | None
     inverse: Tensor
     shift: Tensor
+    table: Tensor | None
     row_scale: Tensor
     bias: Tensor
     correction: Tensor
@@ -100,7 +103,7 @@ def _build(
             waits for the device, once a layer.
     """
     check_layer(layer, grid, device)
-    inverse, shift, weight, multiplier, position, row_scale, bias, correction = layer
+    inverse, shift, weight, multiplier, position, row_scale, bias, correction, table = layer
     code_min, code_max, group_size = grid
     columns, rows = inverse.shape[0], row_scale.shape[0]
     half = half_width(columns)
@@ -148,6 +151,7 @@ def _build(
         source=None if torch.equal(source, natural) else F.pad(source, (0, padding)).int(),
         inverse=inverse[source].contiguous(),
         shift=shift[source].contiguous(),
+        table=table_or_none(table),
         row_scale=row_scale.contiguous(),
         bias=bias.contiguous(),
         correction=correction.contiguous(),

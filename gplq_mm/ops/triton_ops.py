@@ -11,6 +11,7 @@ from torch import Tensor
 from . import checks
 from .reference import gelu, layer_norm
 from .triton_attention import int4_attention
+from .triton_common import table_or_none
 from .triton_gemm import multiply
 from .triton_layer import TritonLayer, prepared_layer, prepared_mlp
 from .triton_quantize import launch_quantize, quantize
@@ -43,17 +44,29 @@ def _prepare(x: Tensor, layer: list[Tensor], grid: list[int]) -> TritonLayer:
     return prepared
 
 
-def quantize_codes(x: Tensor, inverse: Tensor, shift: Tensor, grid: list[int]) -> Tensor:
-    checks.check_quantize(x, inverse, shift, grid)
+def quantize_codes(
+    x: Tensor, inverse: Tensor, shift: Tensor, grid: list[int], table: Tensor
+) -> Tensor:
+    checks.check_quantize(x, inverse, shift, grid, table)
     columns = inverse.shape[0]
     x = x.contiguous()
     out = torch.empty_like(x, dtype=torch.uint8)
     if x.numel():
         rows = _rows_of(x)
-        limits = (grid[0], grid[1], 0)
+        limits, half = (grid[0], grid[1], 0), -(-columns // 2)
         with torch.cuda.device_of(x):
             launch_quantize(
-                x, out, rows, columns, -(-columns // 2), None, inverse, shift, limits, False
+                x,
+                out,
+                rows,
+                columns,
+                half,
+                None,
+                inverse,
+                shift,
+                limits,
+                table_or_none(table),
+                False,
             )
     return out
 

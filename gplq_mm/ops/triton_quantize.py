@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import LAUNCH, MANY_PROGRAMS, codes_of
+from .triton_common import LAUNCH, MANY_PROGRAMS, levels_of
 from .triton_layer import TritonLayer
 
 # Values of a tile that a program keeps in registers, in each half of a row.
@@ -44,6 +44,7 @@ def quantize_kernel(
     out,  # uint8 (rows, half) packed by halves, or int8 (rows, out_columns)
     source,  # int32: input column of each stored column; read with GATHER
     inverse, shift,  # float32, stored order
+    table,  # uint8 (64,): levels of the codes, or None
     norm_weight, norm_bias, eps,  # LayerNorm over the input columns; read with NORM
     rows, columns, half, out_columns,
     steps,  # tiles of ROWS that a program works through
@@ -96,8 +97,8 @@ def quantize_kernel(
             rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares, count) + eps))[:, None]
             x_low = x_low * rstd * low_weight + low_bias
             x_high = x_high * rstd * high_weight + high_bias
-        low_code = codes_of(x_low, low_inverse, low_shift, CODE_MIN, CODE_MAX)
-        high_code = codes_of(x_high, high_inverse, high_shift, CODE_MIN, CODE_MAX)
+        low_code = levels_of(x_low, low_inverse, low_shift, CODE_MIN, CODE_MAX, table)
+        high_code = levels_of(x_high, high_inverse, high_shift, CODE_MIN, CODE_MAX, table)
         to = out + row.to(tl.int64)[:, None] * out_columns + low[None, :]
         mask = ok_row & inside[None, :]
         if PACKED:
@@ -119,6 +120,7 @@ def launch_quantize(
     inverse: Tensor,
     shift: Tensor,
     limits: tuple[int, int, int],
+    table: Tensor | None,
     packed: bool,
     norm: tuple[Tensor, Tensor, float] | None = None,
     image: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
@@ -142,6 +144,7 @@ def launch_quantize(
         x if source is None else source,
         inverse,
         shift,
+        table,
         *((x, x, 0.0) if norm is None else norm),
         rows,
         columns,
@@ -180,6 +183,7 @@ def quantize(
             layer.inverse,
             layer.shift,
             (layer.code_min, layer.code_max, layer.offset),
+            layer.table,
             layer.packed,
             norm,
             image,

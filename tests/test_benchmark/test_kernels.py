@@ -15,9 +15,9 @@ def test_kernels_that_agree(capsys):
     torch.manual_seed(0)
     assert kernels.check(SHAPES, 'cpu') == []
     lines = capsys.readouterr().out.splitlines()
-    # Two ops on three widths and two batches, two MLPs, a convolution, three attentions; 14
-    # results of training.
-    assert len(lines) >= 12 + 2 + 1 + 3 + 14
+    # Two ops on four kinds of codes and two batches, two MLPs, a convolution, three attentions of
+    # two kinds of codes; 14 results of training.
+    assert len(lines) >= 16 + 2 + 1 + 6 + 14
     assert all(line.startswith('  ok') for line in lines)
 
 

@@ -12,6 +12,7 @@ from builders import images
 from mmengine.dataset import default_collate
 from mmengine.registry import DATASETS, DefaultScope
 from packed_models import (
+    LEVELS_POLICY,
     assert_close_but_for_flips,
     fill_compensations,
     quantized_classifier,
@@ -104,8 +105,10 @@ def test_convolutions(tmp_path):
         dict(activation=dict(bits=8), weight=dict(bits=4, group_size=16)),
         # An attention without a packed form: it stays arithmetic on rounded values.
         dict(probs=dict(format='log_sqrt2', row_relative=False)),
+        # Levels of a tensor, and of each head.
+        LEVELS_POLICY,
     ],
-    ids=['symmetric', 'W3A3', 'W6A8', 'W4A8', 'simulated'],
+    ids=['symmetric', 'W3A3', 'W6A8', 'W4A8', 'simulated', 'levels'],
 )
 def test_same_output_for_any_grid(tmp_path, policy):
     model = quantized_classifier('vit', policy)

@@ -57,6 +57,7 @@ POLICIES = {
         v=dict(granularity='tensor', bits=8),
     ),
     'uniform probs': dict(probs=dict(row_relative=False)),
+    'levels': {key: dict(format='levels') for key in ('q', 'k', 'v', 'probs')},
 }
 
 

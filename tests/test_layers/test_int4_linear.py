@@ -20,6 +20,11 @@ act_specs = st.builds(
     signed=st.booleans(),
     granularity=st.sampled_from(['tensor', 'channel']),
     observer=st.just('minmax'),
+) | st.builds(
+    ActSpec,
+    bits=st.sampled_from([2, 4]),
+    granularity=st.sampled_from(['tensor', 'channel']),
+    format=st.just('levels'),
 )
 weight_specs = st.builds(
     WeightSpec,

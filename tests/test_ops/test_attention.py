@@ -43,14 +43,17 @@ def test_output_is_the_reference_to_the_last_bit(case):
     every_isa(check)
 
 
+@pytest.mark.parametrize('levels', [0, 16])
 @pytest.mark.parametrize('row_relative', [True, False])
 @pytest.mark.parametrize(
     ('windows', 'tokens', 'heads', 'channels', 'added'),
     [(1, 197, 6, 64, False), (8, 49, 3, 32, True)],
     ids=['vit', 'swin'],
 )
-def test_model_shapes(isa, windows, tokens, heads, channels, added, row_relative):
-    case = random_case(windows, tokens, heads, channels, row_relative=row_relative)
+def test_model_shapes(isa, windows, tokens, heads, channels, added, row_relative, levels):
+    case = random_case(
+        windows, tokens, heads, channels, row_relative=row_relative, levels=(levels,) * 4
+    )
     if added:
         case.bias = torch.randn(heads, tokens, tokens)
         case.mask = torch.zeros(4, tokens, tokens).masked_fill_(
@@ -63,10 +66,12 @@ def test_model_shapes(isa, windows, tokens, heads, channels, added, row_relative
     assert torch.equal(out, expected(case))
 
 
+@pytest.mark.parametrize('levels', [0, 16])
 @pytest.mark.parametrize('channels', [1, 3, 16, 33, 65])
-def test_edges_of_vectors(isa, channels):
+def test_edges_of_vectors(isa, channels, levels):
     for tokens in (1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 97):
-        case = random_case(2, tokens, 2, channels, (8, 8, 8, 8), symmetric=True)
+        levels_of = (levels,) * 4
+        case = random_case(2, tokens, 2, channels, (8,) * 4, symmetric=True, levels=levels_of)
         Bounds(case).check(run(case))
 
 
@@ -120,8 +125,9 @@ def test_codes_of_q_k_v_are_those_of_the_reference(isa, operand, limits):
     assert seen.diff().min() > 5e-5
 
 
-def test_nothing_but_nan_comes_of_nan(isa):
-    case = random_case(2, 20, 2, 5)
+@pytest.mark.parametrize('levels', [0, 16])
+def test_nothing_but_nan_comes_of_nan(isa, levels):
+    case = random_case(2, 20, 2, 5, levels=(levels,) * 4)
     spots = {'q': (0, 3, 0, 1, 4), 'k': (0, 19, 1, 0, 0), 'v': (1, 7, 2, 1, 2)}
     for spot in spots.values():
         qkv = case.qkv.clone()
@@ -169,7 +175,7 @@ def test_half_precision_is_computed_in_float32(isa, dtype):
 
 
 def test_layouts_other_than_contiguous(isa):
-    case = random_case(4, 21, 2, 12)
+    case = random_case(4, 21, 2, 12, levels=(16, 0, 16, 0))
     case.bias, case.mask = torch.randn(2, 21, 21), torch.randn(2, 21, 21)
     other = with_rows(case, padding=2, missing=1)
     for plain in (case, other):
@@ -178,6 +184,7 @@ def test_layouts_other_than_contiguous(isa):
             grids=plain.grids.mT.contiguous().mT,
             bias=plain.bias.mT.contiguous().mT,
             mask=plain.mask.mT.contiguous().mT,
+            tables=[table.repeat_interleave(2, -1)[..., ::2] for table in plain.tables],
             rows=None if plain.rows is None else plain.rows.mT.contiguous().mT,
         )
         assert not strided.qkv.is_contiguous()
@@ -248,7 +255,8 @@ ROWS = with_rows(CASE, padding=2, missing=0)
 def test_opcheck():
     added = CASE.but(bias=torch.zeros(2, 6, 6), mask=torch.zeros(1, 6, 6))
     tests = ('test_schema', 'test_faketensor', 'test_aot_dispatch_dynamic')
-    for case in (CASE, added, ROWS):
+    levels = random_case(2, 6, 2, 4, levels=(0, 16, 16, 16))
+    for case in (CASE, added, ROWS, levels):
         torch.library.opcheck(attention.default, case.args, test_utils=tests)
 
 

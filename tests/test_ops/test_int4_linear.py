@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_layers import (
     ISAS,
+    NO_TABLE,
     SEEDS,
     error_of,
     every_isa,
@@ -30,7 +31,7 @@ needs_kernels = pytest.mark.skipif(not ISAS, reason='installed without compiled 
 @given(layers(), st.sampled_from([(0,), (1,), (5,), (13,), (2, 9)]), SEEDS)
 def test_accumulators_are_the_exact_sums(case, shape, seed):
     x = random_input(case, *shape, seed=seed)
-    codes = reference.quantize_codes(x, *case.layer[:2], case.grid)
+    codes = reference.quantize_codes(x, *case.layer[:2], case.grid, case.layer[8])
     expected = case.sums(codes)
     assert torch.equal(reference.int4_accumulate(x, case.layer, case.grid), expected)
 
@@ -87,7 +88,7 @@ def test_codes_are_those_of_the_simulation_at_ties(isa, columns):
     away = torch.full_like(x, torch.inf)
     x = torch.cat((x, torch.nextafter(x, away), torch.nextafter(x, -away)))
     for low, high in ((0, 15), (-8, 7), (0, 255), (3, 3), (-(2**15), -(2**15) + 200)):
-        codes = ops.quantize_codes(x, inverse, shift, [low, high])
+        codes = ops.quantize_codes(x, inverse, shift, [low, high], NO_TABLE)
         simulated = quantize(x, scale, offset, low, high) - low
         assert codes.dtype == torch.uint8
         assert torch.equal(codes.float(), simulated)
@@ -97,13 +98,14 @@ def test_codes_are_those_of_the_simulation_at_ties(isa, columns):
 def test_extreme_values_get_the_last_codes_and_nan_the_first(isa, columns):
     one, zero = torch.ones(columns), torch.zeros(columns)
     values = torch.tensor([torch.inf, -torch.inf, 3e38, -3e38, 5e9, -5e9, torch.nan])
-    codes = ops.quantize_codes(values[:, None].expand(-1, columns), one, zero, [-8, 7])
+    codes = ops.quantize_codes(values[:, None].expand(-1, columns), one, zero, [-8, 7], NO_TABLE)
     assert codes[:, 0].tolist() == [15, 0, 15, 0, 15, 0, 0]
     assert torch.equal(codes, codes[:, :1].expand(-1, columns))
 
 
-def test_nan_in_a_layer_is_code_zero(isa):
-    case = random_layer(66, 50)
+@pytest.mark.parametrize('levels', [0, 16])
+def test_nan_in_a_layer_is_code_zero(isa, levels):
+    case = random_layer(66, 50, levels=levels)
     x = random_input(case, 4)
     x[1, 7] = torch.nan
     out = ops.int4_linear(x, case.layer, case.grid)
@@ -114,13 +116,13 @@ def test_nan_in_a_layer_is_code_zero(isa):
 @settings(max_examples=20, deadline=None)
 @given(st.data(), SEEDS)
 def test_strides_do_not_matter(data, seed):
-    case = random_layer(65, 37, seed=seed)
+    case = random_layer(65, 37, seed=seed, levels=data.draw(st.sampled_from([0, 16])))
     x = random_input(case, 6, 3, seed=seed)
     expected = ops.int4_linear(x, case.layer, case.grid)
     strided = torch.empty(3, 37, 12).permute(2, 0, 1)[::2].copy_(x)
     assert not strided.is_contiguous()
     layer = list(case.layer)
-    index = data.draw(st.integers(0, 7))
+    index = data.draw(st.integers(0, 8))
     layer[index] = torch.stack((layer[index], layer[index]), -1)[..., 0]
     assert torch.equal(ops.int4_linear(strided, layer, case.grid), expected)
 
@@ -141,7 +143,7 @@ def test_no_rows_give_an_empty_result(isa):
     case = random_layer(5, 9)
     assert ops.int4_linear(torch.empty(0, 9), case.layer, case.grid).shape == (0, 5)
     assert ops.int4_linear(torch.empty(2, 0, 9), case.layer, case.grid).shape == (2, 0, 5)
-    assert ops.quantize_codes(torch.empty(0, 9), *case.layer[:2], [0, 15]).shape == (0, 9)
+    assert ops.quantize_codes(torch.empty(0, 9), *case.layer[:2], [0, 15], NO_TABLE).shape == (0, 9)
     assert ops.int4_linear(torch.ones(9), case.layer, case.grid).shape == (5,)
 
 
@@ -165,7 +167,7 @@ def set_first(value):
 CASE = random_layer(70, 40)
 X = random_input(CASE, 3)
 BAD_LAYERS = {
-    'too few tensors': (CASE.layer[:7], CASE.grid, 'layer must be the 8 tensors'),
+    'too few tensors': (CASE.layer[:7], CASE.grid, 'layer must be the 9 tensors'),
     'short grid': (CASE.layer, [0, 15], r'grid must be \[code_min, code_max, group_size\]'),
     'codes beyond a byte': (CASE.layer, [0, 256, 32], 'codes must fit a byte'),
     'no codes': (CASE.layer, [1, 0, 32], r'codes must fit a byte.*got 1\.\.0'),
@@ -247,19 +249,20 @@ def test_sums_that_could_exceed_int32_are_refused():
 
 
 @pytest.mark.parametrize(
-    ('inverse', 'shift', 'grid', 'message'),
+    ('changes', 'message'),
     [
-        (torch.ones(4), torch.ones(5), [0, 15], r'inverse must have shape \[5\], got \[4\]'),
-        (torch.ones(5), torch.ones(5).half(), [0, 15], 'shift must be float32, got float16'),
-        (torch.ones(5), torch.ones(5), [0], r'grid must be \[code_min, code_max, ...\]'),
-        (torch.ones(5), torch.ones(5), [0, 300], 'codes must fit a byte'),
+        (dict(inverse=torch.ones(4)), r'inverse must have shape \[5\], got \[4\]'),
+        (dict(shift=torch.ones(5).half()), 'shift must be float32, got float16'),
+        (dict(grid=[0]), r'grid must be \[code_min, code_max, ...\]'),
+        (dict(grid=[0, 300]), 'codes must fit a byte'),
     ],
 )
-def test_bad_grids_of_quantize_codes(inverse, shift, grid, message):
-    x = torch.ones(2, 5)
+def test_bad_grids_of_quantize_codes(changes, message):
+    ones = torch.ones(5)
+    given = dict(x=torch.ones(2, 5), inverse=ones, shift=ones, grid=[0, 15], table=NO_TABLE)
     for function in (ops.quantize_codes, reference.quantize_codes):
         with pytest.raises(ValueError, match=message):
-            function(x, inverse, shift, grid)
+            function(**{**given, **changes})
 
 
 def in_new_process(code: str, **env: str) -> subprocess.CompletedProcess:

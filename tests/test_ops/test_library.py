@@ -11,7 +11,7 @@ from gplq_mm.ops import library, native, reference
 
 ops = torch.ops.gplq_mm
 EPS = 1e-6
-FIRST, SECOND = random_layer(100, 48), random_layer(48, 100)
+FIRST, SECOND = random_layer(100, 48), random_layer(48, 100, levels=16)
 CONV = random_layer(20, 3 * 4)
 ONES = torch.ones(48)
 
@@ -23,7 +23,7 @@ def calls(dtype=torch.float32):
     hidden = torch.randn(2, 5, 100, dtype=dtype)
     image = torch.randn(2, 3, 9, 8, dtype=dtype)
     return {
-        'quantize_codes': (x, *FIRST.layer[:2], FIRST.grid),
+        'quantize_codes': (x, *FIRST.layer[:2], FIRST.grid, FIRST.layer[8]),
         'layer_norm': (x, ONES, ONES, EPS),
         'gelu': (x,),
         'int4_accumulate': (x, *first),

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from packed_layers import NO_TABLE
 from triton_targets import SHARED, CompileOnly
 
 from gplq_mm.quant.packing import pack_multiplier_panels, pack_panels
@@ -26,7 +27,7 @@ GEMM_POINTERS = dict(
 )  # fmt: skip
 PLAIN = dict(
     GROUP_SIZE=1, A_PACKED=True, W_PACKED=False, GELU=False, GAMMA=False, ADD=False, OUT=0,
-    NEXT_PACKED=False, NEXT_MIN=0, NEXT_MAX=0, NEXT_OFFSET=0,
+    NEXT_PACKED=False, NEXT_MIN=0, NEXT_MAX=0, NEXT_OFFSET=0, next_table=None,
 )  # fmt: skip
 # What the ops launch: name -> (type of the output, flags that differ from PLAIN).
 GEMMS = {
@@ -159,14 +160,15 @@ def test_there_is_a_config_for_every_shape(kernels, half, group_size, rows):
 
 
 @pytest.mark.parametrize('capability', [80, 90])
-@pytest.mark.parametrize('kind', ['gather', 'norm', 'image', 'codes'])
+@pytest.mark.parametrize('kind', ['gather', 'norm', 'image', 'codes', 'levels'])
 def test_quantize_compiles(kernels, capability, kind):
+    levels = kind == 'levels'
     compiled = compile_kernel(
         kernels.quantize_kernel,
         capability,
         dict(
             x='*fp16', out='*i8', source='*i32', inverse='*fp32', shift='*fp32',
-            norm_weight='*fp32', norm_bias='*fp32',
+            norm_weight='*fp32', norm_bias='*fp32', **({'table': '*u8'} if levels else {}),
         ),
         {
             'eps': 'fp32',
@@ -179,7 +181,9 @@ def test_quantize_compiles(kernels, capability, kind):
             ),
         },
         dict(
-            CODE_MIN=0, CODE_MAX=15, OFFSET=0, PACKED=kind != 'codes', NORM=kind == 'norm',
+            CODE_MIN=0, CODE_MAX=63 if levels else 15, OFFSET=0,
+            PACKED=kind not in ('codes', 'levels'), NORM=kind == 'norm',
+            **({} if levels else {'table': None}),
             GATHER=kind != 'codes', ROWS=4, BLOCK=512,
             GEOMETRY=(16, 16, 16, 16, 0, 0, 1, 1) if kind == 'image' else None,
         ),
@@ -206,12 +210,17 @@ def test_expand_compiles(kernels, capability):
 
 # Keys and head size of DeiT, of Swin with windows of 7, and the most keys at Swin's.
 @pytest.mark.parametrize('capability', [89, 90])
+@pytest.mark.parametrize('levels', [False, True])
 @pytest.mark.parametrize(('keys', 'queries', 'depth'), [(256, 32, 64), (64, 64, 32), (512, 16, 32)])
-def test_attention_compiles(kernels, capability, keys, queries, depth):
+def test_attention_compiles(kernels, capability, keys, queries, depth, levels):
+    tables = ('q_table', 'k_table', 'v_table', 'p_table')
     compiled = compile_kernel(
         kernels.attention_kernel,
         capability,
-        dict(qkv='*fp16', out='*fp16', grids='*fp32', bias='*fp32', mask='*fp32', index='*i32'),
+        dict(
+            qkv='*fp16', out='*fp16', grids='*fp32', bias='*fp32', mask='*fp32', index='*i32',
+            **(dict.fromkeys(tables, '*u8') if levels else {}),
+        ),
         {
             'scale': 'fp32',
             **dict.fromkeys(
@@ -219,8 +228,9 @@ def test_attention_compiles(kernels, capability, keys, queries, depth):
             ),
         },
         dict(
-            LIMITS=(0, 15) * 4, ROW_RELATIVE=True, BIAS=True, MASK=True, INDEXED=True,
-            WIDE=False, D=depth, BLOCK_D=depth, BLOCK_Q=queries, BLOCK_N=keys,
+            LIMITS=(0, 63 if levels else 15) * 4, ROW_RELATIVE=True, BIAS=True, MASK=True,
+            INDEXED=True, WIDE=False, D=depth, BLOCK_D=depth, BLOCK_Q=queries, BLOCK_N=keys,
+            **({} if levels else dict.fromkeys(tables)),
         ),
         num_warps=8 if queries * keys >= 8192 else 4,
         num_stages=1,
@@ -251,7 +261,7 @@ def plain_layer(columns: int, rows: int, group_size: int = 32):
         torch.ones(columns), torch.zeros(columns), pack_panels(codes, 4),
         pack_multiplier_panels(torch.ones(rows, groups, dtype=torch.uint8)),
         torch.arange(columns, dtype=torch.int32).flip(0), torch.ones(rows), torch.zeros(rows),
-        torch.zeros(rows, dtype=torch.int32),
+        torch.zeros(rows, dtype=torch.int32), NO_TABLE,
     ]  # fmt: skip
     return layer, [0, 15, group_size]
 
@@ -279,7 +289,7 @@ def test_other_launches(without_device):
     triton_ops.int4_mlp(x, *norm, 1e-6, layer1, grid1, layer2, grid2, torch.ones(48))
     conv, grid = plain_layer(48, 8)
     triton_ops.int4_conv2d(torch.zeros(1, 3, 8, 8), conv, grid, [4, 4, 4, 4, 0, 0, 1, 1])
-    triton_ops.quantize_codes(x, *norm, [0, 255, 1])
+    triton_ops.quantize_codes(x, *norm, [0, 255, 1], NO_TABLE)
     assert {'quantize_kernel', 'gemm_kernel'} == set(without_device.names)
 
 
@@ -290,7 +300,10 @@ def test_attention_launches(without_device, windows, tokens, depth):
     rows = torch.arange(windows * tokens, dtype=torch.int32).reshape(windows, tokens)
     qkv = torch.zeros(windows * tokens, 3 * 2 * depth, dtype=torch.bfloat16)
     mask, bias = torch.zeros(1, tokens, tokens), torch.zeros(2, tokens, tokens)
-    grids = torch.ones(4, 2, 2)
-    triton_ops.int4_attention(qkv, 2, 0.5, grids, [0, 15] * 4, True, bias, mask, rows, len(qkv))
-    triton_ops.int4_attention(qkv[None], 2, 0.5, grids, [-8, 7] * 4, False, None, None, None, 0)
+    grids, none = torch.ones(4, 2, 2), [NO_TABLE] * 4
+    triton_ops.int4_attention(
+        qkv, 2, 0.5, grids, [0, 15] * 4, none, True, bias, mask, rows, len(qkv)
+    )
+    rest = ([-8, 7] * 4, none, False, None, None, None, 0)
+    triton_ops.int4_attention(qkv[None], 2, 0.5, grids, *rest)
     assert without_device.names == ['attention_kernel'] * 2

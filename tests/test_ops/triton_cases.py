@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_layers import NO_TABLE, level_table
 from rich.console import Console
 
 from gplq_mm.benchmark import gpu, report
@@ -25,9 +26,17 @@ few = settings(max_examples=12, deadline=None, derandomize=True)
 
 
 def make_layer(
-    rows: int, columns: int, group_size: int = 32, bits: int = 4, act_bits: int = 4, signed=False
+    rows: int,
+    columns: int,
+    group_size: int = 32,
+    bits: int = 4,
+    act_bits: int = 4,
+    signed: bool = False,
+    levels: int = 0,
 ) -> tuple[list[torch.Tensor], list[int]]:
     """Random operands of a layer, all integers as large as they may be somewhere."""
+    if levels:
+        act_bits, signed = 6, False
     limit = min(2 ** (bits - 1), 127)
     largest = max(1, min(15, 127 // limit))
     groups = -(-columns // group_size)
@@ -44,6 +53,7 @@ def make_layer(
         torch.rand(rows) * 0.01,
         torch.randn(rows),
         torch.randint(-50, 50, (rows,), dtype=torch.int32),
+        level_table(levels, torch.default_generator) if levels else NO_TABLE,
     ]
     return layer, [code_min, code_max, group_size]
 
@@ -56,6 +66,7 @@ layers = st.fixed_dictionaries(
         bits=st.integers(2, 8),
         act_bits=st.integers(2, 8),
         signed=st.booleans(),
+        levels=st.sampled_from([0, 0, 8, 16]),
     )
 )
 seeds = st.integers(0, 2**31)
@@ -121,20 +132,34 @@ def test_codes_are_equal(m, columns, bits, signed, seed):
     x[0, 0], x[-1, -1], x[-1, 0] = math.inf, -1e30, math.nan
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         given_x = x.to(dtype)
-        actual = triton_ops.quantize_codes(given_x, inverse, shift, grid)
+        operands = (given_x, inverse, shift, grid, NO_TABLE)
+        actual = triton_ops.quantize_codes(*operands)
         assert actual.dtype == torch.uint8
-        assert torch.equal(actual, reference.quantize_codes(given_x, inverse, shift, grid))
+        assert torch.equal(actual, reference.quantize_codes(*operands))
 
 
 def test_ties_go_to_even():
     x = torch.arange(-4, 40).float()[None] / 2
-    codes = triton_ops.quantize_codes(x, torch.ones(44), torch.zeros(44), [0, 15, 32])
+    codes = triton_ops.quantize_codes(x, torch.ones(44), torch.zeros(44), [0, 15, 32], NO_TABLE)
     assert torch.equal(codes[0].float(), x[0].round().clamp(0, 15))
 
 
+@pytest.mark.parametrize('columns', [1, 33, 64])
+def test_levels_are_equal(columns):
+    table = level_table(16, torch.default_generator)
+    inverse, shift = torch.rand(columns) * 5 + 0.1, torch.randn(columns) * 3 + 20
+    x = 8 * torch.randn(40, columns)
+    x[0, 0], x[1, 0], x[2, 0] = math.inf, -1e30, math.nan
+    operands = (x, inverse, shift, [0, 63], table)
+    expected = reference.quantize_codes(*operands)
+    assert torch.equal(triton_ops.quantize_codes(*operands), expected)
+    assert set(expected.unique().tolist()) <= set(table.tolist())
+
+
+@pytest.mark.parametrize('levels', [0, 16])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
-def test_linear(dtype):
-    layer, grid = make_layer(65, 97)
+def test_linear(dtype, levels):
+    layer, grid = make_layer(65, 97, levels=levels)
     x = torch.randn(3, 5, 97).to(dtype)
     actual = triton_ops.int4_linear(x, layer, grid)
     assert actual.dtype == dtype
@@ -176,11 +201,12 @@ def test_norm_linear(rows, columns, act_bits, seed):
     agree(actual, expected, 127 * 0.01)
 
 
+@pytest.mark.parametrize('levels', [0, 16])
 @pytest.mark.parametrize(('act_bits1', 'act_bits2'), [(4, 4), (4, 8), (8, 4)])
 @pytest.mark.parametrize('hidden', [64, 130])
-def test_mlp(act_bits1, act_bits2, hidden):
+def test_mlp(act_bits1, act_bits2, hidden, levels):
     layer1, grid1 = make_layer(hidden, 48, act_bits=act_bits1)
-    layer2, grid2 = make_layer(48, hidden, act_bits=act_bits2)
+    layer2, grid2 = make_layer(48, hidden, act_bits=act_bits2, levels=levels)
     layer1[5] /= 10
     x = torch.randn(2, 9, 48)
     norm = torch.rand(48) + 0.5, torch.randn(48)
@@ -210,7 +236,8 @@ def test_conv2d(size, geometry):
         assert torch.equal(actual, expected)
 
 
-def attention_operands(windows, tokens, heads, depth, bits, signed):
+def attention_operands(windows, tokens, heads, depth, bits, signed, levels=False):
+    """qkv, heads, scale, grids, limits, tables."""
     low = -(2 ** (bits - 1)) if signed else 0
     limits = [low, low + 2**bits - 1] * 3 + [0, 2**bits - 1]
     grids = torch.rand(4, 2, heads) * 0.1
@@ -219,17 +246,29 @@ def attention_operands(windows, tokens, heads, depth, bits, signed):
         grids[:3, 1] -= 2.0
     grids[3, 0], grids[3, 1] = 1 / 2**bits, 0.01
     qkv = torch.randn(windows, tokens, 3 * heads * depth)
-    return qkv, grids, limits
+    tables = [NO_TABLE] * 4
+    if levels:
+        tables = [
+            torch.stack([level_table(24, torch.default_generator) for _ in range(heads)])
+            for _ in range(4)
+        ]
+    return qkv, heads, depth**-0.5, grids, limits, tables
 
 
 @pytest.mark.parametrize('row_relative', [True, False])
 @pytest.mark.parametrize(
-    ('tokens', 'depth', 'bits', 'signed'),
-    [(17, 8, 4, False), (49, 32, 4, True), (70, 24, 8, False)],
+    ('tokens', 'depth', 'bits', 'signed', 'levels'),
+    [
+        (17, 8, 4, False, False),
+        (49, 32, 4, True, False),
+        (70, 24, 8, False, False),
+        (17, 8, 6, False, True),
+        (49, 32, 6, False, True),
+    ],
 )
-def test_attention(tokens, depth, bits, signed, row_relative):
-    qkv, grids, limits = attention_operands(2, tokens, 3, depth, bits, signed)
-    arguments = (qkv, 3, depth**-0.5, grids, limits, row_relative, None, None, None, 0)
+def test_attention(tokens, depth, bits, signed, levels, row_relative):
+    operands = attention_operands(2, tokens, 3, depth, bits, signed, levels)
+    arguments = (*operands, row_relative, None, None, None, 0)
     expected = reference.int4_attention(*arguments)
     # A code of a probability that rounding of the scores flips moves its row by a step of it.
     flipped = 0.02 if bits == 4 else 0.1
@@ -238,14 +277,14 @@ def test_attention(tokens, depth, bits, signed, row_relative):
 
 def test_attention_of_shifted_windows():
     windows, tokens, heads, depth = 4, 9, 2, 16
-    qkv, grids, limits = attention_operands(1, 31, heads, depth, 4, True)
+    qkv, *operands = attention_operands(1, 31, heads, depth, 4, True)
     # 30 tokens, 6 places of padding that read row 30.
     rows = torch.full((windows * tokens,), 30, dtype=torch.int32)
     rows[torch.randperm(windows * tokens)[:30]] = torch.randperm(30).int()
     rows = rows.reshape(windows, tokens)
     bias = torch.randn(heads, tokens, tokens)
     mask = torch.where(torch.rand(2, tokens, tokens) < 0.3, -100.0, 0.0)
-    arguments = (qkv[0], heads, 0.25, grids, limits, True, bias, mask, rows, 30)
+    arguments = (qkv[0], *operands, True, bias, mask, rows, 30)
     expected = reference.int4_attention(*arguments)
     agree(triton_ops.int4_attention(*arguments), expected, 2.5 / 16)
 
@@ -255,7 +294,10 @@ def test_no_rows():
     norm = torch.ones(40), torch.zeros(40)
     assert triton_ops.int4_linear(torch.empty(2, 0, 40), layer, grid).shape == (2, 0, 5)
     assert triton_ops.int4_norm_linear(torch.empty(0, 40), *norm, 1e-5, layer, grid).shape == (0, 5)
-    assert triton_ops.quantize_codes(torch.empty(0, 40), *layer[:2], grid).shape == (0, 40)
+    assert triton_ops.quantize_codes(torch.empty(0, 40), *layer[:2], grid, layer[8]).shape == (
+        0,
+        40,
+    )
 
 
 def test_preparation_follows_the_weight():
@@ -281,6 +323,7 @@ def test_preparation_follows_the_weight():
         (4, torch.zeros(64, dtype=torch.int64), 'position must be int32'),
         (4, torch.zeros(64, dtype=torch.int32), 'each of 0..63 once'),
         (7, torch.zeros(40), 'correction must be'),
+        (8, torch.zeros(64, dtype=torch.uint8), 'codes must be positions 0..63'),
     ],
 )
 def test_wrong_operands_are_named(place, wrong, message):

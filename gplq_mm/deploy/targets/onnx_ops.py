@@ -12,6 +12,8 @@ sides of the MatMul hold integers, and float32 adds them exactly as long as the 
 neighbouring columns, so the input's columns are brought into the stored order, in which groups
 are neighbours. Between the layers of an MLP that order is given to the rows of the first layer.
 A weight of more than 4 bits is a byte ``multiplier * code``, without blocks and without order.
+Chosen levels are bytes too: QuantizeLinear gives a position, Gather the level, DequantizeLinear
+(scale 1) what is multiplied.
 """
 
 from collections.abc import Callable
@@ -41,6 +43,7 @@ class _Layer:
         group_size: Columns that share a multiplier.
         bits: 4 or 8, of a stored weight code.
         row_scale, bias, correction: float32 ``(N,)``.
+        table: uint8 ``(64,)``, the levels of the activation's codes, or ``(0,)`` for none.
     """
 
     codes: Tensor
@@ -54,6 +57,7 @@ class _Layer:
     row_scale: Tensor
     bias: Tensor
     correction: Tensor
+    table: Tensor
 
     @classmethod
     def of(cls, tensors: list[Tensor], grid: list[int]) -> '_Layer':
@@ -85,6 +89,7 @@ class _Layer:
             bias=packed['bias'],
             # The op's codes start at 0, those of the graph at the smallest code.
             correction=(packed['correction'].long() + low * sums).float(),
+            table=packed['table'],
         )
 
     def take_rows(self, rows: Tensor | None) -> None:
@@ -144,10 +149,12 @@ class Translation:
             return self.conv2d(x, self.layer(layer, grid), geometry)
 
         def attention(
-            qkv, heads, scale, grids, limits, row_relative, bias, mask, rows, out_rows
+            qkv, heads, scale, grids, limits, tables, row_relative, bias, mask, rows, out_rows
         ):  # fmt: skip
             windows = qkv if rows is None else op.Gather(qkv, rows, axis=0)
-            quantizers = list(zip(self.tensors[grids.name], limits[::2], limits[1::2], strict=True))
+            levels = [self.tensors[table.name] for table in tables]
+            grids = self.tensors[grids.name]
+            quantizers = list(zip(grids, limits[::2], limits[1::2], levels, strict=True))
             out = self.attention(windows, heads, scale, quantizers, row_relative, bias, mask)
             return out if rows is None else self.scatter(qkv, rows, out, out_rows)
 
@@ -178,8 +185,9 @@ class Translation:
 
     # -- parts ----------------------------------------------------------------------------
 
-    def codes(self, x, inverse: Tensor, shift: Tensor, limits: tuple[int, int]):
-        """Activation codes in float32, through a 4- or 8-bit tensor."""
+    def codes(self, x, inverse: Tensor, shift: Tensor, limits: tuple[int, int], table: Tensor):
+        """Activation codes or levels in float32, through a 4- or 8-bit tensor; a table is
+        ``(64,)``, ``(heads, 64)`` or empty."""
         signed = limits[0] < 0
         steps = op.Add(op.Mul(x, self.constant(inverse)), self.constant(shift))
         bits = 4 if limits == _full_range(4, signed) else 8
@@ -189,7 +197,15 @@ class Translation:
             steps = op.Clip(steps, low, high)
         one = self.constant(np.float32(1))
         zero = self.integers(torch.tensor(0), bits, signed)
-        return op.DequantizeLinear(op.QuantizeLinear(steps, one, zero), one)
+        codes = op.QuantizeLinear(steps, one, zero)
+        if table.numel():
+            index = op.Cast(codes, to=onnx_ir.DataType.INT64)
+            if table.dim() == 2:
+                heads, size = table.shape
+                begins = torch.arange(0, heads * size, size)[:, None, None]
+                index = op.Add(index, self.constant(begins))
+            codes = op.Gather(self.constant(table.flatten()), index)
+        return op.DequantizeLinear(codes, one)
 
     def weight(self, layer: _Layer, axis: int):
         """``multiplier * code`` in float32: ``(N, K)`` with the columns on axis 1, or its
@@ -211,7 +227,7 @@ class Translation:
     def linear(self, x, layer: _Layer):
         if layer.columns is not None:
             x = op.Gather(x, self.constant(layer.columns), axis=-1)
-        codes = self.codes(x, layer.inverse, layer.shift, layer.limits)
+        codes = self.codes(x, layer.inverse, layer.shift, layer.limits, layer.table)
         return self.rescale(op.MatMul(codes, self.weight(layer, axis=0)), layer, (-1,))
 
     def norm(self, x, weight, bias, eps: float):
@@ -234,7 +250,7 @@ class Translation:
         if any(padding):
             # Before the codes: a real zero gets the code that stands for it.
             x = op.Pad(x, self.constant([0, 0, *padding, 0, 0, *padding]))
-        codes = self.codes(x, inverse, shift, layer.limits)
+        codes = self.codes(x, inverse, shift, layer.limits, layer.table)
         weight = self.weight(layer, axis=1)
         if layer.columns is not None:
             weight = op.Gather(weight, self.constant(layer.columns.argsort()), axis=1)
@@ -273,11 +289,11 @@ class Translation:
         out = op.Transpose(out, perm=[0, 2, 1, 3])
         return op.Reshape(out, self.constant([0, 0, -1]))
 
-    def on_grid(self, x, grid: Tensor, low: int, high: int):
+    def on_grid(self, x, grid: Tensor, low: int, high: int, table: Tensor):
         """``(B, heads, N, d)`` on its grid ``(2, heads)`` of scale and offset."""
         scale, offset = grid[0][:, None, None], grid[1][:, None, None]
         inverse = scale.reciprocal()
-        codes = self.codes(x, inverse, offset * -inverse, (low, high))
+        codes = self.codes(x, inverse, offset * -inverse, (low, high), table)
         values = op.Mul(codes, self.constant(scale))
         return op.Add(values, self.constant(offset)) if offset.any() else values
 

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <numeric>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "checks.h"
@@ -53,7 +54,7 @@ struct Shape {
 };
 
 Shape check_attention(const Tensor& qkv, int64_t heads, const Tensor& grids,
-                      at::IntArrayRef limits, const OptionalTensor& bias,
+                      at::IntArrayRef limits, at::TensorList tables, const OptionalTensor& bias,
                       const OptionalTensor& mask, const OptionalTensor& rows, int64_t out_rows) {
   check_float(qkv);
   TORCH_CHECK_VALUE(heads >= 1, "heads must be at least 1, got ", heads, ".");
@@ -84,6 +85,13 @@ Shape check_attention(const Tensor& qkv, int64_t heads, const Tensor& grids,
                     "got ",
                     limits.size(), " integers.");
   for (int64_t i = 0; i < kOperands; ++i) check_codes(limits.slice(2 * i, 2));
+  TORCH_CHECK_VALUE(tables.size() == kOperands,
+                    "tables must be those of q, k, v and probabilities, got ", tables.size(),
+                    " tensors.");
+  for (int64_t i = 0; i < kOperands; ++i) {
+    const std::string name = "tables[" + std::to_string(i) + "]";
+    check_table(name.c_str(), tables[i], {heads, kPositions}, limits.slice(2 * i, 2));
+  }
   if (bias) check_tensor("bias", *bias, {at::kFloat}, {heads, shape.tokens, shape.tokens});
   if (mask) {
     TORCH_CHECK_VALUE(mask->dim() == 3 && mask->size(0) > 0 && shape.windows % mask->size(0) == 0,
@@ -107,8 +115,8 @@ int32_t base_of(int64_t low, int64_t high, bool is_signed) {
 
 class Constants {
  public:
-  Constants(const Tensor& grids, at::IntArrayRef limits, int64_t heads, int64_t tokens,
-            int64_t head_dim, double scale, bool added) {
+  Constants(const Tensor& grids, at::IntArrayRef limits, at::TensorList tables, int64_t heads,
+            int64_t tokens, int64_t head_dim, double scale, bool added) {
     const Tensor own = grids.contiguous();
     const float* values = own.const_data_ptr<float>();
     for (int64_t i = 0; i < kOperands; ++i) {
@@ -118,9 +126,13 @@ class Constants {
                           "grids must hold positive finite scales, got ", step, ".");
       }
       const bool is_signed = i == kKey || i == kValue;
-      low_[i] = limits[2 * i];
-      high_[i] = limits[2 * i + 1];
-      base_[i] = base_of(low_[i], high_[i], is_signed);
+      const int64_t low = limits[2 * i], high = limits[2 * i + 1];
+      low_[i] = static_cast<float>(low);
+      high_[i] = static_cast<float>(high);
+      base_[i] = base_of(low, high, is_signed);
+      largest_[i] = static_cast<int32_t>(
+          std::max(std::abs(low - base_[i]), std::abs(high - base_[i])));
+      if (tables[i].numel() > 0) take_table(i, tables[i].contiguous());
     }
     // exp(x) is computed as exp2(x * log2 e). Where nothing is added to the scores, the product
     // joins their factors.
@@ -132,8 +144,9 @@ class Constants {
       for (int64_t i = 0; i < kOperands; ++i) {
         const float s = values[2 * i * heads + head], o = values[(2 * i + 1) * heads + head];
         const float inverse = 1.0f / s;
-        grid[i] = {inverse, o * -inverse, static_cast<float>(low_[i]),
-                   static_cast<float>(high_[i]), base_[i]};
+        const bool has_levels = !levels_[i].empty();
+        const uint8_t* table = has_levels ? levels_[i].data() + head * kPositions : nullptr;
+        grid[i] = {inverse, o * -inverse, low_[i], high_[i], has_levels ? 0 : base_[i], table};
         step[i] = s;
         offset[i] = static_cast<double>(o) + static_cast<double>(s) * base_[i];
       }
@@ -151,14 +164,24 @@ class Constants {
   }
 
   const HeadConstants* data() const { return heads_.data(); }
-  int32_t largest(Operand i) const {
-    return static_cast<int32_t>(
-        std::max(std::abs(low_[i] - base_[i]), std::abs(high_[i] - base_[i])));
-  }
+  // Magnitude of what is multiplied.
+  int32_t largest(Operand i) const { return largest_[i]; }
 
  private:
-  int64_t low_[kOperands], high_[kOperands];
-  int32_t base_[kOperands];
+  // Levels minus the base, as bytes with or without a sign.
+  void take_table(int64_t i, const Tensor& table) {
+    const auto* levels = table.const_data_ptr<uint8_t>();
+    largest_[i] = 0;
+    for (int64_t k = 0; k < table.numel(); ++k) {
+      const int32_t level = levels[k] - base_[i];
+      largest_[i] = std::max(largest_[i], std::abs(level));
+      levels_[i].push_back(static_cast<uint8_t>(level));
+    }
+  }
+
+  float low_[kOperands], high_[kOperands];
+  int32_t base_[kOperands], largest_[kOperands];
+  std::vector<uint8_t> levels_[kOperands];  // (heads, kPositions), or none
   std::vector<HeadConstants> heads_;
 };
 
@@ -171,12 +194,14 @@ int64_t parts_of(int64_t pairs, int64_t blocks) {
 }
 
 Tensor int4_attention(const Tensor& qkv, int64_t heads, double scale, const Tensor& grids,
-                      at::IntArrayRef limits, bool row_relative, const OptionalTensor& bias,
-                      const OptionalTensor& mask, const OptionalTensor& rows, int64_t out_rows) {
-  const Shape shape = check_attention(qkv, heads, grids, limits, bias, mask, rows, out_rows);
+                      at::IntArrayRef limits, at::TensorList tables, bool row_relative,
+                      const OptionalTensor& bias, const OptionalTensor& mask,
+                      const OptionalTensor& rows, int64_t out_rows) {
+  const Shape shape =
+      check_attention(qkv, heads, grids, limits, tables, bias, mask, rows, out_rows);
   const int64_t windows = shape.windows, tokens = shape.tokens, channels = shape.channels;
   const bool added = bias || mask;
-  const Constants constants(grids, limits, heads, tokens, channels / heads, scale, added);
+  const Constants constants(grids, limits, tables, heads, tokens, channels / heads, scale, added);
 
   Tensor row_index, bias_real, mask_real, out;
   if (rows) {

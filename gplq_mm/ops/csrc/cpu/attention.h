@@ -4,6 +4,9 @@
 // is one of u8 by s8 codes; what the offsets contribute are sums over a row or a column of codes.
 // A kernel subtracts a base from the codes, so that those of q and of the probabilities start at 0
 // and those of k and v fit a signed byte; the base is part of the offset in the constants below.
+//
+// Where an operand's codes are positions in a table of levels, they start at 0 as they are, and the
+// table holds levels minus the base.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +21,7 @@ namespace gplq_mm {
 struct OperandGrid {
   float inverse, shift, low, high;
   int32_t base;
+  const uint8_t* table;  // (kPositions,) or null
 };
 
 // All that depends on the head. Scores are in units of the exponent: of exp2 where nothing is

@@ -7,10 +7,13 @@
 //   key panel    int8 (head_dim / 4, tokens, 4): codes, four channels of a token side by side;
 //   value panel  int8 (tokens / 4, head_dim, 4): codes, four tokens of a channel side by side;
 // both padded with zeros. Then blocks of a few queries: their codes, their scores, softmax, the
-// codes of the probabilities, the mixed values. A block's scores stay in the nearest cache.
+// codes of the probabilities, the mixed values. A block's scores stay in the nearest cache. Where
+// there is a table, codes are first all written as positions, then looked up where they lie; what
+// pads them then holds a level, and is cleared wherever it would be read.
 #pragma once
 
 #include "attention.h"
+#include "kernels_impl.h"
 
 namespace gplq_mm {
 namespace {
@@ -114,7 +117,8 @@ class Attention {
     __builtin_memset(s_.codes, 0, kQueries * s_.codes_stride);
     __builtin_memset(s_.ones, 0, s_.codes_stride);
     __builtin_memset(s_.ones, 1, p_.tokens);
-    __builtin_memset(s_.all_ones, 1, s_.query_stride);
+    __builtin_memset(s_.all_ones, 0, s_.query_stride);
+    __builtin_memset(s_.all_ones, 1, p_.head_dim);
   }
 
   void run(int64_t begin, int64_t end) {
@@ -244,6 +248,9 @@ class Attention {
                      s_.key + (chunk * 4 * s_.columns + from) * kStep, s_.columns * kStep);
       }
     }
+    if (c_->key.table != nullptr) {
+      look_up_panel(c_->key.table, s_.key, s_.columns, p_.head_dim);
+    }
     const Real factor = M::set(c_->key_factor);
     for (int64_t from = 0; from < s_.columns; from += kWidth) {
       Real term = M::set(0.0f);
@@ -283,6 +290,9 @@ class Attention {
         M::store_quads(to + c * kStep, codes[0], codes[1], codes[2], codes[3]);
       }
     }
+    if (c_->value.table != nullptr) {
+      look_up_panel(c_->value.table, s_.value, s_.channels, p_.tokens);
+    }
     for (int64_t c = 0; c < s_.channels; c += kWidth) {
       Real term = M::set(c_->out_offset);
       if (c_->value_factor != 0.0f) {
@@ -298,6 +308,23 @@ class Attention {
           if (x[c] != x[c]) s_.value_term[c] = x[c];
         }
       }
+    }
+  }
+
+  // Levels in place of positions in a panel of `length` channels or tokens; what stands beyond
+  // the last one in its step stays zero.
+  static void look_up_panel(const uint8_t* table, int8_t* panel, int64_t columns, int64_t length) {
+    auto* bytes = reinterpret_cast<uint8_t*>(panel);
+    const int64_t steps = (length + kStep - 1) / kStep, row = columns * kStep;
+    look_up<M>(table, steps * row, bytes);
+    if (length % kStep == 0) return;
+    const uint32_t present = (uint32_t{1} << (8 * (length % kStep))) - 1;
+    uint8_t* const last = bytes + (steps - 1) * row;
+    for (int64_t i = 0; i < row; i += kStep) {
+      uint32_t four;
+      __builtin_memcpy(&four, last + i, sizeof(four));
+      four &= present;
+      __builtin_memcpy(last + i, &four, sizeof(four));
     }
   }
 
@@ -338,6 +365,7 @@ class Attention {
     } else {
       plain ? softmax<added, false, true>() : softmax<added, false, false>();
     }
+    if (g.table != nullptr) look_up<M>(g.table, kQueries * s_.codes_stride, s_.codes);
     if (nan_queries_) {
       for (int64_t r = 0; r < rows; ++r) {
         if (has_nan(source(0, first + r), p_.head_dim)) row_factor_[r] = __builtin_nanf("");
@@ -354,6 +382,8 @@ class Attention {
       token_codes(source(0, first + r), grid, s_.query + r * s_.query_stride, kChunk, bad);
     }
     nan_queries_ = M::any_nan(bad);
+    const uint8_t* table = c_->query.table;
+    if (table != nullptr) look_up<M>(table, kQueries * s_.query_stride, s_.query);
     if (!added) return;
     float sums[kQueries] = {};
     if (c_->query_factor != 0.0f) row_sums(s_.query, s_.query_stride, s_.all_ones, sums);

@@ -234,6 +234,29 @@ struct Avx512 {
     }
   }
 
+  // As in vectors_256.h. The one instruction for it, vpermb, is absent from the first machines
+  // with VNNI.
+  struct Table {
+    static constexpr int64_t kBytes = 64;
+    explicit Table(const uint8_t* table) {
+      for (int i = 0; i < 4; ++i) {
+        part[i] = _mm512_broadcast_i32x4(
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(table + 16 * i)));
+      }
+    }
+    void look_up(uint8_t* bytes) const {
+      const Ints position = _mm512_loadu_si512(bytes);
+      const __mmask64 bit4 = _mm512_test_epi8_mask(position, _mm512_set1_epi8(16));
+      const __mmask64 bit5 = _mm512_test_epi8_mask(position, _mm512_set1_epi8(32));
+      Ints lower = _mm512_shuffle_epi8(part[0], position);
+      lower = _mm512_mask_shuffle_epi8(lower, bit4, part[1], position);
+      Ints upper = _mm512_shuffle_epi8(part[2], position);
+      upper = _mm512_mask_shuffle_epi8(upper, bit4, part[3], position);
+      _mm512_storeu_si512(bytes, _mm512_mask_mov_epi8(lower, bit5, upper));
+    }
+    Ints part[4];
+  };
+
   static constexpr int kRows = 6;
 
   template <int rows>

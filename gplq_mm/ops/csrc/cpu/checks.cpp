@@ -14,10 +14,12 @@ namespace gplq_mm {
 namespace {
 
 constexpr std::array<const char*, kFields> kNames = {
-    "inverse", "shift", "weight", "multiplier", "position", "row_scale", "bias", "correction"};
+    "inverse", "shift", "weight", "multiplier", "position", "row_scale", "bias", "correction",
+    "table"};
 constexpr Types kFloats = {c10::ScalarType::Float, c10::ScalarType::Half,
                            c10::ScalarType::BFloat16};
 constexpr Types kFloat32 = {c10::ScalarType::Float};
+constexpr Types kByte = {c10::ScalarType::Byte};
 constexpr int64_t kMaxCodes = 256;
 constexpr int64_t kCodeLimit = 1 << 15;
 
@@ -59,6 +61,38 @@ void check_range(const char* name, const at::Tensor& tensor, int64_t low, int64_
                     static_cast<int64_t>(least), "..", static_cast<int64_t>(most), ".");
 }
 
+// `shape` for a table of levels, (0,) where there is none.
+at::IntArrayRef table_shape(const at::Tensor& table, at::IntArrayRef shape) {
+  static constexpr std::array<int64_t, 1> kNone = {0};
+  return table.dim() == 1 && table.numel() == 0 ? at::IntArrayRef(kNone) : shape;
+}
+
+// What a table of levels holds, of the right dtype and shape, beside a range of codes.
+void check_levels(const char* name, const at::Tensor& table, at::IntArrayRef grid) {
+  if (table.numel() == 0) return;
+  TORCH_CHECK_VALUE(grid[0] == 0 && grid[1] == kPositions - 1, "codes must be positions 0..",
+                    kPositions - 1, " where ", name, " has levels, got ", grid[0], "..", grid[1],
+                    ".");
+  const at::Tensor own = table.contiguous();
+  check_range<uint8_t>(name, own, 0, kPositions - 1);
+  const auto* levels = own.const_data_ptr<uint8_t>();
+  for (int64_t i = 0; i < own.numel(); i += kPositions) {
+    TORCH_CHECK_VALUE(std::is_sorted(levels + i, levels + i + kPositions), name,
+                      " must hold levels that ascend.");
+  }
+}
+
+// Of contiguous tensors that live longer.
+ActGrid act_grid(const at::Tensor& inverse, const at::Tensor& shift, at::IntArrayRef grid,
+                 const at::Tensor& table) {
+  return {inverse.const_data_ptr<float>(),
+          shift.const_data_ptr<float>(),
+          static_cast<int32_t>(grid[0]),
+          static_cast<int32_t>(grid[1]),
+          torch_fuses(),
+          table.numel() == 0 ? nullptr : table.const_data_ptr<uint8_t>()};
+}
+
 }  // namespace
 
 void check_tensor(const char* name, const at::Tensor& tensor, Types types,
@@ -81,6 +115,12 @@ void check_codes(at::IntArrayRef grid) {
                     "..", kCodeLimit - 1, ", got ", low, "..", high, ".");
 }
 
+void check_table(const char* name, const at::Tensor& table, at::IntArrayRef shape,
+                 at::IntArrayRef grid) {
+  check_tensor(name, table, kByte, table_shape(table, shape));
+  check_levels(name, table, grid);
+}
+
 void check_float(const at::Tensor& x) {
   TORCH_CHECK_VALUE(is_float(x), "the input must be one of ", names_of(kFloats, ", "), ", got ",
                     name_of(x.scalar_type()), ".");
@@ -99,7 +139,7 @@ bool torch_fuses() {
 Layer::Layer(at::TensorList tensors, at::IntArrayRef grid) {
   TORCH_CHECK_VALUE(tensors.size() == kFields, "layer must be the ", kFields,
                     " tensors inverse, shift, weight, multiplier, position, row_scale, bias, "
-                    "correction; got ",
+                    "correction, table; got ",
                     tensors.size(), ".");
   TORCH_CHECK_VALUE(grid.size() == 3, "grid must be [code_min, code_max, group_size], got ",
                     grid.size(), " integers.");
@@ -113,16 +153,18 @@ Layer::Layer(at::TensorList tensors, at::IntArrayRef grid) {
   groups_ = columns_ / group_size + (columns_ % group_size != 0);
   packed_ = tensors[Field::weight].scalar_type() == c10::ScalarType::Byte;
   const int64_t width = packed_ ? kPackedColumn : kPanel;
-  const std::array<int64_t, 1> by_column = {columns_}, by_row = {rows_};
+  const std::array<int64_t, 1> by_column = {columns_}, by_row = {rows_}, by_code = {kPositions};
   const std::array<int64_t, 3> weight_shape = {panels(), columns_, width};
   const std::array<int64_t, 3> multiplier_shape = {panels(), groups_, kPanel};
   const std::array<at::IntArrayRef, kFields> shapes = {
-      by_column, by_column, weight_shape, multiplier_shape, by_column, by_row, by_row, by_row};
+      by_column, by_column, weight_shape, multiplier_shape, by_column,
+      by_row,    by_row,    by_row,       table_shape(tensors[Field::table], by_code)};
   const Types weights = {c10::ScalarType::Byte, c10::ScalarType::Char};
-  const Types byte = {c10::ScalarType::Byte}, integer = {c10::ScalarType::Int};
-  const std::array<Types, kFields> types = {kFloat32, kFloat32, weights,  byte,
-                                            integer,  kFloat32, kFloat32, integer};
+  const Types integer = {c10::ScalarType::Int};
+  const std::array<Types, kFields> types = {kFloat32, kFloat32, weights, kByte, integer,
+                                            kFloat32, kFloat32, integer, kByte};
   for (int64_t i = 0; i < kFields; ++i) check_tensor(kNames[i], tensors[i], types[i], shapes[i]);
+  check_levels("table", tensors[Field::table], grid);
   const int64_t widest = grid[1] - grid[0];
   // A product is at most 128 * 255 < 2^15, so the bound cannot overflow before it is crossed.
   TORCH_CHECK_VALUE(columns_ < (int64_t{1} << 31) && widest * 128 * columns_ < (int64_t{1} << 31),
@@ -141,8 +183,7 @@ Layer::Layer(at::TensorList tensors, at::IntArrayRef grid) {
   for (int64_t k = 0; k < columns_; ++k) {
     group[k] = static_cast<int32_t>(static_cast<uint32_t>(stored[k]) / divisor);
   }
-  grid_ = {tensors_[Field::inverse].const_data_ptr<float>(), tensors_[Field::shift].const_data_ptr<float>(),
-           static_cast<int32_t>(grid[0]), static_cast<int32_t>(grid[1]), torch_fuses()};
+  grid_ = act_grid(tensors_[Field::inverse], tensors_[Field::shift], grid, tensors_[Field::table]);
 }
 
 PackedPanel Layer::panel(int64_t index) const {
@@ -168,7 +209,7 @@ Epilogue Layer::epilogue(int64_t index, Output kind) const {
 }
 
 ActGrid check_quantize(const at::Tensor& x, const at::Tensor& inverse, const at::Tensor& shift,
-                       at::IntArrayRef grid) {
+                       at::IntArrayRef grid, const at::Tensor& table) {
   TORCH_CHECK_VALUE(grid.size() >= 2, "grid must be [code_min, code_max, ...], got ", grid.size(),
                     " integers.");
   check_codes(grid);
@@ -176,9 +217,9 @@ ActGrid check_quantize(const at::Tensor& x, const at::Tensor& inverse, const at:
   const std::array<int64_t, 1> shape = {x.size(-1)};
   check_tensor("inverse", inverse, kFloat32, shape);
   check_tensor("shift", shift, kFloat32, shape);
+  check_table("table", table, {kPositions}, grid);
   check_input(x, x.size(-1));
-  return {inverse.const_data_ptr<float>(), shift.const_data_ptr<float>(),
-          static_cast<int32_t>(grid[0]), static_cast<int32_t>(grid[1]), torch_fuses()};
+  return act_grid(inverse, shift, grid, table);
 }
 
 void check_input(const at::Tensor& x, int64_t columns) {

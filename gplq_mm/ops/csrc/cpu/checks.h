@@ -15,9 +15,9 @@ using Types = std::initializer_list<c10::ScalarType>;
 
 // The order of the tensors of a layer.
 struct Field {
-  enum : int64_t { inverse, shift, weight, multiplier, position, row_scale, bias, correction };
+  enum : int64_t { inverse, shift, weight, multiplier, position, row_scale, bias, correction, table };
 };
-constexpr int64_t kFields = 8;
+constexpr int64_t kFields = 9;
 
 // Whether torch.addcmul rounds a * b + c once on this machine.
 bool torch_fuses();
@@ -31,7 +31,10 @@ class Layer {
   int64_t rows() const { return rows_; }
   int64_t panels() const { return (rows_ + kPanel - 1) / kPanel; }
   const ActGrid& grid() const { return grid_; }
-  int32_t max_code() const { return grid_.code_max - grid_.code_min; }
+  // Largest number that is multiplied: a table's levels ascend.
+  int32_t max_code() const {
+    return grid_.table == nullptr ? grid_.code_max - grid_.code_min : grid_.table[kPositions - 1];
+  }
   PackedPanel panel(int64_t index) const;
   // Bytes of a panel's codes.
   int64_t panel_bytes() const { return columns_ * (packed_ ? kPackedColumn : kPanel); }
@@ -50,10 +53,14 @@ class Layer {
 void check_tensor(const char* name, const at::Tensor& tensor, Types types, at::IntArrayRef shape);
 // That grid begins with code_min, code_max, which fit a byte.
 void check_codes(at::IntArrayRef grid);
+// Dtype and shape of a table of levels, which may be empty (0,), and what it holds beside a range
+// of codes.
+void check_table(const char* name, const at::Tensor& table, at::IntArrayRef shape,
+                 at::IntArrayRef grid);
 // That an op's input is of a dtype that is computed in float32.
 void check_float(const at::Tensor& x);
 ActGrid check_quantize(const at::Tensor& x, const at::Tensor& inverse, const at::Tensor& shift,
-                       at::IntArrayRef grid);
+                       at::IntArrayRef grid, const at::Tensor& table);
 void check_input(const at::Tensor& x, int64_t columns);
 void check_norm(const at::Tensor& weight, const at::Tensor& bias, int64_t columns);
 void check_residual(const at::Tensor& x, const at::Tensor& residual, int64_t rows);

@@ -25,6 +25,10 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
+// Entries of a table of levels: codes are positions 0..63 then, and what is multiplied is the level
+// 0..63 that the table holds there.
+constexpr int64_t kPositions = 64;
+
 // How real values become codes: clamp(round(x * inverse + shift), code_min, code_max) - code_min,
 // half to even. NaN becomes code 0.
 struct ActGrid {
@@ -32,7 +36,8 @@ struct ActGrid {
   const float* shift;    // (K,)
   int32_t code_min;
   int32_t code_max;
-  bool fused;  // see Epilogue
+  bool fused;            // see Epilogue
+  const uint8_t* table;  // (kPositions,), or null where codes are the integers themselves
 };
 
 // One panel of a packed weight, columns in stored order.
@@ -82,7 +87,7 @@ struct Product {
 };
 
 struct Kernels {
-  // x (rows, columns) to codes (rows, stride); bytes from `columns` to `stride` become 0.
+  // x (rows, columns) to codes or levels (rows, stride); bytes from `columns` to `stride` become 0.
   void (*quantize)(const float* x, int64_t rows, int64_t columns, const ActGrid& grid,
                    uint8_t* codes, int64_t stride);
   // The same of layer_norm(x) * weight + bias.

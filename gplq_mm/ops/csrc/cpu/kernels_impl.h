@@ -19,6 +19,8 @@ namespace {
 //   total(const Real (&)[kSums / kWidth])   sum of kSums numbers in the order of `arithmetic.py`
 //   difference(const int32_t* a, const int32_t* b)   a - b, wrapping, as floats
 //   narrow<count>(const Real* steps, Limits, uint8_t* codes)   codes of 1 or 4 vectors of steps
+//   Table                    a table of levels in registers: look_up(uint8_t* bytes) puts levels
+//                            in place of kBytes positions
 // and the product:
 //   constexpr int kRows: rows of a tile, at most 6
 //   template <int rows> static void tile(const uint8_t* codes, int64_t stride,
@@ -66,6 +68,16 @@ inline uint8_t code_of(float steps, const Limits& limits) {
   return static_cast<uint8_t>(code - limits.code_min);
 }
 
+// Levels in place of positions.
+template <typename Machine>
+inline void look_up(const uint8_t* table, int64_t count, uint8_t* codes) {
+  const typename Machine::Table levels(table);
+  constexpr int64_t kBytes = Machine::Table::kBytes;
+  int64_t k = 0;
+  for (; k + kBytes <= count; k += kBytes) levels.look_up(codes + k);
+  for (; k < count; ++k) codes[k] = table[codes[k]];
+}
+
 // Turns source(k) into codes for k in 0..columns: `vector` gives kWidth values, `scalar` one.
 template <typename Machine, bool fused, typename Vector, typename Scalar>
 inline void write_codes(int64_t columns, const ActGrid& grid, uint8_t* codes, const Vector& vector,
@@ -93,6 +105,8 @@ inline void write_codes(int64_t columns, const ActGrid& grid, uint8_t* codes, co
   for (; k < columns; ++k) {
     codes[k] = code_of(affine_one<fused>(scalar(k), inverse[k], shift[k]), limits);
   }
+  // A pass of its own, over bytes that are in the nearest cache.
+  if (grid.table != nullptr) look_up<Machine>(grid.table, columns, codes);
 }
 
 template <typename Machine, bool fused>
@@ -380,6 +394,9 @@ void finish(const int32_t* sums, int64_t first, int64_t rows, const Columns& col
       }
       case Output::gelu_codes:
         finish_gelu<Machine, fused>(sums, columns, limits, reinterpret_cast<uint8_t*>(target));
+        if (epilogue.next.table != nullptr) {
+          look_up<Machine>(epilogue.next.table, kPanel, reinterpret_cast<uint8_t*>(target));
+        }
         break;
     }
     if (!whole) std::memcpy(out, spare, count * size);

@@ -115,9 +115,10 @@ std::vector<int64_t> output_shape(const Tensor& x, int64_t rows) {
 }
 
 Tensor quantize_codes(const Tensor& x, const Tensor& inverse, const Tensor& shift,
-                      at::IntArrayRef grid) {
+                      at::IntArrayRef grid, const Tensor& table) {
   const Tensor inverses = inverse.contiguous(), shifts = shift.contiguous();
-  const ActGrid act = check_quantize(x, inverses, shifts, grid);
+  const Tensor levels = table.contiguous();
+  const ActGrid act = check_quantize(x, inverses, shifts, grid, levels);
   Tensor codes = at::empty(x.sizes(), at::kByte);
   if (x.numel() == 0) return codes;
   const Tensor real = real_tensor(x);

@@ -188,6 +188,13 @@ struct Portable {
     }
   }
 
+  struct Table {
+    static constexpr int64_t kBytes = 1;
+    explicit Table(const uint8_t* table) : levels(table) {}
+    void look_up(uint8_t* bytes) const { *bytes = levels[*bytes]; }
+    const uint8_t* levels;
+  };
+
   static constexpr int kRows = 4;
 
   template <int rows>

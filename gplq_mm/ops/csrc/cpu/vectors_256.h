@@ -208,6 +208,27 @@ struct Vectors256 {
     }
   }
 
+  struct Table {
+    static constexpr int64_t kBytes = 32;
+    explicit Table(const uint8_t* table) {
+      for (int i = 0; i < 4; ++i) {
+        part[i] = _mm256_broadcastsi128_si256(
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(table + 16 * i)));
+      }
+    }
+    // A shuffle takes the low four bits of a position; its bits 4 and 5 choose among four.
+    void look_up(uint8_t* bytes) const {
+      const Ints position = load_bytes(bytes);
+      const Ints bit4 = _mm256_slli_epi16(position, 3), bit5 = _mm256_slli_epi16(position, 2);
+      const auto of = [&](int i) { return _mm256_shuffle_epi8(part[i], position); };
+      const Ints lower = _mm256_blendv_epi8(of(0), of(1), bit4);
+      const Ints upper = _mm256_blendv_epi8(of(2), of(3), bit4);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes),
+                          _mm256_blendv_epi8(lower, upper, bit5));
+    }
+    Ints part[4];
+  };
+
   struct Column {
     __m256i half[2];
   };
