@@ -5,7 +5,9 @@ int8 ``(N, K)``), ``name.multiplier`` (two to a byte, uint8 ``(N, ceil(G / 2))``
 ``name.row_scale`` and ``name.bias`` float32 ``(N,)``, ``name.permutation`` int16 or int32
 ``(K,)``, and the grid of its input under ``name.input.``. An attention has four grids,
 ``name.q.`` to ``name.probs.``. A grid is ``scale`` and ``offset`` float32 or ``zero_point``
-uint8. A block's compensation is ``name.compensation.weight`` and ``.bias``, float16.
+uint8, and ``levels`` uint8 ``(1 or heads, n)`` where its codes stand for chosen levels, of which
+there are at most as many as codes; what each position is rounded to follows from them. A block's
+compensation is ``name.compensation.weight`` and ``.bias``, float16.
 """
 
 from collections.abc import Mapping
@@ -14,6 +16,7 @@ from typing import Any, get_origin, get_type_hints
 import torch
 from torch import Tensor, nn
 
+from ..errors import SettingError
 from ..layers import (
     DeployError,
     Int4Attention,
@@ -30,6 +33,7 @@ from ..quant import (
     QuantState,
     WeightQuantizer,
 )
+from ..quant.levels import check_levels
 from ..quant.packing import (
     pack_nibbles,
     unpack_multiplier_panels,
@@ -107,6 +111,8 @@ def _grid_tensors(quantizer: ActQuantizer) -> dict[str, Tensor]:
         tensors['offset'] = quantizer.offset.detach().float()
     if quantizer.spec.zero_point == 'integer':
         tensors['zero_point'] = quantizer.zero_point.to(torch.uint8)
+    if quantizer.levels is not None:
+        tensors['levels'] = quantizer.levels
     # A scale may be the parameter itself, which goes on changing elsewhere.
     return {key: value.clone() for key, value in tensors.items()}
 
@@ -126,7 +132,23 @@ def _fill_grid(quantizer: ActQuantizer, prefix: str, table: TensorTable) -> None
         if zero_point.numel() and int(zero_point.max()) > quantizer.qmax:
             raise DeployError(f'{prefix}.zero_point is no code; deploy the checkpoint again.')
         state['zero_point'] = zero_point.float()
+    if quantizer.levels is not None:
+        state['levels'] = _take_levels(f'{prefix}.levels', quantizer, table)
     quantizer.load_state_dict(state)
+
+
+def _take_levels(name: str, quantizer: ActQuantizer, table: TensorTable) -> Tensor:
+    """Codebook of a file; it may have fewer levels than there are codes."""
+    rows, count = quantizer.levels.shape
+    given = table.tensors.get(name)
+    if given is not None and given.dim() == 2:
+        count = given.shape[1]
+    levels = table.take(name, (rows, count), torch.uint8)
+    try:
+        check_levels(levels, quantizer.spec.bits)
+    except SettingError as error:
+        raise DeployError(f'{name}: {error} Deploy the checkpoint again.') from error
+    return levels
 
 
 # -- layers -----------------------------------------------------------------------------------
@@ -228,9 +250,12 @@ def fill_layer(name: str, layer: QuantWeightLayer, table: TensorTable) -> None:
 
 
 def _act_entry(quantizer: ActQuantizer) -> dict:
-    """Spec of a quantizer; integers of any kind are plain ones now that it is frozen."""
+    """Spec of a quantizer; integers, or levels, of any kind are plain ones now that it is
+    frozen."""
     entry = quantizer.spec.to_dict()
-    return {**entry, 'format': 'integer'} if quantizer.format.is_integer_product else entry
+    if not quantizer.format.is_integer_product:
+        return entry
+    return {**entry, 'format': 'levels' if quantizer.format.has_levels else 'integer'}
 
 
 # -- attention --------------------------------------------------------------------------------
