@@ -7,12 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from ..quant import PolicyError
 from .peers import PEERS, PeerUnavailable, build_peer
 from .report import OURS, Bench
 from .synthetic import synthetic_model
 from .timing import bound
 
-IMPLS = (OURS, *PEERS)
+# Ours with chosen levels instead of equidistant integers.
+OURS_WITH_LEVELS = 'gplq_levels'
+IMPLS = (OURS, OURS_WITH_LEVELS, *PEERS)
 
 
 @torch.no_grad()
@@ -56,12 +59,15 @@ def measure(
     for impl in impls:
         with bench.console.status(f'preparing {impl}'):
             try:
-                if impl == OURS:
-                    deployed = synthetic_model(copy.deepcopy(model), images, compensation)
+                if impl in (OURS, OURS_WITH_LEVELS):
+                    deployed = synthetic_model(
+                        copy.deepcopy(model), images, compensation, impl == OURS_WITH_LEVELS
+                    )
                     call = bound(deployed, images)
                 else:
                     call = build_peer(impl, model, images)
-            except PeerUnavailable as error:
+            # Levels are not for convolutions.
+            except (PeerUnavailable, PolicyError) as error:
                 bench.skipped[impl] = str(error)
                 bench.console.print(f'skipped {impl}: {error}', style='yellow', markup=False)
                 continue

@@ -40,7 +40,9 @@ def float_model(cfg: Config) -> tuple[nn.Module, tuple[int, int, int]]:
 
 
 @torch.no_grad()
-def synthetic_model(model: nn.Module, x: Tensor, compensation: str = 'none') -> nn.Module:
+def synthetic_model(
+    model: nn.Module, x: Tensor, compensation: str = 'none', levels: bool = False
+) -> nn.Module:
     """Deployed W4A4 twin of a float model, with the default policy.
 
     Args:
@@ -48,8 +50,12 @@ def synthetic_model(model: nn.Module, x: Tensor, compensation: str = 'none') -> 
         x: Input for the activation grids.
         compensation: ``'QwT'`` or ``'QwTv2'`` puts a random map beside every block that can
             have one, as if all of them had been fitted and kept.
+        levels: Whether the codes of activations stand for chosen levels instead of equidistant
+            integers.
     """
-    policy = QuantPolicy(activation={'observer': 'minmax'}, weight={'observer': 'minmax'})
+    activation = {'format': 'levels'} if levels else {'observer': 'minmax'}
+    operands = {key: activation for key in ('q', 'k', 'v', 'probs') if levels}
+    policy = QuantPolicy(activation=activation, weight={'observer': 'minmax'}, **operands)
     quantize_model(model, policy, None if compensation == 'none' else {'type': compensation})
     model.eval()
     handles = [

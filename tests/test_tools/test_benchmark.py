@@ -81,12 +81,13 @@ def test_linear(tool, tmp_path, config, capsys):
 
 
 def test_model(tool, tmp_path, config, capsys):
-    arguments = ('--impls', 'gplq_int4', 'torch_fp32', 'torch_bf16', '--batch', 1, 3)
+    impls = ['gplq_int4', 'gplq_levels', 'torch_fp32', 'torch_bf16']
+    arguments = ('--impls', *impls, '--batch', 1, 3)
     result = run(tool, tmp_path / 'r.json', 'model', '--model', config, *arguments)
     assert result['skipped'] == {}
     for batch in (1, 3):
         rows = by_impl(result['rows'], batch=batch)
-        assert list(rows) == ['gplq_int4', 'torch_fp32', 'torch_bf16']
+        assert list(rows) == impls
         assert {row['model'] for row in rows.values()} == {'tiny'}
         assert {row['compensation'] for row in rows.values()} == {'none'}
     assert 'our compensation: none' in ' '.join(capsys.readouterr().out.split())
