@@ -42,8 +42,9 @@ class Decisions:
 
     def to_csv(self) -> str:
         """A table with the columns ``image``, ``label`` and one for each state."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator='\n')
+        text = io.StringIO(newline='')
+        # Names in quotes, since one may hold a line break.
+        writer = csv.writer(text, lineterminator='\n', quoting=csv.QUOTE_NONNUMERIC)
         writer.writerow(['image', 'label', *self.predictions])
         writer.writerows(zip(self.images, self.labels, *self.predictions.values(), strict=True))
         return text.getvalue()
@@ -55,7 +56,7 @@ class Decisions:
         Raises:
             DataError: If the text is not of that form.
         """
-        rows = list(csv.reader(io.StringIO(text)))
+        rows = list(csv.reader(io.StringIO(text, newline='')))
         header = rows[0] if rows else []
         if header[:2] != ['image', 'label'] or any(len(row) != len(header) for row in rows):
             raise DataError(

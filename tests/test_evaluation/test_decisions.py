@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -16,19 +16,24 @@ NUMBERS = st.integers(0, 999)
 def tables(draw):
     count = draw(st.integers(0, 6))
     column = st.lists(NUMBERS, min_size=count, max_size=count)
-    names = st.lists(st.text(min_size=1), min_size=count, max_size=count, unique=True)
+    # No path has a NUL; line breaks it may have.
+    name = st.text(st.characters(exclude_characters='\0'), min_size=1)
+    names = st.lists(name, min_size=count, max_size=count, unique=True)
     states = draw(st.lists(st.sampled_from(['fp32', 'w32a4', 'w4a4']), unique=True))
     return Decisions(draw(names), draw(column), {state: draw(column) for state in states})
 
 
 @given(tables())
+@example(Decisions(['a\rb', 'a\nb', 'a\r\n"b"'], [0, 1, 2], {'fp32': [0, 1, 2]}))
 def test_a_table_comes_back(decisions):
     assert Decisions.from_csv(decisions.to_csv()) == decisions
 
 
 def test_a_table_is_one_that_any_program_reads():
     decisions = Decisions(['a/1.jpg', 'b, c/2.jpg'], [0, 701], {'fp32': [0, 3], 'w4a4': [1, 701]})
-    assert decisions.to_csv() == 'image,label,fp32,w4a4\na/1.jpg,0,0,1\n"b, c/2.jpg",701,3,701\n'
+    assert decisions.to_csv() == (
+        '"image","label","fp32","w4a4"\n"a/1.jpg",0,0,1\n"b, c/2.jpg",701,3,701\n'
+    )
     assert decisions.correct('fp32').tolist() == [True, False]
 
 
