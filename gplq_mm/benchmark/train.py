@@ -20,12 +20,13 @@ from ..registry import MODELS
 from .report import Bench, show
 
 # Settings of the model by implementation. Training in FP32; ours, with two bytes an activation
-# and with one; the same arithmetic as plain autograd keeps it; and direct QAT, which
-# fake-quantizes weights too.
+# and with one, and with chosen levels; the same arithmetic as plain autograd keeps it; and direct
+# QAT, which fake-quantizes weights too.
 IMPLS = {
     'fp32': None,
     'gplq': {},
     'gplq_1byte': dict(saved_bytes=1),
+    'levels': dict(policy=dict(preset='gplq-levels')),
     'plain': dict(saved_bytes=None),
     'direct': dict(direct={}, policy=dict(preset='gplq', weight=dict(layout='raw'))),
 }
