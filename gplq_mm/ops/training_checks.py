@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..quant.code_state import state_dtype
 from ..quant.functional import POSITIONS
-from .checks import check_codes, check_float, check_tensor, require
+from .checks import check_codes, check_float, check_table, check_tensor, require, table_shape
 
 MAX_LEVEL_BITS = 14
 MAX_STATES = 2**16
@@ -47,27 +47,10 @@ def check_learned_grid(
         f'scale of shape {list(scale.shape)} must have at most one axis longer than 1, as long as '
         f'that of the input {list(shape)}.',
     )
-    _check_table(shape, table, grid, device)
-
-
-def _check_table(
-    shape: Sequence[int], table: Tensor, grid: Sequence[int], device: torch.device
-) -> None:
-    check_tensor('table', table, (torch.uint8,), table.shape, device)
-    if not table.numel():
-        return
-    leading = list(table.shape[:-1])
-    require(
-        table.dim() > 0
-        and table.shape[-1] == POSITIONS
-        and (not leading or (len(shape) > 2 and leading == [shape[-3]])),
-        f'table of shape {list(table.shape)} must have {POSITIONS} bytes, or as many for every '
-        f'head of the input {list(shape)}, or none.',
-    )
-    require(
-        list(grid[:2]) == [0, POSITIONS - 1],
-        f'a table is for codes 0..{POSITIONS - 1}, got {grid[0]}..{grid[1]}.',
-    )
+    has_heads = table.dim() > 1 and len(shape) > 2
+    wanted = (shape[-3], POSITIONS) if has_heads else (POSITIONS,)
+    check_tensor('table', table, (torch.uint8,), table_shape(table, wanted), device)
+    check_table('table', table, grid)
 
 
 def check_quantized(

@@ -90,29 +90,6 @@ struct Avx512 {
   static Ints sub_int(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
   static Ints first(Ints x, int64_t count) { return _mm512_maskz_mov_epi32(mask(count), x); }
 
-  // Bytes of a table of 64 by codes 0..63, lane by lane.
-  class LookUp {
-   public:
-    explicit LookUp(const uint8_t* table) {
-      for (int i = 0; i < 4; ++i) {
-        const auto* from = reinterpret_cast<const __m128i*>(table) + i;
-        quarter_[i] = _mm512_broadcast_i32x4(_mm_loadu_si128(from));
-      }
-    }
-    Ints operator()(Ints codes) const {
-      // A shuffle goes by the low four bits of a code.
-      const auto byte = [&](int i) { return _mm512_shuffle_epi8(quarter_[i], codes); };
-      const __mmask16 bit4 = _mm512_test_epi32_mask(codes, set_int(16));
-      const Ints low = _mm512_mask_blend_epi32(bit4, byte(0), byte(1));
-      const Ints high = _mm512_mask_blend_epi32(bit4, byte(2), byte(3));
-      const __mmask16 bit5 = _mm512_test_epi32_mask(codes, set_int(32));
-      return _mm512_and_si512(_mm512_mask_blend_epi32(bit5, low, high), set_int(0xFF));
-    }
-
-   private:
-    Ints quarter_[4];
-  };
-
   static Bad no_nan() { return 0; }
   static void note_nan(Bad& bad, Real x) {
     bad = _kor_mask16(bad, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q));
@@ -244,16 +221,20 @@ struct Avx512 {
             _mm_loadu_si128(reinterpret_cast<const __m128i*>(table + 16 * i)));
       }
     }
-    void look_up(uint8_t* bytes) const {
-      const Ints position = _mm512_loadu_si512(bytes);
+    // Byte by byte.
+    Ints of(Ints position) const {
       const __mmask64 bit4 = _mm512_test_epi8_mask(position, _mm512_set1_epi8(16));
       const __mmask64 bit5 = _mm512_test_epi8_mask(position, _mm512_set1_epi8(32));
       Ints lower = _mm512_shuffle_epi8(part[0], position);
       lower = _mm512_mask_shuffle_epi8(lower, bit4, part[1], position);
       Ints upper = _mm512_shuffle_epi8(part[2], position);
       upper = _mm512_mask_shuffle_epi8(upper, bit4, part[3], position);
-      _mm512_storeu_si512(bytes, _mm512_mask_mov_epi8(lower, bit5, upper));
+      return _mm512_mask_mov_epi8(lower, bit5, upper);
     }
+    void look_up(uint8_t* bytes) const {
+      _mm512_storeu_si512(bytes, of(_mm512_loadu_si512(bytes)));
+    }
+    Ints lanes(Ints position) const { return _mm512_and_si512(of(position), set_int(0xFF)); }
     Ints part[4];
   };
 

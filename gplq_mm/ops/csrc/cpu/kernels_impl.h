@@ -20,7 +20,8 @@ namespace {
 //   difference(const int32_t* a, const int32_t* b)   a - b, wrapping, as floats
 //   narrow<count>(const Real* steps, Limits, uint8_t* codes)   codes of 1 or 4 vectors of steps
 //   Table                    a table of levels in registers: look_up(uint8_t* bytes) puts levels
-//                            in place of kBytes positions
+//                            in place of kBytes positions, lanes(Ints) gives those of a position
+//                            in each lane; of one that is no position, any
 // and the product:
 //   constexpr int kRows: rows of a tile, at most 6
 //   template <int rows> static void tile(const uint8_t* codes, int64_t stride,

@@ -51,10 +51,13 @@ class GridOf {
                         sizes, ".");
       axis_ = i;
     }
-    check_table(table, sizes, grid);
     // Tables of heads lie along the third axis from the end.
     constexpr int64_t kHeads = 3;
-    const bool has_heads = table.dim() > 1;
+    const bool has_heads = table.dim() > 1 && dim >= kHeads;
+    check_table("table", table,
+                has_heads ? std::vector<int64_t>{size(kHeads), kPositions}
+                          : std::vector<int64_t>{kPositions},
+                grid);
     per_column_ = axis_ <= 1;
     channels_ = scale.numel();
     columns_ = size(1);
@@ -94,19 +97,6 @@ class GridOf {
   int64_t channels() const { return channels_; }
 
  private:
-  static void check_table(const at::Tensor& table, at::IntArrayRef sizes, at::IntArrayRef grid) {
-    check_tensor("table", table, {at::kByte}, table.sizes());
-    if (table.numel() == 0) return;
-    const int64_t dim = table.dim();
-    TORCH_CHECK_VALUE(dim > 0 && table.size(-1) == kTableSize &&
-                          (dim == 1 || (dim == 2 && sizes.size() > 2 &&
-                                        table.size(0) == sizes[sizes.size() - 3])),
-                      "table of shape ", table.sizes(), " must have ", kTableSize,
-                      " bytes, or as many for every head of the input ", sizes, ", or none.");
-    TORCH_CHECK_VALUE(grid[0] == 0 && grid[1] == kTableSize - 1, "a table is for codes 0..",
-                      kTableSize - 1, ", got ", grid[0], "..", grid[1], ".");
-  }
-
   void fill(const at::Tensor& scale, const OptionalTensor& offset) {
     const at::Tensor scales = scale.contiguous();
     const at::Tensor offsets = offset.has_value() ? offset->contiguous() : at::Tensor();

@@ -102,20 +102,6 @@ struct Portable {
   static Ints sub_int(Ints a, Ints b) { return a - b; }
   static Ints first(Ints x, int64_t count) { return x & mask(count); }
 
-  // Bytes of a table of 64 by codes 0..63, lane by lane.
-  class LookUp {
-   public:
-    explicit LookUp(const uint8_t* table) : table_(table) {}
-    Ints operator()(Ints codes) const {
-      Ints found;
-      for (int i = 0; i < kWidth; ++i) found[i] = table_[codes[i] & 63];
-      return found;
-    }
-
-   private:
-    const uint8_t* table_;
-  };
-
   static Bad no_nan() { return set_int(0); }
   static void note_nan(Bad& bad, Real x) { bad |= x != x; }
   static bool any_nan(Bad bad) { return (bad[0] | bad[1] | bad[2] | bad[3]) != 0; }
@@ -192,6 +178,11 @@ struct Portable {
     static constexpr int64_t kBytes = 1;
     explicit Table(const uint8_t* table) : levels(table) {}
     void look_up(uint8_t* bytes) const { *bytes = levels[*bytes]; }
+    Ints lanes(Ints position) const {
+      Ints found;
+      for (int i = 0; i < kWidth; ++i) found[i] = levels[position[i] & (kPositions - 1)];
+      return found;
+    }
     const uint8_t* levels;
   };
 

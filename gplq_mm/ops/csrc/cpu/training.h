@@ -12,9 +12,6 @@
 
 namespace gplq_mm {
 
-// Codes that a table has an integer for: all of 0..63.
-constexpr int64_t kTableSize = 64;
-
 // How real values become codes, and back. A scale belongs to a column (per_column) or to a row:
 // row r has number (r / inner) % channels. A code stands for itself, or for the integer that a
 // table has for it: row r has table (r / table_inner) % tables.
@@ -23,7 +20,7 @@ struct LearnedGrid {
   const float* offset;   // zeros where the grid is symmetric
   const float* inverse;  // 1 / scale
   const float* shift;    // -offset / scale
-  const uint8_t* table;  // (tables, kTableSize), or null
+  const uint8_t* table;  // (tables, kPositions), or null
   bool per_column;
   int64_t channels, inner, tables, table_inner;
   int32_t code_min, code_max;
@@ -34,7 +31,7 @@ struct LearnedGrid {
   int64_t channel(int64_t row) const { return per_column ? 0 : row / inner % channels; }
   bool tabled() const { return table != nullptr; }
   const uint8_t* table_of(int64_t row) const {
-    return tabled() ? table + row / table_inner % tables * kTableSize : nullptr;
+    return tabled() ? table + row / table_inner % tables * kPositions : nullptr;
   }
 };
 

@@ -104,9 +104,9 @@ inline void write_integers(const uint8_t* table, int64_t columns, float* __restr
   if (!tabled) return;
 #pragma GCC ivdep
   for (int64_t k = 0; k < columns; ++k) integers[k] = code_at(k);
-  const typename Machine::LookUp look_up(table);
+  const typename Machine::Table levels(table);
   const auto integer_of = [&](typename Machine::Real code) {
-    const auto found = Machine::to_real(look_up(Machine::to_int(code)));
+    const auto found = Machine::to_real(levels.lanes(Machine::to_int(code)));
     return Machine::add(found, Machine::sub(code, code));
   };
   int64_t k = 0;

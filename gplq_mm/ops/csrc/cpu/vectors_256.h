@@ -93,32 +93,6 @@ struct Vectors256 {
   static Ints sub_int(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }
   static Ints first(Ints x, int64_t count) { return _mm256_and_si256(x, mask(count)); }
 
-  // Bytes of a table of 64 by codes 0..63, lane by lane.
-  class LookUp {
-   public:
-    explicit LookUp(const uint8_t* table) {
-      for (int i = 0; i < 4; ++i) {
-        const auto* from = reinterpret_cast<const __m128i*>(table) + i;
-        quarter_[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128(from));
-      }
-    }
-    Ints operator()(Ints codes) const {
-      // A shuffle goes by the low four bits of a code; the sign bit picks the quarter.
-      const Real bit4 = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 27));
-      const Real bit5 = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 26));
-      const auto byte = [&](int i) {
-        return _mm256_castsi256_ps(_mm256_shuffle_epi8(quarter_[i], codes));
-      };
-      const Real low = _mm256_blendv_ps(byte(0), byte(1), bit4);
-      const Real high = _mm256_blendv_ps(byte(2), byte(3), bit4);
-      const Ints found = _mm256_castps_si256(_mm256_blendv_ps(low, high, bit5));
-      return _mm256_and_si256(found, set_int(0xFF));
-    }
-
-   private:
-    Ints quarter_[4];
-  };
-
   static Bad no_nan() { return _mm256_setzero_ps(); }
   static void note_nan(Bad& bad, Real x) {
     bad = _mm256_or_ps(bad, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
@@ -216,16 +190,19 @@ struct Vectors256 {
             _mm_loadu_si128(reinterpret_cast<const __m128i*>(table + 16 * i)));
       }
     }
-    // A shuffle takes the low four bits of a position; its bits 4 and 5 choose among four.
-    void look_up(uint8_t* bytes) const {
-      const Ints position = load_bytes(bytes);
+    // Byte by byte. A shuffle takes the low four bits of a position; its bits 4 and 5 choose among
+    // four.
+    Ints of(Ints position) const {
       const Ints bit4 = _mm256_slli_epi16(position, 3), bit5 = _mm256_slli_epi16(position, 2);
-      const auto of = [&](int i) { return _mm256_shuffle_epi8(part[i], position); };
-      const Ints lower = _mm256_blendv_epi8(of(0), of(1), bit4);
-      const Ints upper = _mm256_blendv_epi8(of(2), of(3), bit4);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes),
-                          _mm256_blendv_epi8(lower, upper, bit5));
+      const auto quarter = [&](int i) { return _mm256_shuffle_epi8(part[i], position); };
+      const Ints lower = _mm256_blendv_epi8(quarter(0), quarter(1), bit4);
+      const Ints upper = _mm256_blendv_epi8(quarter(2), quarter(3), bit4);
+      return _mm256_blendv_epi8(lower, upper, bit5);
     }
+    void look_up(uint8_t* bytes) const {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes), of(load_bytes(bytes)));
+    }
+    Ints lanes(Ints position) const { return _mm256_and_si256(of(position), set_int(0xFF)); }
     Ints part[4];
   };
 
