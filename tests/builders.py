@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from gplq_mm.layers import calibrate, freeze_activations, quantize_model
@@ -87,8 +87,13 @@ def randomize(model: nn.Module, std: float = 0.2) -> nn.Module:
 
 def build_float(kind: str) -> nn.Module:
     """Float ImageClassifier ``'vit'``, ``'swin'`` or ``'resnet'`` in eval mode."""
-    cfg = CONFIGS[kind]()
-    return randomize(MODELS.build(cfg)).eval()
+    return build_classifier(CONFIGS[kind]())
+
+
+def build_classifier(cfg: dict) -> nn.Module:
+    """Float ImageClassifier in eval mode, whatever scope a run has left behind."""
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        return randomize(MODELS.build(cfg)).eval()
 
 
 def images(batch: int = 4, seed: int = 0) -> torch.Tensor:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import mmdet
 import torch
-from builders import CONFIGS, build_float, calibrated, images, randomize
+from builders import CONFIGS, build_classifier, build_float, calibrated, images, randomize
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
@@ -100,7 +100,7 @@ def quantized_classifier(
         return finish(build_float(kind), policy, compensation)
     cfg = CONFIGS[kind]()
     cfg['backbone'].update(backbone)
-    return finish(randomize(MODELS.build(cfg)).eval(), policy, compensation)
+    return finish(build_classifier(cfg), policy, compensation)
 
 
 def quantized_layer(
