@@ -46,8 +46,9 @@ def quantize_(
             as the teacher. The loader yields batches as before; labels are optional. Further keys:
             ``max_iters``; ``optim_wrapper``, merged into the default; ``loss``, a callable
             ``loss(output, batch)`` in place of cross entropy or the model's own loss; ``mimic``,
-            ``distill``, ``task_weight``, ``feature_layer``, ``teacher_dtype``, ``train_weights``,
-            ``saved_bytes`` and ``gradient_checkpointing`` of :class:`gplq_mm.models.GPLQ`.
+            ``distill``, ``block_mimic``, ``task_weight``, ``feature_layer``, ``teacher_dtype``,
+            ``train_weights``, ``saved_bytes`` and ``gradient_checkpointing`` of
+            :class:`gplq_mm.models.GPLQ`.
         policy: Arguments of :class:`gplq_mm.quant.QuantPolicy`, the name of a preset, or one.
         weight_ptq: ``dict(type=..., num_images=...)`` with the options of a PTQ method, or the
             name of one.

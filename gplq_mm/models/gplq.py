@@ -41,6 +41,8 @@ class GPLQ(BaseModel):
         mimic: Arguments of :class:`PCAMimicLoss`, or None to train without it.
         distill: ``dict(loss_weight=..., temperature=...)`` adds the Kullback-Leibler distance
             from the teacher's class probabilities, or None.
+        block_mimic: ``dict(loss_weight=...)`` adds the relative error of the outputs of all
+            residual blocks (:class:`.BlockMimicry`), or None.
         task_weight: Factor on the losses of the architecture. 0 trains without labels.
         compensation: ``dict(type='QwT')``, ``dict(type='QwTv2')`` or None.
         train_weights: Whether Stage 1 trains the FP32 weights too (the paper's text) or only
@@ -80,6 +82,7 @@ class GPLQ(BaseModel):
         policy: dict | None = None,
         mimic: dict | None = None,
         distill: dict | None = None,
+        block_mimic: dict | None = None,
         task_weight: float = 1.0,
         compensation: dict | None = None,
         train_weights: bool = True,
@@ -96,7 +99,7 @@ class GPLQ(BaseModel):
         student = MODELS.build(self._with_preprocessor(architecture, data_preprocessor))
         super().__init__(data_preprocessor=student.data_preprocessor, init_cfg=init_cfg)
         self.pretrained, self.backbone_from = pretrained, backbone_from
-        self._check_start(mimic, distill)
+        self._check_start(mimic, distill, block_mimic)
         self.direct = self._check_direct(direct, compensation)
         float_model = copy.deepcopy(student) if teacher else None
         self.policy = QuantPolicy.of(policy)
@@ -106,7 +109,14 @@ class GPLQ(BaseModel):
         prepare_training(student, saved_bytes, gradient_checkpointing, train_weights)
         self.architecture = student
         self.mimicry = Mimicry(
-            student, float_model, mimic, distill, task_weight, feature_layer, teacher_dtype
+            student,
+            float_model,
+            mimic,
+            distill,
+            block_mimic,
+            task_weight,
+            feature_layer,
+            teacher_dtype,
         )
         # A child under this name, since files hold its basis.
         self.mimic_loss = self.mimicry.loss
@@ -119,15 +129,15 @@ class GPLQ(BaseModel):
             architecture['data_preprocessor'] = data_preprocessor
         return architecture
 
-    def _check_start(self, mimic: dict | None, distill: dict | None) -> None:
+    def _check_start(self, *losses: dict | None) -> None:
         if self.backbone_from is None:
             return
         if self.pretrained is not None:
             raise SettingError('set pretrained or backbone_from, not both.')
-        if mimic is not None or distill is not None:
+        if any(loss is not None for loss in losses):
             raise SettingError(
-                'backbone_from starts a new task, for which there is no teacher; set mimic=None '
-                'and distill=None.'
+                'backbone_from starts a new task, for which there is no teacher; set mimic=None, '
+                'distill=None and block_mimic=None.'
             )
 
     @staticmethod

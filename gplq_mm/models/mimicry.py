@@ -1,6 +1,7 @@
 """What ties a student to the float model that it comes from: features, decisions, losses."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from ..errors import SettingError, StateError
 from ..layers import checkpoint_blocks, learned_parameters, set_saved_bytes
 from ..registry import MODELS
+from .block_mimicry import BlockMimicry
 from .feature_tap import FeatureTap, feature_layer_of, feature_width, tapped_outputs
 from .teacher import Teacher
 from .training_losses import distill_settings, distillation_loss, weigh_task
@@ -39,6 +41,7 @@ class Mimicry:
         teacher: The float model that it was, or None.
         mimic: Arguments of :class:`PCAMimicLoss`, or None.
         distill: Arguments of :func:`distillation_loss`, or None.
+        block_mimic: Settings of :class:`.BlockMimicry`, or None.
         task_weight: Factor on the losses of the architecture.
         feature_layer, teacher_dtype: As in :class:`GPLQ`.
         forward: ``forward(network, batch)``. Defaults to what computes no more than the features,
@@ -59,6 +62,7 @@ class Mimicry:
         teacher: nn.Module | None,
         mimic: dict | None = None,
         distill: dict | None = None,
+        block_mimic: dict | None = None,
         task_weight: float = 1.0,
         feature_layer: str | None = None,
         teacher_dtype: str = 'auto',
@@ -67,6 +71,7 @@ class Mimicry:
         self.student, self.task_weight = student, task_weight
         self.distill = distill_settings(distill)
         self.tap = self.loss = None
+        self.blocks = BlockMimicry(student, teacher, block_mimic)
         self.forward = forward or self._features
         if self.needs_teacher(mimic) or getattr(student, 'head', None) is not None:
             layer = feature_layer_of(student, feature_layer)
@@ -82,7 +87,8 @@ class Mimicry:
 
     def needs_teacher(self, mimic: Any = None) -> bool:
         """Whether a loss compares with the teacher."""
-        return any(setting is not None for setting in (mimic, self.loss, self.distill))
+        losses = (mimic, self.loss, self.distill)
+        return self.blocks.is_wanted or any(loss is not None for loss in losses)
 
     @property
     def taps_maps(self) -> bool:
@@ -121,11 +127,13 @@ class Mimicry:
         if self.tap is None:
             return weigh_task(run_student(), self.task_weight)
         # The teacher first: what it needs on the way is gone before anything is kept for backward.
-        feature = logits = None
+        feature, logits, targets = None, None, []
         if self.needs_teacher():
-            feature, logits = self.need_teacher().targets(batch)
+            run_teacher = partial(self.need_teacher().targets, batch)
+            (feature, logits), targets = self.blocks.of_teacher(run_teacher)
         with self.tap as tap:
-            losses = weigh_task(run_student(), self.task_weight)
+            losses, block_loss = self.blocks.of_student(run_student, targets)
+            losses = {**weigh_task(losses, self.task_weight), **block_loss}
             if self.loss is not None:
                 losses['loss_pca_mimic'] = self.loss(tap.feature, feature)
             if self.distill is not None:

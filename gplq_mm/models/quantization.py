@@ -256,8 +256,8 @@ class Quantization:
             losses = mimicry.losses(run, batch)
             if not losses:
                 raise SettingError(
-                    'there is nothing to train for: the loader yields no labels, and mimic and '
-                    'distill are None.'
+                    'there is nothing to train for: the loader yields no labels, and mimic, '
+                    'distill and block_mimic are None.'
                 )
             total, log = BaseModel.parse_losses(self.model, losses)
         advice = (

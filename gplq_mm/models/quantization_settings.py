@@ -15,7 +15,7 @@ from ..errors import DataError, SettingError
 from ..layers import build_compensation
 from ..ptq import build_weight_ptq
 
-MIMICRY = ('mimic', 'distill', 'task_weight', 'feature_layer', 'teacher_dtype')
+MIMICRY = ('mimic', 'distill', 'block_mimic', 'task_weight', 'feature_layer', 'teacher_dtype')
 TRAINING = ('saved_bytes', 'gradient_checkpointing', 'train_weights')
 TRAIN_KEYS = ('loader', 'epochs', 'max_iters', 'optim_wrapper', 'loss', *MIMICRY, *TRAINING)
 AGAIN = 'give a loader that can be read again, as torch.utils.data.DataLoader'
