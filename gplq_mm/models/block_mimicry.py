@@ -1,7 +1,7 @@
 """The outputs of a student's residual blocks beside the teacher's."""
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import SettingError
 from ..layers import find_blocks
 from .feature_tap import FeatureTap
+from .training_losses import completed_settings
 
 
 def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
@@ -29,20 +30,13 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     return ((student.float().flatten(1) - teacher).square().mean(1) / unit).mean()
 
 
-class _BlockTaps:
-    """The outputs of blocks in the last forward, as long as it is open."""
-
-    def __init__(self, network: nn.Module | None, names: list[str]):
-        self.taps = [FeatureTap(network.get_submodule(name)) for name in names]
-        self.stack = ExitStack()
-
-    def __enter__(self) -> 'list[FeatureTap]':
-        for tap in self.taps:
-            self.stack.enter_context(tap)
-        return self.taps
-
-    def __exit__(self, *exception) -> None:
-        self.stack.close()
+@contextmanager
+def _opened(taps: list[FeatureTap]) -> Iterator[None]:
+    """Context in which all taps are open."""
+    with ExitStack() as stack:
+        for tap in taps:
+            stack.enter_context(tap)
+        yield
 
 
 class BlockMimicry:
@@ -62,36 +56,38 @@ class BlockMimicry:
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, settings: Mapping | None):
+        settings = completed_settings('block_mimic', settings, loss_weight=1.0)
         self.is_wanted = settings is not None
-        settings = {'loss_weight': 1.0, **(settings or {})}
-        unknown = set(settings) - {'loss_weight'}
-        if unknown:
-            raise SettingError(f'block_mimic has unknown key(s) {sorted(unknown)}.')
+        self.student_taps: list[FeatureTap] = []
+        self.teacher_taps: list[FeatureTap] = []
+        if settings is None:
+            return
         self.loss_weight = settings['loss_weight']
-        names = find_blocks(student) if self.is_wanted else []
-        if self.is_wanted and not names:
+        names = find_blocks(student)
+        if not names:
             raise SettingError(
                 'block_mimic compares residual blocks, and no family knows one in this model; set '
                 'block_mimic=None.'
             )
-        self._student = _BlockTaps(student, names)
-        self._teacher = _BlockTaps(teacher, [] if teacher is None else names)
+        self.student_taps = [FeatureTap(student.get_submodule(name)) for name in names]
+        if teacher is not None:
+            self.teacher_taps = [FeatureTap(teacher.get_submodule(name)) for name in names]
 
     def of_teacher(self, run: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
         """What ``run()`` gives, which runs the teacher, and the outputs of its blocks."""
-        with self._teacher as taps:
+        with _opened(self.teacher_taps):
             result = run()
             # Autograd refuses to save an inference tensor, a copy is an ordinary one.
-            return result, [tap.feature.clone() for tap in taps]
+            return result, [tap.feature.clone() for tap in self.teacher_taps]
 
     def of_student(
         self, run: Callable[[], Any], targets: list[Tensor]
     ) -> tuple[Any, dict[str, Tensor]]:
         """What ``run()`` gives, which runs the student, and the loss by its name, if it is wanted:
         the mean over the blocks of their relative errors, times ``loss_weight``."""
-        with self._student as taps:
+        with _opened(self.student_taps):
             result = run()
-            pairs = zip(taps, targets, strict=True)
+            pairs = zip(self.student_taps, targets, strict=True)
             errors = [relative_error(tap.feature, target) for tap, target in pairs]
         if not errors:
             return result, {}

@@ -23,7 +23,7 @@ from ..quant import QuantPolicy
 from ..registry import MODELS
 from .mimicry import Mimicry, prepare_training
 from .run_stage import Stage, check_order
-from .training_losses import check_images, require_finite
+from .training_losses import check_images, completed_settings, require_finite
 
 
 @MODELS.register_module()
@@ -142,17 +142,13 @@ class GPLQ(BaseModel):
 
     @staticmethod
     def _check_direct(direct: dict | None, compensation: dict | None) -> dict | None:
-        if direct is None:
-            return None
-        unknown = set(direct) - {'granularity', 'init'}
-        if unknown:
-            raise SettingError(f'direct has unknown key(s) {sorted(unknown)}.')
-        if compensation is not None:
+        direct = completed_settings('direct', direct, granularity='row', init='observer')
+        if direct is not None and compensation is not None:
             raise SettingError(
                 'direct QAT ends with the weights it has learned, and fits no compensation to '
                 'them; set compensation=None.'
             )
-        return {'granularity': 'row', 'init': 'observer', **direct}
+        return direct
 
     # -- the teacher lives outside the module tree: it is neither saved nor trained -----------
 

@@ -13,7 +13,7 @@ from ..registry import MODELS
 from .block_mimicry import BlockMimicry
 from .feature_tap import FeatureTap, feature_layer_of, feature_width, tapped_outputs
 from .teacher import Teacher
-from .training_losses import distill_settings, distillation_loss, weigh_task
+from .training_losses import completed_settings, distillation_loss, weigh_task
 
 
 def prepare_training(
@@ -69,7 +69,7 @@ class Mimicry:
         forward: Callable[[nn.Module, Any], Any] | None = None,
     ):
         self.student, self.task_weight = student, task_weight
-        self.distill = distill_settings(distill)
+        self.distill = completed_settings('distill', distill, loss_weight=1.0, temperature=1.0)
         self.tap = self.loss = None
         self.blocks = BlockMimicry(student, teacher, block_mimic)
         self.forward = forward or self._features
@@ -139,6 +139,12 @@ class Mimicry:
             if self.distill is not None:
                 losses['loss_distill'] = distillation_loss(tap.output, logits, **self.distill)
         return losses
+
+    def remove(self) -> None:
+        """Takes all taps off the student."""
+        for tap in (self.tap, *self.blocks.student_taps):
+            if tap is not None:
+                tap.remove()
 
     def need_teacher(self) -> Teacher:
         """The teacher.

@@ -160,8 +160,8 @@ class Quantization:
                     )
             finally:
                 kept.close()
-            if mimicry is not None and mimicry.tap is not None:
-                mimicry.tap.remove()
+            if mimicry is not None:
+                mimicry.remove()
             model.gplq_report = self.report
         return self.report
 

@@ -1,6 +1,7 @@
 """What training minimises beside the mimic loss, and what it must never do."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,18 +15,23 @@ class NonFiniteLossError(GPLQError, FloatingPointError):
     """The loss became NaN or infinite; the update was not made."""
 
 
-def distill_settings(distill: Mapping | None) -> dict | None:
-    """``loss_weight`` and ``temperature`` of the distillation, completed; None without.
+def completed_settings(name: str, settings: Mapping | None, **defaults: Any) -> dict | None:
+    """The settings ``name`` of a model with what they leave out; None where there are none.
+
+    Args:
+        name: For the message.
+        settings: Some of the keys of ``defaults``, or None.
+        **defaults: All keys that are known.
 
     Raises:
         SettingError: For an unknown key.
     """
-    if distill is None:
+    if settings is None:
         return None
-    unknown = set(distill) - {'loss_weight', 'temperature'}
+    unknown = set(settings) - set(defaults)
     if unknown:
-        raise SettingError(f'distill has unknown key(s) {sorted(unknown)}.')
-    return {'loss_weight': 1.0, 'temperature': 1.0, **distill}
+        raise SettingError(f'{name} has unknown key(s) {sorted(unknown)}.')
+    return {**defaults, **settings}
 
 
 def weigh_task(losses: Mapping, weight: float) -> dict:
