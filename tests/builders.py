@@ -36,6 +36,9 @@ RESNET_BACKBONE = dict(
     out_indices=(1,),
 )
 
+# Policy that calibrates in a single pass.
+FAST = {key: dict(observer='minmax') for key in ('activation', 'q', 'k', 'v', 'probs', 'weight')}
+
 
 def vit_cfg(num_classes: int = NUM_CLASSES, **backbone) -> dict:
     """Config of an ImageClassifier: 2 layers of width 32, 32-pixel images."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from builders import build_float, images
+from builders import FAST, build_float, images
 from packed_models import finish
 from torch import nn
 
@@ -10,7 +10,6 @@ import gplq_mm
 from gplq_mm.evaluation.coverage import Coverage
 from gplq_mm.layers import quant_layers
 
-FAST = {key: dict(observer='minmax') for key in ('activation', 'q', 'k', 'v', 'probs', 'weight')}
 # The ViT of the tests: 16 patches and a class token of width 32, two blocks, two heads.
 PATCHES, TOKENS, WIDTH, HIDDEN, CLASSES = 16, 17, 32, 64, 5
 VIT = {

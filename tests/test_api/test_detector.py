@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from builders import FAST
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 from tiny_detection import detection_config, write_coco
@@ -9,7 +10,6 @@ from tiny_detection import detection_config, write_coco
 import gplq_mm
 from gplq_mm.deploy.packed_file import read_file
 
-FAST = {key: dict(observer='minmax') for key in ('activation', 'q', 'k', 'v', 'probs', 'weight')}
 PREDICTORS = dict(pattern=r'_head\.', exclude=True)
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from builders import build_float, images
+from builders import FAST, build_float, images
 from family_cases import SWIN, VIT, lively
 from torch import nn
 
@@ -17,7 +17,6 @@ from gplq_mm.errors import SettingError
 from gplq_mm.families.libraries import build_timm, build_transformers
 from gplq_mm.layers import quant_layers
 
-FAST = {key: dict(observer='minmax') for key in ('activation', 'q', 'k', 'v', 'probs', 'weight')}
 TIMM = dict(num_classes=5, img_size=32)
 
 

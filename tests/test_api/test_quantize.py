@@ -8,7 +8,7 @@ from collections import UserDict
 
 import pytest
 import torch
-from builders import NUM_CLASSES, build_float, images
+from builders import FAST, NUM_CLASSES, build_float, images
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -20,7 +20,6 @@ from gplq_mm.models.quantization import Quantization
 from gplq_mm.models.quantization_settings import default
 from gplq_mm.quant import PolicyError, QuantState
 
-FAST = {key: dict(observer='minmax') for key in ('activation', 'q', 'k', 'v', 'probs', 'weight')}
 IMAGES = [images(8, seed=1), images(8, seed=2)]
 
 

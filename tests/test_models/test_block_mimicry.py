@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from builders import images, randomize, vit_cfg
-from mmengine.registry import MODELS
+from builders import FAST, images, randomize, vit_cfg
 from mmpretrain.structures import DataSample
 from torch import nn
 
@@ -12,16 +11,6 @@ from gplq_mm.errors import SettingError
 from gplq_mm.layers import calibrate, find_blocks
 from gplq_mm.models import GPLQ, Stage
 from gplq_mm.models.block_mimicry import relative_error
-
-FAST = {key: dict(observer='minmax') for key in ('activation', 'q', 'k', 'v', 'probs', 'weight')}
-
-
-@pytest.fixture(scope='module')
-def checkpoint(tmp_path_factory):
-    torch.manual_seed(3)
-    path = tmp_path_factory.mktemp('float') / 'vit.pth'
-    torch.save({'state_dict': randomize(MODELS.build(vit_cfg())).state_dict()}, path)
-    return path
 
 
 @pytest.fixture
@@ -144,3 +133,5 @@ def test_plain_modules_take_it_too():
     train = dict(loader=[torch.randn(4, 3, 32, 32)] * 2, mimic=None, block_mimic={})
     quantize_(randomize(vit), policy=dict(FAST), train=train, compensation=None)
     assert set(vit.gplq_report.losses[0]) == {'loss', 'loss_block_mimic'}
+    # Nothing of the training stays on the model.
+    assert not any(module._forward_hooks for module in vit.modules())

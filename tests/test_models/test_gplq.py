@@ -5,8 +5,7 @@ import math
 
 import pytest
 import torch
-from builders import NUM_CLASSES, images, randomize, swin_cfg, vit_cfg
-from mmengine.registry import MODELS
+from builders import NUM_CLASSES, images, swin_cfg, vit_cfg
 from mmpretrain.structures import DataSample
 
 from gplq_mm.checkpoint import CheckpointError
@@ -27,14 +26,6 @@ def samples(count=4):
         DataSample(metainfo=dict(img_path=f'{i}.png')).set_gt_label(i % NUM_CLASSES)
         for i in range(count)
     ]
-
-
-@pytest.fixture(scope='module')
-def checkpoint(tmp_path_factory):
-    torch.manual_seed(3)
-    path = tmp_path_factory.mktemp('float') / 'vit.pth'
-    torch.save({'state_dict': randomize(MODELS.build(vit_cfg())).state_dict()}, path)
-    return path
 
 
 def build(checkpoint, calibrated=True, **options):

@@ -2,23 +2,12 @@
 
 import pytest
 import torch
-from builders import images, randomize, vit_cfg
+from builders import FAST, images, vit_cfg
 from mmengine.optim import OptimWrapper
-from mmengine.registry import MODELS
 from mmpretrain.structures import DataSample
 
 from gplq_mm.layers import calibrate
 from gplq_mm.models import GPLQ, Stage
-
-FAST = {key: dict(observer='minmax') for key in ('activation', 'q', 'k', 'v', 'probs', 'weight')}
-
-
-@pytest.fixture(scope='module')
-def checkpoint(tmp_path_factory):
-    torch.manual_seed(3)
-    path = tmp_path_factory.mktemp('float') / 'vit.pth'
-    torch.save({'state_dict': randomize(MODELS.build(vit_cfg())).state_dict()}, path)
-    return path
 
 
 def build(checkpoint, **options):
