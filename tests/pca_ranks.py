@@ -10,6 +10,7 @@ from mmengine.dist import is_distributed, is_main_process
 from mmengine.registry import RUNNERS
 from torch.distributed import destroy_process_group
 
+from gplq_mm.distributed import end_program
 from gplq_mm.engine import PCABasisHook
 
 
@@ -26,9 +27,9 @@ def main(path: str) -> None:
     model = getattr(runner.model, 'module', runner.model)
     if is_main_process():
         torch.save(model.mimic_loss.state_dict(), Path(cfg.work_dir) / 'basis.pth')
-    # Threads of the group that outlive the interpreter abort the process now and then.
     if is_distributed():
         destroy_process_group()
 
 
 main(sys.argv[1])
+end_program()
