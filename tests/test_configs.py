@@ -110,16 +110,13 @@ def test_bits_are_those_of_the_name(gplq):
     weight_bits, act_bits = map(int, match.groups()) if match else (4, 4)
     layers = quant_layers(gplq.model.architecture)
     ends = {next(iter(layers)), list(layers)[-1]}
-    mixed = gplq.path.stem.startswith('gplq-mixed')
     for name, layer in layers.items():
         bits = (layer.weight_quantizer.spec.bits, layer.act_quantizer.spec.bits)
-        inner = 8 if mixed and name.endswith('ffn.layers.1') else act_bits
-        assert bits == ((8, 8) if name in ends else (weight_bits, inner)), name
+        assert bits == ((8, 8) if name in ends else (weight_bits, act_bits)), name
     for name in gplq.model.quant_report.attention:
-        for path, quantizer in gplq.model.architecture.get_submodule(name).named_modules():
+        for quantizer in gplq.model.architecture.get_submodule(name).modules():
             if isinstance(quantizer, ActQuantizer):
-                is_operand = not path.endswith('act_quantizer')
-                assert quantizer.spec.bits == (8 if mixed and is_operand else act_bits), name
+                assert quantizer.spec.bits == act_bits, name
 
 
 def test_ends_and_joints_are_where_we_think(gplq):

@@ -41,7 +41,7 @@ def test_everything_is_replaced_and_keeps_its_key(kind):
 @pytest.mark.parametrize('kind', ['vit', 'swin'])
 def test_hidden_values_of_mlps_have_a_setting_of_their_own(kind):
     model = build_float(kind)
-    quantize_model(model, QuantPolicy('gplq-mixed'))
+    quantize_model(model, QuantPolicy('gplq-levels', hidden=dict(format='integer', bits=8)))
     formats = {
         name: layer.act_quantizer.spec.format
         for name, layer in quant_layers(model).items()

@@ -224,8 +224,8 @@ def test_presets_of_levels():
     assert formats.pop('conv') == 'integer'
     assert set(formats.values()) == {'levels'}
     bits = {kind: mixed.resolve('site', kind).activation.bits for kind in mixed.activations}
-    assert bits == dict(linear=4, conv=4, hidden=8, q=8, k=8, v=8, probs=8)
-    assert mixed.label == 'w4a4'
+    assert bits == dict.fromkeys(mixed.activations, 6)
+    assert mixed.label == 'w4a6'
 
 
 def test_a_policy_that_was_stored_without_hidden_values_is_the_same():

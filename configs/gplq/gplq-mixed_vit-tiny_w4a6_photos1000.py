@@ -1,4 +1,4 @@
-# ViT-Ti/16, W4A4 but for 8 bits in hidden values of MLPs and operands of attentions.
+# ViT-Ti/16, weights of 4 bits and activations of 6.
 _base_ = ['./gplq_vit-tiny_w4a4_photos1000.py']
 
 model = dict(policy=dict(preset='gplq-mixed'))
