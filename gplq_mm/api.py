@@ -48,7 +48,8 @@ def quantize_(
             ``loss(output, batch)`` in place of cross entropy or the model's own loss; ``mimic``,
             ``distill``, ``block_mimic``, ``task_weight``, ``feature_layer``, ``teacher_dtype``,
             ``train_weights``, ``saved_bytes`` and ``gradient_checkpointing`` of
-            :class:`gplq_mm.models.GPLQ`.
+            :class:`gplq_mm.models.GPLQ`; ``weight_tuning`` of
+            :class:`gplq_mm.engine.GPLQTrainLoop`.
         policy: Arguments of :class:`gplq_mm.quant.QuantPolicy`, the name of a preset, or one.
         weight_ptq: ``dict(type=..., num_images=...)`` with the options of a PTQ method, or the
             name of one.

@@ -289,13 +289,13 @@ def die_in_weight_ptq(patch, position: int) -> None:
     """
     quantize_weights = steps.quantize_weights
 
-    def dying(model, batches, forward, method, report):
+    def dying(model, batches, forward, method, report, **options):
         def dying_report(progress):
             report(progress)
             if progress.position == position:
                 raise Killed
 
-        return quantize_weights(model, batches, forward, method, dying_report)
+        return quantize_weights(model, batches, forward, method, dying_report, **options)
 
     patch.setattr(steps, 'quantize_weights', dying)
 

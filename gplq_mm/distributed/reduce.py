@@ -43,6 +43,19 @@ def all_reduce_max(tensor: Tensor) -> Tensor:
     return _all_reduce(tensor, dist.ReduceOp.MAX if is_distributed() else None)
 
 
+def average_(tensors: list[Tensor]) -> None:
+    """Mean over ranks of floating tensors of one dtype and device, in place and in one message.
+
+    Args:
+        tensors: The same shapes on all ranks, in the same order.
+    """
+    if is_distributed() and tensors:
+        flat = all_reduce_sum(torch.cat([tensor.flatten() for tensor in tensors]))
+        flat /= dist.get_world_size()
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
 def rank_and_world_size() -> tuple[int, int]:
     """This process's rank and the number of ranks."""
     if is_distributed():

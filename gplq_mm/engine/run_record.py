@@ -24,7 +24,8 @@ class RunRecord:
         metrics: Stage (``fp32``, ``ptq_w4a4``, ``w32a4``, ``latent_fp32``, ``w4a4``) to the
             metrics of that evaluation.
         calibration: Seed and ids of the images that calibrated the activations.
-        weight_ptq: Seed and ids of the images of Stage 2, and R^2 of the compensations.
+        weight_ptq: Seed and ids of the images of Stage 2, R^2 of the compensations, and, where
+            there was training between the blocks, its iterations and losses.
         pca: Number of images and of components, explained variance and spectrum.
         weight_drift: Result of :func:`gplq_mm.evaluation.weight_drift`.
         weight_drift_history: The same by iteration, of :class:`WeightDriftHook`.
@@ -50,6 +51,11 @@ class RunRecord:
     act_qat_from: str | None = None
     clock: StageClock = field(default_factory=StageClock)
 
+    @property
+    def tuning_iterations(self) -> int:
+        """Iterations of training between the blocks of Stage 2."""
+        return self.weight_ptq.get('tuning_iterations', 0)
+
     def images(self, training: int) -> dict[str, int]:
         """Images that each step has read, and all of them, ``seen``.
 
@@ -57,7 +63,7 @@ class RunRecord:
         epoch in training.
 
         Args:
-            training: Images of the iterations of training.
+            training: Images of the iterations of training, those of Stage 2 among them.
         """
         steps = {
             'calibration': self.calibration.get('num_images', 0),

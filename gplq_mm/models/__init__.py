@@ -2,6 +2,7 @@
 
 from .feature_tap import FeatureTap
 from .gplq import GPLQ
+from .iteration_seed import seed_iteration
 from .mimicry import Mimicry, prepare_training
 from .network_outputs import NetworkOutputs
 from .optim import Bf16OptimWrapper, GPLQOptimWrapperConstructor
@@ -14,11 +15,11 @@ from .steps import (
     first_image,
     fit_basis,
     run_weight_ptq,
-    seed_iteration,
     unknown_products,
 )
 from .timm_conversion import convert_timm_vit_state_dict
 from .training_losses import NonFiniteLossError
+from .weight_tuning import WeightTuning, tuning_settings
 
 __all__ = [
     'GPLQ',
@@ -32,6 +33,7 @@ __all__ = [
     'QuantBackbone',
     'SimpleFeaturePyramid',
     'Stage',
+    'WeightTuning',
     'calibrate_activations',
     'convert_timm_vit_state_dict',
     'feature_rows',
@@ -40,5 +42,6 @@ __all__ = [
     'prepare_training',
     'run_weight_ptq',
     'seed_iteration',
+    'tuning_settings',
     'unknown_products',
 ]

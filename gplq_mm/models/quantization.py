@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from mmengine.model import BaseModel
 from mmengine.optim import build_optim_wrapper
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import DataError, SettingError
@@ -33,6 +33,7 @@ from ..ptq import NormReport
 from ..ptq.tensor_store import Memory, TensorStore
 from ..quant import QuantPolicy
 from .batches import first_batches, is_of_openmmlab, prepare, run_on, task_losses
+from .iteration_seed import seed_iteration
 from .mimicry import Mimicry, prepare_training
 from .quantization_settings import (
     MIMICRY,
@@ -50,10 +51,10 @@ from .steps import (
     first_image,
     fit_basis,
     run_weight_ptq,
-    seed_iteration,
     unknown_products,
 )
 from .training_losses import require_finite
+from .weight_tuning import WeightTuning
 
 # What batches may hold in memory before they go to disk.
 MEMORY = 2**30
@@ -71,7 +72,8 @@ class QuantizedReport:
         norms: What became of LayerNorms, where the policy reparametrizes them.
         compensation_r2: Held-out R^2 of the compensation of every block that has one.
         pca: Basis of the mimic loss, where there was training.
-        losses: Losses of every iteration of training, by name.
+        losses: Losses of every iteration of Stage 1, by name.
+        tuning_losses: Mean loss of the training behind each block of Stage 2, where there was any.
         seconds: Duration of each step.
         library: ``(package, data)`` that the float model can be built of again, or None.
     """
@@ -83,6 +85,7 @@ class QuantizedReport:
     compensation_r2: dict[str, float] = field(default_factory=dict)
     pca: dict = field(default_factory=dict)
     losses: list[dict[str, float]] = field(default_factory=list)
+    tuning_losses: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     library: tuple[str, dict] | None = None
 
@@ -154,10 +157,14 @@ class Quantization:
                 self._calibrate(kept, mimicry)
                 if mimicry is not None:
                     self._train(kept, mimicry)
+                tuning = None if mimicry is None else self._tuning(mimicry)
                 with self._step('weight_ptq'):
+                    images = self._first(kept, self.ptq_images)
                     self.report.compensation_r2 = run_weight_ptq(
-                        model, self._first(kept, self.ptq_images), self._run, self.method
+                        model, images, self._run, self.method, tuning
                     )
+                if tuning is not None:
+                    self.report.tuning_losses = tuning.losses
             finally:
                 kept.close()
             if mimicry is not None:
@@ -251,19 +258,37 @@ class Quantization:
     def _train_iteration(
         self, mimicry: Mimicry, wrapper, batch: Any, place: str
     ) -> dict[str, float]:
-        run = partial(task_losses, self.model, batch, self.forward, self.train['loss'])
         with wrapper.optim_context(self.model):
-            losses = mimicry.losses(run, batch)
-            if not losses:
-                raise SettingError(
-                    'there is nothing to train for: the loader yields no labels, and mimic, '
-                    'distill and block_mimic are None.'
-                )
-            total, log = BaseModel.parse_losses(self.model, losses)
+            total, log = self._loss(mimicry, batch, place)
+        wrapper.update_params(total)
+        return {key: float(value.detach()) for key, value in log.items()}
+
+    def _loss(self, mimicry: Mimicry, batch: Any, place: str) -> tuple[Tensor, dict]:
+        run = partial(task_losses, self.model, batch, self.forward, self.train['loss'])
+        losses = mimicry.losses(run, batch)
+        if not losses:
+            raise SettingError(
+                'there is nothing to train for: the loader yields no labels, and mimic, '
+                'distill and block_mimic are None.'
+            )
+        total, log = BaseModel.parse_losses(self.model, losses)
         advice = (
             f'the model is what it was before. It was {place}: check the images and the weights, '
             'or train with a smaller optim_wrapper.optimizer.lr.'
         )
         require_finite(total, log, advice)
-        wrapper.update_params(total)
-        return {key: float(value.detach()) for key, value in log.items()}
+        return total, log
+
+    def _tuning(self, mimicry: Mimicry) -> WeightTuning | None:
+        settings = self.train['weight_tuning']
+        if settings is None:
+            return None
+
+        def loss(batch: tuple[str, Any]) -> Tensor:
+            place, batch = batch
+            batch = prepare(self.model, batch, place, training=True)
+            return self._loss(mimicry, batch, place)[0]
+
+        wrapper, start = self.train['optim_wrapper'], len(self.report.losses)
+        batches = batches_of(self.train['loader'], None, False)
+        return WeightTuning(self.model, settings, wrapper, loss, batches, self.seed, start)

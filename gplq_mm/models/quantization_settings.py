@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
+from itertools import count
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,20 @@ from ..distributed import rank_and_world_size
 from ..errors import DataError, SettingError
 from ..layers import build_compensation
 from ..ptq import build_weight_ptq
+from .weight_tuning import tuning_settings
 
 MIMICRY = ('mimic', 'distill', 'block_mimic', 'task_weight', 'feature_layer', 'teacher_dtype')
 TRAINING = ('saved_bytes', 'gradient_checkpointing', 'train_weights')
-TRAIN_KEYS = ('loader', 'epochs', 'max_iters', 'optim_wrapper', 'loss', *MIMICRY, *TRAINING)
+TRAIN_KEYS = (
+    'loader',
+    'epochs',
+    'max_iters',
+    'optim_wrapper',
+    'loss',
+    'weight_tuning',
+    *MIMICRY,
+    *TRAINING,
+)
 AGAIN = 'give a loader that can be read again, as torch.utils.data.DataLoader'
 
 
@@ -163,22 +174,28 @@ def train_of(setting: Any) -> dict:
     for key, value in train.get('optim_wrapper', {}).items():
         merges = isinstance(value, Mapping) and isinstance(wrapper.get(key), Mapping)
         wrapper[key] = {**wrapper[key], **value} if merges else value
-    return {**train, 'optim_wrapper': wrapper}
+    tuning = tuning_settings(train.get('weight_tuning'))
+    if tuning is not None and isinstance(train['loader'], Iterator) and train['max_iters'] is None:
+        raise SettingError(
+            'train.loader yields its batches once, and weight_tuning goes on where Stage 1 has '
+            f'ended; {AGAIN}, or set max_iters.'
+        )
+    return {**train, 'optim_wrapper': wrapper, 'weight_tuning': tuning}
 
 
-def batches_of(loader: Iterable, epochs: int, whole: bool) -> Iterator[tuple[str, Any]]:
+def batches_of(loader: Iterable, epochs: int | None, whole: bool) -> Iterator[tuple[str, Any]]:
     """Batches of all epochs of training, each with the words that name it.
 
     Args:
         loader: As often as there are epochs.
-        epochs: How many.
+        epochs: How many; None for no end.
         whole: Whether no epoch may be shorter than the first.
 
     Raises:
         DataError: For an epoch without a batch, or one that is too short.
     """
     first = 0
-    for epoch in range(1, epochs + 1):
+    for epoch in count(1) if epochs is None else range(1, epochs + 1):
         number = 0
         for number, batch in enumerate(loader, start=1):
             yield f'batch {number} of epoch {epoch} of train.loader', batch

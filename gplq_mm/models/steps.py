@@ -4,12 +4,10 @@ What they share with nothing of a run: no runner, no config, no data set. The lo
 :mod:`gplq_mm.engine` and the functions of :mod:`gplq_mm.api` call them.
 """
 
-import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +19,7 @@ from ..ptq import NormReport, SecondMoment, calibrate_with_norms, quantize_weigh
 from ..quant import QuantPolicy
 from .feature_tap import FeatureTap
 from .pca_mimic_loss import PCAMimicLoss, feature_rows
+from .weight_tuning import WeightTuning
 
 
 def first_image(batch: Any) -> Any:
@@ -131,19 +130,12 @@ def fit_basis(mimic: PCAMimicLoss, features: Iterable[Tensor | tuple[Tensor, ...
     return result
 
 
-def seed_iteration(seed: int, iteration: int) -> None:
-    """Random numbers of an iteration (drop path, mixup) that depend on nothing before it.
-
-    They are the same on all ranks: dropout draws for the images of all of them.
-    """
-    number = np.random.SeedSequence((seed, iteration)).generate_state(1)[0].item()
-    torch.manual_seed(number)
-    random.seed(number)
-    np.random.seed(number)
-
-
 def run_weight_ptq(
-    model: nn.Module, batches: Iterable[Any], forward: Callable[[Any], Any], method: Callable
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward: Callable[[Any], Any],
+    method: Callable,
+    tuning: WeightTuning | None = None,
 ) -> dict[str, float]:
     """Stage 2 of a model that has ended Stage 1: :func:`gplq_mm.ptq.quantize_weights`, shown.
 
@@ -152,11 +144,12 @@ def run_weight_ptq(
         batches: This rank's batches.
         forward: Runs the model on a batch.
         method: PTQ method.
+        tuning: Trains the weights that are still float between the blocks, or None.
 
     Returns:
         Held-out R^2 of the compensation of every block that has one.
     """
     freeze_activations(model)
     model.eval()
-    with show_weight_ptq() as report:
-        return quantize_weights(model, batches, forward, method, report)
+    with show_weight_ptq() as report, tuning or nullcontext():
+        return quantize_weights(model, batches, forward, method, report, tuning=tuning)

@@ -6,9 +6,9 @@ beyond it. The statistics of a unit that runs several times in a forward are tho
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from ..layers import (
     Compensation,
     QuantWeightLayer,
     compiled_products,
+    find_blocks,
     quant_layers,
     require_frozen,
 )
@@ -34,6 +35,17 @@ from .unit import Unit
 FORWARDS = 2.5
 SECONDS_PER_COLUMN = 3e-4
 SECONDS_PER_PRODUCT = 5e-10
+# An iteration of tuning, in forwards of the model on a calibration batch.
+TUNING_FORWARDS = 4.0
+
+
+class Tuning(Protocol):
+    """What trains the weights that are still float, after each residual block."""
+
+    iters_per_block: int
+
+    def run(self, block: str) -> Iterator[None]:
+        """Iterations behind the block of this name; yields after each."""
 
 
 def _rank_layers(unit: nn.Module) -> dict[str, QuantWeightLayer]:
@@ -86,6 +98,7 @@ def quantize_weights(
     method: Callable,
     report: Callable[[Progress], None] = lambda _progress: None,
     memory_bytes: int = 2**30,
+    tuning: Tuning | None = None,
 ) -> dict[str, float]:
     """Quantizes all weights of a model unit by unit and fits the compensations.
 
@@ -97,6 +110,7 @@ def quantize_weights(
             If it has ``reconstruct(unit)``, that is then called for every :class:`.unit.Unit`.
         report: Told after every step how far it is.
         memory_bytes: What images and activations may hold in memory before they go to disk.
+        tuning: Trains the weights that are still float, after each residual block; or None.
 
     Returns:
         Held-out R^2 of the compensation of every block that has one.
@@ -117,7 +131,7 @@ def quantize_weights(
     for module in model.modules():
         if isinstance(module, Compensation):
             module.start()
-    stage = _Stage2(model, kept, forward, method, report, memory)
+    stage = _Stage2(model, kept, forward, method, report, memory, tuning)
     scores = {}
     for position, name in enumerate(stage.stream.units):
         score = stage.process(position)
@@ -130,8 +144,9 @@ def quantize_weights(
 class _Stage2:
     """The steps of :func:`quantize_weights`, whose arguments it takes."""
 
-    def __init__(self, model, kept, forward, method, report, memory):
+    def __init__(self, model, kept, forward, method, report, memory, tuning):
         self.model, self.method, self.report = model, method, report
+        self.tuning = tuning
         self.reconstructs = hasattr(method, 'reconstruct')
         self.start = time.monotonic()
 
@@ -148,7 +163,14 @@ class _Stage2:
         }
         forwards = sum(2 * len(kept) * e['forward'] for e in self.estimates.values())
         rounding = sum(e['rounding'] for e in self.estimates.values())
-        self.forecast = Forecast({'forward': forwards, 'rounding': rounding})
+        totals = {'forward': forwards, 'rounding': rounding}
+        tuned = [] if tuning is None else find_blocks(model)
+        for name in tuned:
+            self.estimates[name]['tuning'] = TUNING_FORWARDS * sum(trace.seconds.values())
+        totals['tuning'] = sum(
+            self.tuning.iters_per_block * self.estimates[name]['tuning'] for name in tuned
+        )
+        self.forecast = Forecast(totals)
         self._tell('', 0)
 
     def _rounding_seconds(self, name: str) -> float:
@@ -195,7 +217,16 @@ class _Stage2:
                 self._correct(compensation, inputs, results)
         inputs.close()
         self.stream.finish(position, results)
+        self._tune(position)
         return score
+
+    def _tune(self, position: int) -> None:
+        """Lets the weights that are still float make up for those that no longer are."""
+        name = self.stream.units[position]
+        # Behind the last weight there is nothing left to train.
+        if 'tuning' in self.estimates[name] and position + 1 < len(self.stream.units):
+            for _ in self.tuning.run(name):
+                self._done(position, 'tuning')
 
     def _observe(
         self, position: int, unit: nn.Module, inputs: TensorStore, targets: TensorStore

@@ -1,11 +1,14 @@
 """The two-stage loop: activations first, weights later."""
 
+from collections.abc import Iterator, Mapping
+
 import torch
+from torch import Tensor
 
 from ...checkpoint import CheckpointError
 from ...errors import SettingError
 from ...layers import weights_disabled
-from ...models import Stage, run_weight_ptq
+from ...models import Stage, WeightTuning, run_weight_ptq, tuning_settings
 from ...ptq import build_weight_ptq
 from ...registry import LOOPS
 from ..weights import load_act_qat
@@ -25,6 +28,9 @@ class GPLQTrainLoop(QuantTrainLoop):
             one ended Stage 1, with its metrics, but for those of plain PTQ. For comparisons of
             Stage 2 alone: the policies may differ in what they say of weights, and in nothing
             else. Defaults to None, which runs Stage 1.
+        weight_tuning: ``dict(iters_per_block=16, lr=1e-5)`` trains, after each block of Stage 2,
+            the weights that are still float (:class:`gplq_mm.models.WeightTuning`), with the losses
+            and the optimizer of Stage 1 and the training data that follow on it; or None.
         **kwargs: As in :class:`QuantTrainLoop`; ``max_epochs=0`` leaves Stage 1 out (plain PTQ
             with compensation).
 
@@ -38,12 +44,14 @@ class GPLQTrainLoop(QuantTrainLoop):
         dataloader,
         weight_ptq: dict | None = None,
         act_qat_from: str | None = None,
+        weight_tuning: dict | None = None,
         **kwargs,
     ):
         settings = {'type': 'GPTQ', 'num_images': 512, 'batch_size': 16, 'seed': None}
         settings.update(weight_ptq or {})
         self.ptq_images = {key: settings.pop(key) for key in ('num_images', 'batch_size', 'seed')}
         self.method = build_weight_ptq(settings)
+        self.weight_tuning = tuning_settings(weight_tuning)
         few = {**self.ptq_images, 'num_images': min(64, self.ptq_images['num_images'])}
         super().__init__(runner, dataloader, **{'error_images': few, **kwargs})
         if self.model.direct is not None:
@@ -99,10 +107,36 @@ class GPLQTrainLoop(QuantTrainLoop):
         model.eval()
         images = self._images(self.ptq_images)
         batches = images.prepared(model.data_preprocessor, 'images for Weight-PTQ')
+        tuning = self._tuning()
         with self.record.clock.stage('weight_ptq'):
-            scores = run_weight_ptq(model.architecture, batches, self._forward, self.method)
+            scores = run_weight_ptq(model.architecture, batches, self._forward, self.method, tuning)
         model.advance(Stage.WEIGHT_PTQ)
         self.record.weight_ptq = {**images.describe(), 'compensation_r2': scores}
+        if tuning is not None:
+            self.record.weight_ptq.update(
+                tuning_iterations=tuning.iterations, tuning_losses=tuning.losses
+            )
         for name, score in scores.items():
             kept = 'kept' if score > 0 else 'dropped'
             self.runner.logger.info(f'compensation of {name}: held-out R^2 {score:.3f}, {kept}')
+
+    def _tuning(self) -> WeightTuning | None:
+        """What trains between the blocks: it goes on in the data where Stage 1 has ended."""
+        model, settings = self.model, self.weight_tuning
+        if settings is None:
+            return None
+
+        def loss(data: Mapping) -> Tensor:
+            data = model.data_preprocessor(data, True)
+            return model.parse_losses(model(**data, mode='loss'))[0]
+
+        wrapper = self.runner.cfg['optim_wrapper']
+        start = self._iter
+        batches = self._batches_without_end(start)
+        return WeightTuning(model.architecture, settings, wrapper, loss, batches, self.seed, start)
+
+    def _batches_without_end(self, iteration: int) -> Iterator[dict]:
+        while True:
+            for batch in self._batches_from(iteration):
+                yield batch
+                iteration += 1

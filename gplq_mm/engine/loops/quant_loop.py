@@ -1,6 +1,6 @@
 """What all quantization loops share: resumable training, evaluation, the record and the summary."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -220,7 +220,7 @@ class QuantTrainLoop(EpochBasedTrainLoop):
                 'checkpoint': str(Path(self.runner.work_dir) / f'{names["final"]}.pth'),
                 'seed': self.seed,
                 'act_qat_iterations': self._iter,
-                'images': record.images(self.data.images_in(self._iter)),
+                'images': record.images(self.data.images_in(self._iter + record.tuning_iterations)),
             }
             if record.decisions.predictions:
                 atomic_write_text(path.with_name('decisions.csv'), record.decisions.to_csv())
@@ -235,14 +235,19 @@ class QuantTrainLoop(EpochBasedTrainLoop):
         done = self._iter - self._epoch * length
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
-        self.dataloader.sampler.set_position(self._epoch, done * self.data.batch)
-        for index, data_batch in enumerate(self.dataloader, start=done):
+        for index, data_batch in enumerate(self._batches_from(self._iter), start=done):
             seed_iteration(self.seed, self._iter)
             self.run_iter(index, data_batch)
             if self._iter >= self._max_iters:
                 break
         self.runner.call_hook('after_train_epoch')
         self._epoch += 1
+
+    def _batches_from(self, iteration: int) -> Iterator[dict]:
+        """Batches of the rest of the epoch that an iteration belongs to, begun by its own."""
+        epoch, done = divmod(iteration, len(self.dataloader))
+        self.dataloader.sampler.set_position(epoch, done * self.data.batch)
+        yield from self.dataloader
 
     # -- diagnostics ----------------------------------------------------------------------
 

@@ -1,0 +1,150 @@
+"""Training between the blocks of Stage 2: what is still float makes up for what is rounded."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from mmengine.optim import build_optim_wrapper
+from torch import Tensor, nn
+
+from ..distributed import average_
+from ..errors import SettingError
+from ..layers import QuantWeightLayer, compiled_products, quant_layers, quant_units
+from .iteration_seed import seed_iteration
+from .training_losses import completed_settings
+
+
+def tuning_settings(settings: Mapping | None) -> dict | None:
+    """``weight_tuning`` with what it leaves out, or None.
+
+    Raises:
+        SettingError: For an unknown key, or a value that cannot be used.
+    """
+    settings = completed_settings('weight_tuning', settings, iters_per_block=16, lr=1e-5)
+    if settings is None:
+        return None
+    iterations, rate = settings['iters_per_block'], settings['lr']
+    if not isinstance(iterations, int) or iterations < 1:
+        raise SettingError(
+            f'weight_tuning.iters_per_block={iterations!r} must be a whole number from 1 on; '
+            'weight_tuning=None rounds without training.'
+        )
+    if not isinstance(rate, (int, float)) or not rate > 0:
+        raise SettingError(f'weight_tuning.lr={rate!r} must be a positive number.')
+    return settings
+
+
+class WeightTuning:
+    """Trains, after each block of Stage 2, the weights that are not rounded yet.
+
+    A block that is rounded gives the blocks behind it other inputs than they had. A few iterations
+    on the losses of Stage 1 let their weights, which are still float, answer to that, before they
+    are rounded themselves: what GPTQ does from column to column of a layer, from block to block.
+    Source: incremental quantization (INQ, Zhou et al., ICLR 2017); within a block QuIP# (Tseng et
+    al., ICML 2024, fine-tuning during quantization) does the same.
+
+    It is entered for the time of Stage 2 as a context. Behind it the float weights are those of
+    Stage 1 again: what was trained went into the integers alone. Modules are in eval mode, so that
+    running statistics stay what they are.
+
+    Args:
+        model: Quantized model whose activation quantizers are frozen.
+        settings: Of :func:`tuning_settings`.
+        optim_wrapper: Config; its optimizer gets the rate of the settings.
+        loss: ``loss(batch)`` runs the model and gives what to minimise, a finite scalar.
+        batches: Training batches of this rank, without an end.
+        seed: Of the random numbers.
+        iteration: Number of the first iteration, which with the seed decides them.
+
+    Attributes:
+        losses: Block -> mean loss of the iterations behind it, of this rank.
+        iterations: How many there were.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Mapping,
+        optim_wrapper: Mapping,
+        loss: Callable[[Any], Tensor],
+        batches: Iterator[Any],
+        seed: int = 0,
+        iteration: int = 0,
+    ):
+        self.model, self.loss, self.batches = model, loss, batches
+        self.iters_per_block = settings['iters_per_block']
+        optimizer = {**optim_wrapper['optimizer'], 'lr': settings['lr']}
+        self.optim_wrapper = {**optim_wrapper, 'optimizer': optimizer}
+        self.seed, self.first = seed, iteration
+        self.losses: dict[str, float] = {}
+        self.iterations = 0
+
+    def __enter__(self) -> 'WeightTuning':
+        self._layers = quant_layers(self.model)
+        self._flags = {p: p.requires_grad for p in self.model.parameters()}
+        self.model.requires_grad_(False)
+        weights = [p for layer in self._layers.values() for p in layer.parameters(recurse=False)]
+        self._stage1 = {weight: weight.detach().clone() for weight in weights}
+        for weight in weights:
+            weight.requires_grad_(True)
+        self._wrapper = build_optim_wrapper(self.model, self.optim_wrapper)
+        self._wrapper.zero_grad()
+        return self
+
+    @torch.no_grad()
+    def __exit__(self, *_error) -> None:
+        for weight, value in self._stage1.items():
+            weight.copy_(value)
+            weight.grad = None
+        for parameter, flag in self._flags.items():
+            parameter.requires_grad_(flag)
+        del self._wrapper, self._stage1, self._flags
+
+    def run(self, block: str) -> Iterator[None]:
+        """The iterations behind a block; yields after each.
+
+        Args:
+            block: Its name.
+
+        Raises:
+            NonFiniteLossError: Of the loss.
+        """
+        for layer in self._layers.values():
+            if layer.weight_quantizer.is_quantized:
+                # Nothing reads them any more, up to the end of Stage 2.
+                for weight in layer.parameters(recurse=False):
+                    weight.requires_grad_(False)
+                    weight.grad = None
+        total = 0.0
+        with self._rounded_units_compiled():
+            for number in range(1, self.iters_per_block + 1):
+                total += self._step()
+                self.losses[block] = total / number
+                yield
+
+    @contextmanager
+    def _rounded_units_compiled(self) -> Iterator[None]:
+        """Context in which units without a float weight run in the kernels: no gradient passes
+        them, since nothing before them trains either."""
+        with ExitStack() as stack:
+            for name in quant_units(self.model):
+                unit = self.model.get_submodule(name)
+                layers = [m for m in unit.modules() if isinstance(m, QuantWeightLayer)]
+                if all(layer.weight_quantizer.is_quantized for layer in layers):
+                    stack.enter_context(compiled_products(unit))
+            yield
+
+    @torch.enable_grad()
+    def _step(self) -> float:
+        wrapper = self._wrapper
+        seed_iteration(self.seed, self.first + self.iterations)
+        with wrapper.optim_context(self.model):
+            loss = self.loss(next(self.batches))
+        wrapper.backward(wrapper.scale_loss(loss))
+        average_([weight.grad for weight in self._stage1 if weight.grad is not None])
+        if wrapper.should_update():
+            wrapper.step()
+            wrapper.zero_grad()
+        self.iterations += 1
+        return float(loss.detach())
