@@ -19,6 +19,7 @@ train_cfg = dict(
     _base_.gplq_train_cfg,
     transfer=_base_.gplq_transfer,
     weight_ptq=dict(type='GPTQ', num_images=1024, batch_size=16),
+    weight_tuning=dict(iters_per_block=24, lr=2e-5),
     num_diagnostic_images=128,
     max_epochs=4,
     max_iters=200,
