@@ -146,6 +146,10 @@ def test_published_figures_name_their_source(root):
     write_yaml(path, {'Published': {'paper': {'rows': [{'model': 'a'}]}}})
     with pytest.raises(ZooError, match='needs source, url'):
         load_zoo(root)
+    rows = [{'model': 'a', 'url': 'https://example.org/a'}, {'model': 'b'}]
+    write_yaml(path, {'Published': {'paper': {'source': 'Several', 'rows': rows}}})
+    with pytest.raises(ZooError, match='one a row'):
+        load_zoo(root)
 
 
 @pytest.mark.parametrize(

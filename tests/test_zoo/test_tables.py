@@ -196,6 +196,9 @@ def test_published_figures_stand_alone_with_their_source(tmp_path):
     _, rows, caption = parsed(make_table(layout, Zoo(tmp_path, {}, {'paper': paper})))
     assert rows == (('Swin-T', '81.2'), ('Swin-L', ''))
     assert caption == ('Published, not measured by us: [A paper](https://example.org). ImageNet.')
+    del paper['url']
+    _, _, caption = parsed(make_table(layout, Zoo(tmp_path, {}, {'paper': paper})))
+    assert caption == 'Published, not measured by us: A paper. ImageNet.'
 
 
 def test_a_value_that_does_not_fit_its_format_is_an_error(tmp_path):

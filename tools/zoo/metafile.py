@@ -89,8 +89,10 @@ def load_zoo(root: Path) -> Zoo:
     published: dict[str, dict] = {}
     for path in sorted(root.glob('configs/*/published.yml')):
         for name, table in (read_yaml(path).get('Published') or {}).items():
-            if not {'source', 'url', 'rows'} <= set(table):
-                raise ZooError(f'{path}: {name} needs source, url and rows.')
+            if not {'source', 'rows'} <= set(table) or not (
+                'url' in table or all('url' in row for row in table['rows'])
+            ):
+                raise ZooError(f'{path}: {name} needs source, url (its own or one a row) and rows.')
             if name in published:
                 raise ZooError(f'{path}: there is another published table {name}; rename one.')
             published[name] = table
