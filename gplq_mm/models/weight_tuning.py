@@ -83,13 +83,15 @@ class WeightTuning:
     def __enter__(self) -> 'WeightTuning':
         self._layers = quant_layers(self.model)
         self._flags = {p: p.requires_grad for p in self.model.parameters()}
+        # An optimizer wrapper warns of every parameter that it is built without. Those that stay get
+        # no gradient and are passed over.
+        self._wrapper = build_optim_wrapper(self.model.requires_grad_(True), self.optim_wrapper)
+        self._wrapper.zero_grad()
         self.model.requires_grad_(False)
         weights = [p for layer in self._layers.values() for p in layer.parameters(recurse=False)]
         self._stage1 = {weight: weight.detach().clone() for weight in weights}
         for weight in weights:
             weight.requires_grad_(True)
-        self._wrapper = build_optim_wrapper(self.model, self.optim_wrapper)
-        self._wrapper.zero_grad()
         return self
 
     @torch.no_grad()

@@ -15,7 +15,12 @@ from gplq_mm.models.training_losses import require_finite
 from gplq_mm.ptq import build_weight_ptq, quantize_weights
 
 BATCHES = [images(8, seed) for seed in range(20, 24)]
-WRAPPER = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1.0, weight_decay=0.0))
+WRAPPER = dict(
+    type='OptimWrapper',
+    constructor='gplq_mm.GPLQOptimWrapperConstructor',
+    optimizer=dict(type='AdamW', lr=1.0, weight_decay=0.0),
+    quantizer=dict(lr=1.0, relative=True),
+)
 
 
 def quantized(kind: str = 'vit'):
