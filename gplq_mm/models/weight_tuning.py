@@ -83,8 +83,8 @@ class WeightTuning:
     def __enter__(self) -> 'WeightTuning':
         self._layers = quant_layers(self.model)
         self._flags = {p: p.requires_grad for p in self.model.parameters()}
-        # An optimizer wrapper warns of every parameter that it is built without. Those that stay get
-        # no gradient and are passed over.
+        # A constructor warns of every parameter without a gradient, and leaves it out; with all of
+        # them in, those that stay as they are get none, and are passed over.
         self._wrapper = build_optim_wrapper(self.model.requires_grad_(True), self.optim_wrapper)
         self._wrapper.zero_grad()
         self.model.requires_grad_(False)
