@@ -36,7 +36,7 @@ def _merge_groups(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         settings = {key: value for key, value in group.items() if key != 'params'}
         for other in merged:
-            if all(other[key] == value for key, value in settings.items()):
+            if settings == {key: value for key, value in other.items() if key != 'params'}:
                 other['params'].extend(group['params'])
                 break
         else:

@@ -29,7 +29,7 @@ def wrapper_of(model: nn.Module, **quantizer):
             type='OptimWrapper',
             constructor='gplq_mm.GPLQOptimWrapperConstructor',
             optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.0),
-            quantizer=dict(lr=RATE, **quantizer),
+            quantizer={'lr': RATE, **quantizer},
         ),
     )
 
@@ -64,6 +64,15 @@ def test_a_resumed_optimizer_makes_the_same_steps():
         results.append([parameter.detach() for parameter in model.parameters()])
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
+
+
+def test_weights_of_the_same_rate_take_absolute_steps():
+    model = trained_model()
+    before = model[0].weight.detach().clone()
+    optimizer = wrapper_of(model, relative=True, lr=1e-4).optimizer
+    assert [bool(group.get('relative')) for group in optimizer.param_groups] == [False, True]
+    optimizer.step()
+    assert (model[0].weight.detach() - before).abs().max() == pytest.approx(1e-4, rel=1e-3)
 
 
 def test_steps_are_absolute_by_default():
