@@ -92,7 +92,9 @@ def test_the_front_door(page, tmp_path, monkeypatch):
     assert (tmp_path / 'deit.safetensors').exists()
     assert packed_layers(space['packed']) == 10
     trains = page.name == 'get-started.md'
-    assert len(space['model'].gplq_report.losses) == 2 * trains
+    report = space['model'].gplq_report
+    assert len(report.losses) == 8 * trains
+    assert len(report.tuning_losses) == 2 * trains
     if trains:
         assert 0 <= space['accuracy'](space['packed']) <= 1
 
