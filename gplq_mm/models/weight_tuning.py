@@ -8,7 +8,7 @@ import torch
 from mmengine.optim import build_optim_wrapper
 from torch import Tensor, nn
 
-from ..distributed import average_
+from ..distributed import average_, is_distributed
 from ..errors import SettingError
 from ..layers import QuantWeightLayer, compiled_products, quant_layers, quant_units
 from .iteration_seed import seed_iteration
@@ -35,6 +35,16 @@ def tuning_settings(settings: Mapping | None) -> dict | None:
     return settings
 
 
+def _trained(layer: QuantWeightLayer) -> list[nn.Parameter]:
+    """What trains of a layer.
+
+    A raw one reads the parameter of its bias behind Stage 2, too, so that it has to stay; a folded
+    one keeps a bias beside its integers.
+    """
+    parameters = (layer.weight, layer.bias if layer.is_folded else None)
+    return [parameter for parameter in parameters if parameter is not None]
+
+
 class WeightTuning:
     """Trains, after each block of Stage 2, the weights that are not rounded yet.
 
@@ -48,8 +58,11 @@ class WeightTuning:
     Stage 1 again: what was trained went into the integers alone. Modules are in eval mode, so that
     running statistics stay what they are.
 
+    Every weight trains that is not rounded, also one that Stage 1 has not trained.
+
     Args:
-        model: Quantized model whose activation quantizers are frozen.
+        model: Quantized model whose activation quantizers are frozen, or what holds it and has been
+            trained in Stage 1: names of parameters in ``optim_wrapper`` are its.
         settings: Of :func:`tuning_settings`.
         optim_wrapper: Config; its optimizer gets the rate of the settings.
         loss: ``loss(batch)`` runs the model and gives what to minimise, a finite scalar.
@@ -81,15 +94,19 @@ class WeightTuning:
         self.iterations = 0
 
     def __enter__(self) -> 'WeightTuning':
-        self._layers = quant_layers(self.model)
+        self._layers = list(quant_layers(self.model).values())
         self._flags = {p: p.requires_grad for p in self.model.parameters()}
-        # A constructor warns of every parameter without a gradient, and leaves it out; with all of
-        # them in, those that stay as they are get none, and are passed over.
-        self._wrapper = build_optim_wrapper(self.model.requires_grad_(True), self.optim_wrapper)
+        weights = [weight for layer in self._layers for weight in _trained(layer)]
+        self._stage1 = {weight: weight.detach().clone() for weight in weights}
+        try:
+            # A constructor warns of every parameter without a gradient, and leaves it out; with all
+            # of them in, those that stay as they are get none, and are passed over.
+            self._wrapper = build_optim_wrapper(self.model.requires_grad_(True), self.optim_wrapper)
+        except BaseException:
+            self.__exit__()
+            raise
         self._wrapper.zero_grad()
         self.model.requires_grad_(False)
-        weights = [p for layer in self._layers.values() for p in layer.parameters(recurse=False)]
-        self._stage1 = {weight: weight.detach().clone() for weight in weights}
         for weight in weights:
             weight.requires_grad_(True)
         return self
@@ -101,7 +118,7 @@ class WeightTuning:
             weight.grad = None
         for parameter, flag in self._flags.items():
             parameter.requires_grad_(flag)
-        del self._wrapper, self._stage1, self._flags
+        self._wrapper, self._stage1, self._flags = None, {}, {}
 
     def run(self, block: str) -> Iterator[None]:
         """The iterations behind a block; yields after each.
@@ -112,10 +129,10 @@ class WeightTuning:
         Raises:
             NonFiniteLossError: Of the loss.
         """
-        for layer in self._layers.values():
+        for layer in self._layers:
             if layer.weight_quantizer.is_quantized:
                 # Nothing reads them any more, up to the end of Stage 2.
-                for weight in layer.parameters(recurse=False):
+                for weight in _trained(layer):
                     weight.requires_grad_(False)
                     weight.grad = None
         total = 0.0
@@ -144,9 +161,19 @@ class WeightTuning:
         with wrapper.optim_context(self.model):
             loss = self.loss(next(self.batches))
         wrapper.backward(wrapper.scale_loss(loss))
-        average_([weight.grad for weight in self._stage1 if weight.grad is not None])
+        self._average_gradients()
         if wrapper.should_update():
             wrapper.step()
             wrapper.zero_grad()
         self.iterations += 1
         return float(loss.detach())
+
+    def _average_gradients(self) -> None:
+        if not is_distributed():
+            return
+        weights = [weight for weight in self._stage1 if weight.requires_grad]
+        for weight in weights:
+            if weight.grad is None:
+                # The images of this rank do not reach it, those of another may.
+                weight.grad = torch.zeros_like(weight)
+        average_([weight.grad for weight in weights])

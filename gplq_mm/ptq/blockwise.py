@@ -6,8 +6,8 @@ beyond it. The statistics of a unit that runs several times in a forward are tho
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterable
+from contextlib import ExitStack, closing
 from typing import Any, Protocol
 
 import torch
@@ -44,7 +44,7 @@ class Tuning(Protocol):
 
     iters_per_block: int
 
-    def run(self, block: str) -> Iterator[None]:
+    def run(self, block: str) -> Generator[None]:
         """Iterations behind the block of this name; yields after each."""
 
 
@@ -164,7 +164,8 @@ class _Stage2:
         forwards = sum(2 * len(kept) * e['forward'] for e in self.estimates.values())
         rounding = sum(e['rounding'] for e in self.estimates.values())
         totals = {'forward': forwards, 'rounding': rounding}
-        tuned = [] if tuning is None else find_blocks(model)
+        # Behind the last unit there is nothing left to train.
+        tuned = [] if tuning is None else set(find_blocks(model)) & set(self.stream.units[:-1])
         for name in tuned:
             self.estimates[name]['tuning'] = TUNING_FORWARDS * sum(trace.seconds.values())
         totals['tuning'] = sum(
@@ -223,10 +224,10 @@ class _Stage2:
     def _tune(self, position: int) -> None:
         """Lets the weights that are still float make up for those that no longer are."""
         name = self.stream.units[position]
-        # Behind the last weight there is nothing left to train.
-        if 'tuning' in self.estimates[name] and position + 1 < len(self.stream.units):
-            for _ in self.tuning.run(name):
-                self._done(position, 'tuning')
+        if 'tuning' in self.estimates[name]:
+            with closing(self.tuning.run(name)) as iterations:
+                for _ in iterations:
+                    self._done(position, 'tuning')
 
     def _observe(
         self, position: int, unit: nn.Module, inputs: TensorStore, targets: TensorStore

@@ -55,7 +55,7 @@ PRESETS: dict[str, dict] = {
         rules=_EIGHT_BIT_ENDS,
     ),
     # Products are those of bytes, so more bits of activations cost no time; up to six also where
-    # two of them are added in 16 bits (AVX2). Their error is a sixteenth of that of four bits.
+    # two of them are added in 16 bits (AVX2). Their squared error is a sixteenth.
     'gplq-mixed': dict(
         activation=dict(bits=6),
         weight={},
@@ -145,7 +145,7 @@ class QuantPolicy:
 
     Args:
         preset: ``'gplq'`` (asymmetric, MSE, folded groups), ``'gplq-levels'`` (the same with
-            chosen levels, :mod:`.levels`), ``'gplq-mixed'`` (6 bits for all activations),
+            chosen levels, :mod:`.levels`), ``'gplq-mixed'`` (6 bits for activations),
             ``'paper'`` (symmetric, min-max, raw) or ``'repq'`` (RepQ-ViT: asymmetric, one scale a
             tensor after LayerNorms have been reparametrized, zero and powers of sqrt(2) for
             attention probabilities, raw).

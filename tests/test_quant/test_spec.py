@@ -218,11 +218,15 @@ def test_hidden_values_and_convolutions_refine_the_general_setting():
         QuantPolicy(hidden=dict(width=8))
 
 
-def test_presets_of_levels():
-    levels, mixed = QuantPolicy('gplq-levels'), QuantPolicy('gplq-mixed')
+def test_preset_of_levels():
+    levels = QuantPolicy('gplq-levels')
     formats = {kind: spec.format for kind, spec in levels.activations.items()}
     assert formats.pop('conv') == 'integer'
     assert set(formats.values()) == {'levels'}
+
+
+def test_preset_of_activations_of_six_bits():
+    mixed = QuantPolicy('gplq-mixed')
     bits = {kind: mixed.resolve('site', kind).activation.bits for kind in mixed.activations}
     assert bits == dict.fromkeys(mixed.activations, 6)
     assert mixed.label == 'w4a6'

@@ -133,7 +133,7 @@ class GPLQTrainLoop(QuantTrainLoop):
         wrapper = self.runner.cfg['optim_wrapper']
         start = self._iter
         batches = self._batches_without_end(start)
-        return WeightTuning(model.architecture, settings, wrapper, loss, batches, self.seed, start)
+        return WeightTuning(model, settings, wrapper, loss, batches, self.seed, start)
 
     def _batches_without_end(self, iteration: int) -> Iterator[dict]:
         while True:
