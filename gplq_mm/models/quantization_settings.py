@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from itertools import count
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from ..distributed import rank_and_world_size
 from ..errors import DataError, SettingError
 from ..layers import build_compensation
 from ..ptq import build_weight_ptq
+from .training_losses import check_count
 from .weight_tuning import tuning_settings
 
 MIMICRY = ('mimic', 'distill', 'block_mimic', 'task_weight', 'feature_layer', 'teacher_dtype')
@@ -62,11 +62,6 @@ def _named(setting: Any, name: str) -> dict:
     return dict(setting)
 
 
-def _check_count(value: Any, name: str) -> None:
-    if not isinstance(value, Integral) or value < 1:
-        raise SettingError(f'{name}={value!r} must be a whole number from 1 on.')
-
-
 def _check_loader(loader: Any, name: str) -> None:
     if isinstance(loader, (torch.Tensor, str, Mapping)) or not isinstance(loader, Iterable):
         raise SettingError(
@@ -88,7 +83,7 @@ def weight_ptq_of(setting: Mapping | str | None) -> tuple[Callable, int]:
     ptq.pop('batch_size')
     ptq.update(_named(setting or {}, 'weight_ptq'))
     images = ptq.pop('num_images')
-    _check_count(images, 'weight_ptq.num_images')
+    check_count(images, 'weight_ptq.num_images')
     return build_weight_ptq(ptq), images
 
 
@@ -125,7 +120,7 @@ def calibration_of(setting: Any, train: dict | None) -> tuple[Iterable, int]:
                 f'{sorted(setting)}.'
             )
         images, setting = setting.get('num_images', images), setting['loader']
-    _check_count(images, 'calibration.num_images')
+    check_count(images, 'calibration.num_images')
     training = None if train is None else train['loader']
     loader = training if setting is None else setting
     _check_loader(loader, 'calibration')
@@ -163,9 +158,9 @@ def train_of(setting: Any) -> dict:
         'mimic': default('gplq_mimic'),
         **setting,
     }
-    _check_count(train['epochs'], 'train.epochs')
+    check_count(train['epochs'], 'train.epochs')
     if train['max_iters'] is not None:
-        _check_count(train['max_iters'], 'train.max_iters')
+        check_count(train['max_iters'], 'train.max_iters')
     elif train['epochs'] > 1 and isinstance(train['loader'], Iterator):
         raise SettingError(
             f'train.loader yields its batches once, not {train["epochs"]} times; {AGAIN}.'

@@ -1,6 +1,7 @@
 """What training minimises beside the mimic loss, and what it must never do."""
 
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -32,6 +33,21 @@ def completed_settings(name: str, settings: Mapping | None, **defaults: Any) -> 
     if unknown:
         raise SettingError(f'{name} has unknown key(s) {sorted(unknown)}.')
     return {**defaults, **settings}
+
+
+def check_count(value: Any, name: str, advice: str = '') -> None:
+    """Refuses a setting that is no whole number from 1 on.
+
+    Args:
+        value: Of the setting.
+        name: For the message.
+        advice: Ends the message.
+
+    Raises:
+        SettingError: For such a value.
+    """
+    if not isinstance(value, Integral) or value < 1:
+        raise SettingError(f'{name}={value!r} must be a whole number from 1 on{advice}.')
 
 
 def weigh_task(losses: Mapping, weight: float) -> dict:

@@ -12,7 +12,7 @@ from ..distributed import average_, is_distributed
 from ..errors import SettingError
 from ..layers import QuantWeightLayer, compiled_products, quant_layers, quant_units
 from .iteration_seed import seed_iteration
-from .training_losses import completed_settings
+from .training_losses import check_count, completed_settings
 
 
 def tuning_settings(settings: Mapping | None) -> dict | None:
@@ -24,12 +24,9 @@ def tuning_settings(settings: Mapping | None) -> dict | None:
     settings = completed_settings('weight_tuning', settings, iters_per_block=16, lr=1e-5)
     if settings is None:
         return None
-    iterations, rate = settings['iters_per_block'], settings['lr']
-    if not isinstance(iterations, int) or iterations < 1:
-        raise SettingError(
-            f'weight_tuning.iters_per_block={iterations!r} must be a whole number from 1 on; '
-            'weight_tuning=None rounds without training.'
-        )
+    advice = '; weight_tuning=None rounds without training'
+    check_count(settings['iters_per_block'], 'weight_tuning.iters_per_block', advice)
+    rate = settings['lr']
     if not isinstance(rate, (int, float)) or not rate > 0:
         raise SettingError(f'weight_tuning.lr={rate!r} must be a positive number.')
     return settings
@@ -149,7 +146,7 @@ class WeightTuning:
         with ExitStack() as stack:
             for name in quant_units(self.model):
                 unit = self.model.get_submodule(name)
-                layers = [m for m in unit.modules() if isinstance(m, QuantWeightLayer)]
+                layers = quant_layers(unit).values()
                 if all(layer.weight_quantizer.is_quantized for layer in layers):
                     stack.enter_context(compiled_products(unit))
             yield

@@ -48,12 +48,6 @@ class Tuning(Protocol):
         """Iterations behind the block of this name; yields after each."""
 
 
-def _rank_layers(unit: nn.Module) -> dict[str, QuantWeightLayer]:
-    if isinstance(unit, QuantWeightLayer):
-        return {'': unit}
-    return quant_layers(unit)
-
-
 def _round(layer: QuantWeightLayer, method: Callable, moment: SecondMoment | None) -> None:
     weight, permutation = layer.foldable()
     second_moment = mean = None
@@ -176,7 +170,7 @@ class _Stage2:
 
     def _rounding_seconds(self, name: str) -> float:
         seconds = 0.0
-        for layer in _rank_layers(self.model.get_submodule(name)).values():
+        for layer in quant_layers(self.model.get_submodule(name)).values():
             rows, columns = layer.weight_quantizer.shape
             seconds += SECONDS_PER_COLUMN * columns + SECONDS_PER_PRODUCT * rows * columns**2
         return seconds
@@ -197,7 +191,7 @@ class _Stage2:
         compensation = getattr(unit, 'compensation', None)
         inputs, results = self.stream.store(), self.stream.store()
         moments, compensates = self._observe(position, unit, inputs, results)
-        layers, means = _rank_layers(unit), {}
+        layers, means = quant_layers(unit), {}
         for name, layer in layers.items():
             moment = moments.pop(name)
             moment.reduce()
@@ -238,7 +232,7 @@ class _Stage2:
         Also says whether it is compensated: a block that changes the shape has no parallel linear
         map.
         """
-        layers = _rank_layers(unit)
+        layers = quant_layers(unit)
         moments = {
             name: SecondMoment(
                 layer.weight_quantizer.shape[1],

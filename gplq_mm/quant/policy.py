@@ -31,18 +31,24 @@ _EIGHT_BIT_ENDS = (
 # below 4: a grid that covers the few has the least error, and rounds all others to one value.
 _PER_TENSOR = dict(granularity='tensor', observer='percentile', percentile=(0.001, 0.999))
 _LEVELS = dict(format='levels', granularity='head')
-_SIX_BITS = dict(bits=6, granularity='head')
 _PROBS = dict(zero_point='none', signed=False, row_relative=True)
-PRESETS: dict[str, dict] = {
-    'gplq': dict(
-        activation={},
+
+
+def _equidistant(bits: int) -> dict:
+    operand = dict(bits=bits, granularity='head')
+    return dict(
+        activation=dict(bits=bits),
         weight={},
-        q=dict(granularity='head'),
-        k=dict(granularity='head'),
-        v=dict(granularity='head'),
-        probs=dict(granularity='head', zero_point='none', signed=False, row_relative=True),
+        q=operand,
+        k=operand,
+        v=operand,
+        probs=dict(**operand, **_PROBS),
         rules=_EIGHT_BIT_ENDS,
-    ),
+    )
+
+
+PRESETS: dict[str, dict] = {
+    'gplq': _equidistant(4),
     # Sixteen levels where they serve best, instead of equidistant ones.
     'gplq-levels': dict(
         activation=dict(format='levels'),
@@ -56,15 +62,7 @@ PRESETS: dict[str, dict] = {
     ),
     # Products are those of bytes, so more bits of activations cost no time; up to six also where
     # two of them are added in 16 bits (AVX2). Their squared error is a sixteenth.
-    'gplq-mixed': dict(
-        activation=dict(bits=6),
-        weight={},
-        q=_SIX_BITS,
-        k=_SIX_BITS,
-        v=_SIX_BITS,
-        probs=dict(**_SIX_BITS, **_PROBS),
-        rules=_EIGHT_BIT_ENDS,
-    ),
+    'gplq-mixed': _equidistant(6),
     'paper': dict(
         activation=dict(zero_point='none', observer='minmax'),
         weight=dict(layout='raw', observer='percentile'),
