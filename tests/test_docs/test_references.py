@@ -3,6 +3,7 @@
 import ast
 import inspect
 import re
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from gplq_mm.layers.family import headlines
 from gplq_mm.models import GPLQ, PCAMimicLoss
 from gplq_mm.ptq import GPTQ, RoundToNearest
 from gplq_mm.quant import ActSpec, QuantPolicy, WeightSpec
+from tools.zoo import command as zoo
 
 every_page = pytest.mark.parametrize('page', PAGES, ids=name_of)
 
@@ -98,6 +100,18 @@ def test_tools_know_the_flags(page):
     known |= {'--no-deps', '--no-build-isolation'}
     inline = {flag for span in spans(page) for flag in FLAG.findall(span)}
     assert inline <= known
+
+
+@every_page
+def test_commands_of_the_zoo_are_understood(page):
+    for command in shell_commands(page):
+        if (found := re.search(r'tools/zoo\.py(.*)', command)) is None:
+            continue
+        words = shlex.split(found.group(1))
+        args = zoo.parse_args(words)
+        given = [word for word in words if word.endswith('.py')]
+        # A flag that takes several values would swallow the configs behind it.
+        assert [str(path) for path in args.configs if path.suffix == '.py'] == given
 
 
 @every_page
